@@ -1,0 +1,64 @@
+"""Dynamic network surgery for JAX: prune a network while it trains, splice back what matters."""
+
+from dns_jax.layers import group_by_layer, has_axes, is_kernel, layer_names, match_patterns
+from dns_jax.masks import (
+    Events,
+    apply_masks,
+    count_events,
+    count_kept,
+    init_masks,
+    update_masks,
+)
+from dns_jax.metrics import Size, Sizes, measure_sizes
+from dns_jax.optimizers import caffe_sgd
+from dns_jax.schedules import (
+    caffe_exp,
+    caffe_inv,
+    caffe_multistep,
+    caffe_poly,
+    caffe_sigmoid,
+    caffe_step,
+    update_probability,
+)
+from dns_jax.surgery import Rule, SurgeryState, masked_value_and_grad, surgery
+from dns_jax.thresholds import Statistics, magnitude_statistics, mean_std
+from dns_jax.typing import Masks, Params, Schedule, ThresholdRule, Thresholds
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'Events',
+    'Masks',
+    'Params',
+    'Rule',
+    'Schedule',
+    'Size',
+    'Sizes',
+    'Statistics',
+    'SurgeryState',
+    'ThresholdRule',
+    'Thresholds',
+    'apply_masks',
+    'caffe_exp',
+    'caffe_inv',
+    'caffe_multistep',
+    'caffe_poly',
+    'caffe_sgd',
+    'caffe_sigmoid',
+    'caffe_step',
+    'count_events',
+    'count_kept',
+    'group_by_layer',
+    'has_axes',
+    'init_masks',
+    'is_kernel',
+    'layer_names',
+    'magnitude_statistics',
+    'masked_value_and_grad',
+    'match_patterns',
+    'mean_std',
+    'measure_sizes',
+    'surgery',
+    'update_masks',
+    'update_probability',
+]

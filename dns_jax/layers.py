@@ -1,0 +1,170 @@
+"""Which leaves of a pytree take part in surgery, and which leaves form one layer.
+
+Both are decided by the path of the leaf, so that any pytree will do: a Flax, Haiku or
+Equinox tree, a tuple, a bare array. Everything here runs on structure alone, at trace time.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from dns_jax.typing import LayerOf, Predicate
+
+T = TypeVar('T')
+
+
+def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
+    """Writes a JAX key path as names joined by slashes.
+
+    Args:
+      key_path: as `jax.tree_util.tree_flatten_with_path` gives it.
+
+    Returns:
+      The path, such as `conv1/kernel`, and `''` for a bare array. The `/value` that a Flax
+      NNX variable puts at the end is left out.
+
+    Example:
+      >>> import jax
+      >>> tree = {'conv1': {'kernel': 1.0}}
+      >>> [leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
+      ['conv1/kernel']
+    """
+    path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+    return path.removesuffix('/value')
+
+
+def parent(path: str) -> str:
+    """Names the layer of a leaf by all of its path but the last part.
+
+    Args:
+      path: the path of a leaf.
+
+    Returns:
+      The path of the tree node that holds the leaf, `''` for the root.
+
+    Example:
+      >>> parent('block/conv1/kernel'), parent('bias')
+      ('block/conv1', '')
+    """
+    return path.rpartition('/')[0]
+
+
+def has_axes(path: str, leaf: Any) -> bool:
+    """Selects every leaf but scalars: kernels, biases and all other arrays.
+
+    Args:
+      path: the path of a leaf.
+      leaf: an array, or anything with a shape.
+
+    Returns:
+      True where the leaf has at least one axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> has_axes('fc1/bias', jnp.zeros(3)), has_axes('temperature', jnp.zeros(()))
+      (True, False)
+    """
+    del path
+    return jnp.ndim(leaf) > 0
+
+
+def is_kernel(path: str, leaf: Any) -> bool:
+    """Selects the leaves of two axes or more: kernels in, biases out.
+
+    Args:
+      path: the path of a leaf.
+      leaf: an array, or anything with a shape.
+
+    Returns:
+      True where the leaf has at least two axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> is_kernel('fc1/kernel', jnp.zeros((4, 3))), is_kernel('fc1/bias', jnp.zeros(3))
+      (True, False)
+    """
+    del path
+    return jnp.ndim(leaf) > 1
+
+
+def layer_names(tree: Any, layer_of: LayerOf = parent) -> Any:
+    """Names the layer of every leaf.
+
+    Args:
+      tree: any pytree.
+      layer_of: maps the path of a leaf to the name of its layer.
+
+    Returns:
+      A tree of the same structure with a string at every leaf.
+
+    Example:
+      >>> layer_names({'fc1': {'kernel': 0.0, 'bias': 0.0}})
+      {'fc1': {'bias': 'fc1', 'kernel': 'fc1'}}
+    """
+    return jax.tree.map_with_path(lambda path, _: layer_of(leaf_path(path)), tree)
+
+
+def group_by_layer(
+    tree: Any, layer_of: LayerOf = parent, takes_part: Predicate = has_axes
+) -> dict[str, list[Any]]:
+    """Collects the leaves that take part, layer by layer.
+
+    Args:
+      tree: any pytree of arrays.
+      layer_of: maps the path of a leaf to the name of its layer.
+      takes_part: which leaves are collected.
+
+    Returns:
+      `{layer name: its leaves}`, layers sorted by name, leaves in the order of the tree.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tree = {'fc1': {'kernel': jnp.zeros((4, 3)), 'bias': jnp.zeros(3)}}
+      >>> {name: len(leaves) for name, leaves in group_by_layer(tree).items()}
+      {'fc1': 2}
+    """
+    groups: dict[str, list[Any]] = {}
+    for key_path, leaf in jax.tree.leaves_with_path(tree):
+        path = leaf_path(key_path)
+        if takes_part(path, leaf):
+            groups.setdefault(layer_of(path), []).append(leaf)
+    return dict(sorted(groups.items()))
+
+
+def match_patterns(table: Mapping[str, T], layers: Iterable[str]) -> dict[str, tuple[str, T]]:
+    """Finds for each layer the first pattern of a table that its name matches.
+
+    Args:
+      table: `{pattern: value}` in order of precedence. A pattern is a shell-style wildcard
+        over the whole name, in which `*` also matches slashes.
+      layers: the names of the layers.
+
+    Returns:
+      `{layer name: (pattern, value)}`; a layer that no pattern matches is absent.
+
+    Raises:
+      ValueError: if a pattern is the first match of no layer: misspelt, or hidden by those
+        before it.
+
+    Example:
+      >>> match_patterns({'conv*': 1, '*': 2}, ['conv1', 'fc1'])
+      {'conv1': ('conv*', 1), 'fc1': ('*', 2)}
+    """
+    layers = list(layers)
+    matches = {}
+    for layer in layers:
+        for pattern, value in table.items():
+            if fnmatch.fnmatchcase(layer, pattern):
+                matches[layer] = (pattern, value)
+                break
+    used = {pattern for pattern, _ in matches.values()}
+    for pattern in table:
+        if pattern not in used:
+            raise ValueError(
+                f'pattern {pattern!r} is the first match of no layer; the patterns are '
+                f'{list(table)}, the layers {layers}'
+            )
+    return matches

@@ -1,0 +1,107 @@
+"""What surgery saved: parameters, multiply-adds and bytes, per layer and in total."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from dns_jax.layers import group_by_layer, parent
+from dns_jax.masks import check_parallel
+from dns_jax.typing import LayerOf, Masks, Params
+
+_POSITION_BYTES = 4  # a kept weight of a sparse file stands beside its flat uint32 position
+
+
+class Size(NamedTuple):
+    """The size of one layer, or of a network, before and after surgery."""
+
+    parameters: int  # weights and biases
+    kept: int  # those whose mask is True, or that have none
+    multiply_adds: int  # of the dense network, for one example
+    kept_multiply_adds: int  # of the kept weights, for one example
+    bytes: int  # of the dense parameters in their own dtype
+    kept_bytes: int  # of the kept parameters, with a uint32 position beside each
+
+    @property
+    def density(self) -> float:
+        """Kept parameters / parameters."""
+        return self.kept / self.parameters
+
+    @property
+    def compression(self) -> float:
+        """Parameters / kept parameters, infinite where none is kept."""
+        return self.parameters / self.kept if self.kept else math.inf
+
+
+class Sizes(NamedTuple):
+    """The sizes of all layers, by name, and of the network."""
+
+    layers: dict[str, Size]
+    total: Size
+
+
+def measure_sizes(
+    params: Params,
+    masks: Masks,
+    positions: Mapping[str, int] | None = None,
+    layer_of: LayerOf = parent,
+) -> Sizes:
+    """Measures a network under its masks.
+
+    A weight of a kernel costs one multiply-add at each position where the kernel is applied:
+    output height × width for a convolution, 1 for a fully connected layer. Biases are
+    parameters, but cost no multiplication.
+
+    Args:
+      params: dense weights, concrete arrays.
+      masks: the parallel masks.
+      positions: `{layer name: positions per example}`; 1 where a layer is not named.
+      layer_of: maps the path of a leaf to the name of its layer.
+
+    Returns:
+      Sizes per layer and in total.
+
+    Raises:
+      ValueError: if the trees do not match, or `positions` names an unknown layer.
+      TypeError: if a mask is not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {'fc1': {'kernel': jnp.ones((4, 2)), 'bias': jnp.ones(2)}}
+      >>> masks = {'fc1': {'kernel': jnp.eye(4, 2, dtype=bool), 'bias': jnp.array([True, False])}}
+      >>> total = measure_sizes(params, masks).total
+      >>> total.parameters, total.kept, total.compression, total.kept_multiply_adds
+      (10, 3, 3.3333333333333335, 2)
+    """
+    check_parallel(params, masks)
+    positions = dict(positions or {})
+    weights = group_by_layer(params, layer_of, lambda path, leaf: True)
+    kept = group_by_layer(masks, layer_of, lambda path, leaf: True)
+    if unknown := sorted(positions.keys() - weights.keys()):
+        raise ValueError(f'positions names {unknown}; the layers are {list(weights)}')
+    layers = {
+        layer: _measure_layer(weights[layer], kept[layer], positions.get(layer, 1))
+        for layer in weights
+    }
+    total = Size(*(sum(column) for column in zip(*layers.values(), strict=True)))
+    return Sizes(layers, total)
+
+
+def _measure_layer(weights, masks, positions) -> Size:
+    size = Size(0, 0, 0, 0, 0, 0)
+    for leaf, mask in zip(weights, masks, strict=True):
+        kept = int(jnp.sum(mask)) if jnp.ndim(mask) else jnp.size(leaf)
+        applied = positions if jnp.ndim(leaf) > 1 else 0
+        item = jnp.result_type(leaf).itemsize
+        position_bytes = _POSITION_BYTES if jnp.ndim(mask) else 0
+        leaf_size = Size(
+            parameters=jnp.size(leaf),
+            kept=kept,
+            multiply_adds=applied * jnp.size(leaf),
+            kept_multiply_adds=applied * kept,
+            bytes=item * jnp.size(leaf),
+            kept_bytes=(item + position_bytes) * kept,
+        )
+        size = Size(*map(sum, zip(size, leaf_size, strict=True)))
+    return size

@@ -1,0 +1,207 @@
+"""Functions of the step: σ(iter), and the learning-rate policies of Caffe.
+
+Each function returns a schedule in the sense of optax, `step -> value`. Caffe's policy `fixed`
+is `optax.constant_schedule`.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from dns_jax.typing import Schedule
+
+
+def update_probability(
+    gamma: float = 1e-4, power: float = 1.0, stop: int | None = None, start: int = 0
+) -> Schedule:
+    r"""The probability σ(iter) of updating the masks of a layer.
+
+    .. math::
+      \sigma(i) = (1 + \gamma\,(i - \text{start}))^{-\text{power}}
+      \quad \text{for start} \le i < \text{stop, else } 0
+
+    Args:
+      gamma: how fast the updates grow rare, per step, at least 0.
+      power: the exponent, at least 0; 0 updates at every step.
+      stop: the first step without updates; None never stops.
+      start: the first step with updates, at least 0; the decay counts from here.
+
+    Returns:
+      A schedule whose values are float32 scalars in [0, 1].
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> schedule = update_probability(gamma=0.01, stop=200)
+      >>> [round(float(schedule(step)), 3) for step in (0, 100, 199, 200)]
+      [1.0, 0.5, 0.334, 0.0]
+
+    Reference:
+      Guo et al. 2016, section 3.3; decay and stop as in the authors' Caffe layers.
+    """
+    _check_at_least('gamma', gamma, 0)
+    _check_at_least('power', power, 0)
+    _check_at_least('start', start, 0)
+    if stop is not None:
+        _check_at_least('stop', stop, start)
+
+    def schedule(step):
+        step = jnp.asarray(step)
+        active = step >= start
+        if stop is not None:
+            active &= step < stop
+        decay = (1.0 + gamma * jnp.maximum(step - start, 0).astype(jnp.float32)) ** -power
+        return jnp.where(active, decay, 0.0)
+
+    return schedule
+
+
+def caffe_step(base: float, gamma: float, step_size: int) -> Schedule:
+    """Caffe's policy `step`: base · gamma^⌊step / step_size⌋.
+
+    Args:
+      base: the learning rate at step 0.
+      gamma: the factor at every `step_size` steps.
+      step_size: steps between changes, at least 1.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: if `step_size` is less than 1.
+
+    Example:
+      >>> [round(float(caffe_step(0.1, 0.5, 10)(step)), 4) for step in (9, 10, 20)]
+      [0.1, 0.05, 0.025]
+
+    Reference:
+      Caffe, `SGDSolver::GetLearningRate`.
+    """
+    _check_at_least('step_size', step_size, 1)
+    # Integer division is exact, where a quotient of floats may round down one step too long.
+    return lambda step: base * jnp.float32(gamma) ** (jnp.asarray(step) // step_size)
+
+
+def caffe_exp(base: float, gamma: float) -> Schedule:
+    """Caffe's policy `exp`: base · gamma^step.
+
+    Args:
+      base: the learning rate at step 0.
+      gamma: the factor at every step.
+
+    Returns:
+      A schedule.
+
+    Example:
+      >>> [round(float(caffe_exp(0.1, 0.5)(step)), 4) for step in (0, 1, 2)]
+      [0.1, 0.05, 0.025]
+
+    Reference:
+      Caffe, `SGDSolver::GetLearningRate`.
+    """
+    return lambda step: base * jnp.float32(gamma) ** jnp.asarray(step)
+
+
+def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
+    """Caffe's policy `inv`: base · (1 + gamma · step)^(−power).
+
+    Args:
+      base: the learning rate at step 0.
+      gamma: how fast it falls, per step, at least 0.
+      power: the exponent.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: if `gamma` is negative.
+
+    Example:
+      >>> [round(float(caffe_inv(0.01, 1e-4, 0.75)(step)), 5) for step in (0, 10_000)]
+      [0.01, 0.00595]
+
+    Reference:
+      Caffe, `SGDSolver::GetLearningRate`; the LeNets of Guo et al. 2016 use it.
+    """
+    _check_at_least('gamma', gamma, 0)
+    return lambda step: base * (1.0 + gamma * jnp.asarray(step, jnp.float32)) ** -power
+
+
+def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Schedule:
+    """Caffe's policy `multistep`: base · gamma^n with n the boundaries that step has reached.
+
+    Args:
+      base: the learning rate before the first boundary.
+      gamma: the factor at every boundary.
+      boundaries: steps at which the rate changes, ascending.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: if `boundaries` do not ascend.
+
+    Example:
+      >>> schedule = caffe_multistep(0.1, 0.5, [10, 15])
+      >>> [round(float(schedule(step)), 4) for step in (9, 10, 15)]
+      [0.1, 0.05, 0.025]
+
+    Reference:
+      Caffe, `SGDSolver::GetLearningRate`.
+    """
+    if list(boundaries) != sorted(boundaries):
+        raise ValueError(f'boundaries must ascend, but are {list(boundaries)}')
+    edges = jnp.asarray(boundaries, jnp.int32)
+    return lambda step: base * jnp.float32(gamma) ** jnp.sum(jnp.asarray(step) >= edges)
+
+
+def caffe_poly(base: float, power: float, steps: int) -> Schedule:
+    """Caffe's policy `poly`: base · (1 − step / steps)^power, and 0 from `steps` on.
+
+    Args:
+      base: the learning rate at step 0.
+      power: the exponent.
+      steps: the step at which the rate reaches 0, at least 1.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: if `steps` is less than 1.
+
+    Example:
+      >>> [round(float(caffe_poly(0.1, 2.0, 10)(step)), 4) for step in (0, 5, 10)]
+      [0.1, 0.025, 0.0]
+
+    Reference:
+      Caffe, `SGDSolver::GetLearningRate`.
+    """
+    _check_at_least('steps', steps, 1)
+    return lambda step: base * jnp.maximum(1.0 - jnp.asarray(step) / steps, 0.0) ** power
+
+
+def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
+    """Caffe's policy `sigmoid`: base / (1 + exp(−gamma · (step − middle))).
+
+    Args:
+      base: the learning rate far from `middle`.
+      gamma: the slope, per step; negative lets the rate fall.
+      middle: the step at which the rate is base / 2.
+
+    Returns:
+      A schedule.
+
+    Example:
+      >>> [round(float(caffe_sigmoid(0.1, -0.1, 50)(step)), 4) for step in (0, 50, 100)]
+      [0.0993, 0.05, 0.0007]
+
+    Reference:
+      Caffe, `SGDSolver::GetLearningRate`.
+    """
+    return lambda step: base / (1.0 + jnp.exp(-gamma * (jnp.asarray(step) - middle)))
+
+
+def _check_at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f'{name} must be at least {least}, but is {value!r}')

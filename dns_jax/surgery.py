@@ -1,0 +1,157 @@
+"""Dynamic network surgery as an optax transformation.
+
+Stands on `layers`, `masks` and `thresholds`; the pruners to compare with stand on the contract
+that is set here: updates pass through unchanged, and the state carries the masks.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dns_jax.layers import group_by_layer, has_axes, match_patterns, parent
+from dns_jax.masks import apply_masks, init_masks, update_masks
+from dns_jax.typing import LayerOf, Masks, Predicate, Schedule, ThresholdRule, Thresholds
+
+
+class Rule(NamedTuple):
+    """How the layers of one group are operated on."""
+
+    thresholds: ThresholdRule  # gives the band of each layer
+    update_probability: Schedule  # σ(iter), thrown for each layer by itself
+
+
+class SurgeryState(NamedTuple):
+    """State of `surgery`."""
+
+    count: jax.Array  # shape=(), dtype=jnp.int32: updates done
+    key: jax.Array  # shape=(), typed PRNG key: never changes, each step folds its count in
+    masks: Masks  # parallel to the params, dtype=bool
+    thresholds: dict[str, Thresholds]  # by layer name
+
+
+def surgery(
+    rules: Rule | Mapping[str, Rule],
+    key: jax.Array,
+    takes_part: Predicate = has_axes,
+    layer_of: LayerOf = parent,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes and splices connections while any optimizer trains the network.
+
+    Put it into an `optax.chain`, before or after the optimizer: it leaves the updates as they
+    are. The gradient must be taken at W⊙T, as `masked_value_and_grad` does, with the masks of
+    the state, `optax.tree.get(state, 'masks')`. One update is one iteration of Algorithm 1:
+    the masks T_k are updated from the weights W_k that the gradient was taken at, then the
+    optimizer moves W_k. Thresholds are computed once, from the params given to `init`.
+
+    Args:
+      rules: one rule for all layers, or `{pattern: rule}`: a layer follows the first pattern
+        that its name matches (`dns_jax.layers.match_patterns`); one that matches none is left
+        dense.
+      key: a typed PRNG key (`jax.random.key`), the source of all coins.
+      takes_part: which leaves take part; by default all but scalars, so kernels and biases.
+      layer_of: which leaves form one layer, with common thresholds and a common coin; by
+        default those under one parent.
+
+    Returns:
+      A transformation with state `SurgeryState`. Its `update` needs `params`.
+
+    Raises:
+      TypeError: if `key` is not a typed PRNG key, or a leaf that takes part is not floating
+        point (from `init`).
+      ValueError: if a pattern matches no layer or the params are empty (from `init`), or if
+        `params` is missing (from `update`).
+
+    Example:
+      >>> import jax, optax
+      >>> from dns_jax import mean_std, update_probability
+      >>> params = {'fc1': {'kernel': jax.numpy.array([[0.1, 2.0], [-0.2, -3.0]])}}
+      >>> rule = Rule(mean_std(c_rate=0.0), update_probability(stop=1000))
+      >>> optimizer = optax.chain(surgery(rule, jax.random.key(0)), optax.sgd(0.1))
+      >>> state = optimizer.init(params)
+      >>> gradients = jax.tree.map(jax.numpy.ones_like, params)
+      >>> updates, state = optimizer.update(gradients, state, params)
+      >>> optax.tree.get(state, 'masks')['fc1']['kernel']
+      Array([[False,  True],
+             [False,  True]], dtype=bool)
+
+    Reference:
+      Guo et al. 2016, Algorithm 1.
+    """
+    table = {'*': rules} if isinstance(rules, Rule) else dict(rules)
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        raise TypeError(f'key must be a typed PRNG key, as jax.random.key makes it, but is {key!r}')
+
+    def match(params):
+        layers = group_by_layer(params, layer_of, takes_part)
+        return layers, match_patterns(table, layers)
+
+    def init_fn(params):
+        layers, matches = match(params)
+        masks = init_masks(
+            params,
+            lambda path, leaf: takes_part(path, leaf) and layer_of(path) in matches,
+        )
+        count = jnp.zeros((), jnp.int32)
+        thresholds = {}
+        for pattern, rule in table.items():
+            group = {layer: layers[layer] for layer in matches if matches[layer][0] == pattern}
+            thresholds |= rule.thresholds(group, count)
+        return SurgeryState(count, key, masks, thresholds)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError('surgery needs the weights: call update(updates, state, params)')
+        _, matches = match(params)
+        masks = update_masks(
+            jax.random.fold_in(state.key, state.count),
+            params,
+            state.masks,
+            state.thresholds,
+            {layer: rule.update_probability(state.count) for layer, (_, rule) in matches.items()},
+            layer_of=layer_of,
+        )
+        count = optax.safe_increment(state.count)
+        return updates, SurgeryState(count, state.key, masks, state.thresholds)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def masked_value_and_grad(
+    loss_fn: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Makes a function for the loss at W⊙T and its gradient, meant for all of W.
+
+    .. math::
+      \frac{\partial L(W \odot T)}{\partial (W \odot T)}
+
+    The derivative is not multiplied by T: a pruned weight gets the gradient it would have were
+    it kept at zero, so it keeps learning and can return.
+
+    Args:
+      loss_fn: `loss_fn(params, *args, **kwargs)`, as for `jax.value_and_grad`.
+      has_aux: whether `loss_fn` returns a pair (loss, anything).
+
+    Returns:
+      A function of `(params, masks, *args, **kwargs)` that returns what
+      `jax.value_and_grad(loss_fn, has_aux=has_aux)` returns at `apply_masks(params, masks)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda weights, x: jnp.sum(weights * x) ** 2
+      >>> weights, mask = jnp.array([1.0, 5.0]), jnp.array([True, False])
+      >>> masked_value_and_grad(loss)(weights, mask, jnp.array([2.0, 3.0]))
+      (Array(4., dtype=float32), Array([ 8., 12.], dtype=float32))
+
+    Reference:
+      Guo et al. 2016, equation (2).
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def masked(params, masks, *args, **kwargs):
+        return value_and_grad(apply_masks(params, masks), *args, **kwargs)
+
+    return masked

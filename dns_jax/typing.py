@@ -1,0 +1,40 @@
+"""The types that the modules of `dns_jax` share. Owns no behaviour."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+Params = optax.Params
+"""Any pytree of floating-point arrays: the dense weights W."""
+
+Masks = Any
+"""A pytree parallel to the params: boolean arrays, True where a connection is kept.
+
+A leaf that takes no part in surgery has a mask of shape `()`, always True, whatever the
+shape of its weights: it broadcasts, and costs one byte.
+"""
+
+Schedule = optax.Schedule
+"""Maps a step count, an int32 scalar that may be traced, to a scalar."""
+
+LayerOf = Callable[[str], str]
+"""Maps the path of a leaf to the name of the layer it belongs to."""
+
+Predicate = Callable[[str, Any], bool]
+"""Says of a leaf, by its path and itself, whether it takes part."""
+
+
+class Thresholds(NamedTuple):
+    """The band (a_k, b_k) of one layer, in the unit of its weights."""
+
+    low: jax.Array  # shape=(), dtype=jnp.float32
+    high: jax.Array  # shape=(), dtype=jnp.float32
+
+
+ThresholdRule = Callable[[Mapping[str, Sequence[jax.Array]], jax.Array], dict[str, Thresholds]]
+"""Maps layers, as `{name: its weight arrays}`, and the step count to a band for each layer.
+
+A rule sees all its layers at once, so that it may divide one budget among them.
+"""

@@ -1,0 +1,17 @@
+"""LeNet-300-100 on MNIST: the paper's table 1, first network.
+
+python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300.flags
+"""
+
+from experiments import flags
+from experiments.run import run
+
+DEFAULTS = {
+    'network': 'lenet300',
+    'surgery_steps': 25_000,
+    'c_rate': 'fc1:4.5,fc2:4,fc3:2.5',
+    'stop': '20000',
+}
+
+if __name__ == '__main__':
+    flags.run(DEFAULTS, run)

@@ -1,0 +1,166 @@
+"""The one training loop: many steps per compiled call, over a data set that lies on the device.
+
+The reference network and surgery run through the same step. A network without surgery is one
+whose rule table is empty: then every mask is a scalar and costs nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dns_jax
+from experiments.data import Split
+
+INPUT_SCALE = 1 / 256  # Caffe's for MNIST
+_EVALUATION_BATCH = 1_000
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    params: dns_jax.Params
+    opt_state: optax.OptState
+
+    @property
+    def masks(self) -> dns_jax.Masks:
+        """The masks, from wherever in the optimizer's state surgery put them."""
+        return optax.tree.get(self.opt_state, 'masks')
+
+
+class Chunk(NamedTuple):
+    """What happened in the steps of one compiled call."""
+
+    losses: jax.Array  # shape=(steps,), dtype=jnp.float32
+    events: dict[str, dns_jax.Events]  # summed over the steps, by layer
+
+
+TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
+
+
+def make_step(network: nn.Module, optimizer: optax.GradientTransformation) -> TrainStep:
+    """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
+
+    Args:
+      network: maps images to logits.
+      optimizer: a chain with `dns_jax.surgery` in it.
+
+    Returns:
+      A function of the state, images (batch, 28, 28, 1) uint8 and labels (batch,) int32 that
+      returns the new state and the mean cross-entropy of the batch in nats.
+    """
+
+    def loss_fn(params, images, labels):
+        logits = network.apply({'params': params}, normalise(images))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
+
+    def step(state, images, labels):
+        loss, gradients = value_and_grad(state.params, state.masks, images, labels)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
+
+    return step
+
+
+def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
+    """Makes the compiled call that runs many steps; it takes the state's memory over.
+
+    Args:
+      step: from `make_step`.
+
+    Returns:
+      A jitted function of the state, all images, all labels and the indices (steps, batch) of
+      each step's batch that returns the new state and a `Chunk`.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run_chunk(state, images, labels, indices):
+        def body(carry, batch):
+            state, events = carry
+            new_state, loss = step(state, images[batch], labels[batch])
+            new_events = dns_jax.count_events(state.masks, new_state.masks)
+            return (new_state, jax.tree.map(jnp.add, events, new_events)), loss
+
+        no_events = jax.tree.map(jnp.zeros_like, dns_jax.count_events(state.masks, state.masks))
+        (state, events), losses = jax.lax.scan(body, (state, no_events), indices)
+        return state, Chunk(losses, events)
+
+    return run_chunk
+
+
+def batch_indices(seed: int, examples: int, batch_size: int, start: int, steps: int) -> np.ndarray:
+    """Chooses the images of some steps: one shuffled epoch after the other, without gaps.
+
+    A pure function of its arguments, so that a resumed run sees the same batches.
+
+    Args:
+      seed: of the shuffles.
+      examples: images in the training split.
+      batch_size: images per step.
+      start: the first step.
+      steps: how many steps.
+
+    Returns:
+      Indices into the split, (steps, batch_size) int32.
+    """
+    first, last = start * batch_size, (start + steps) * batch_size
+    epochs = range(first // examples, (last - 1) // examples + 1)
+    order = np.concatenate([_shuffled_epoch(seed, examples, epoch) for epoch in epochs])
+    offset = epochs[0] * examples
+    return order[first - offset : last - offset].reshape(steps, batch_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled_epoch(seed: int, examples: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples).astype(np.int32)
+
+
+def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
+    """Makes the function that measures the classification error.
+
+    Args:
+      network: maps images to logits.
+
+    Returns:
+      A function of the weights to compute with (W⊙T) and a split that returns the share of
+      images it gets wrong, in percent.
+    """
+
+    @jax.jit
+    def count_wrong(params, images, labels):
+        logits = network.apply({'params': params}, normalise(images))
+        return jnp.sum(jnp.argmax(logits, -1) != labels)
+
+    def error(params, split):
+        wrong = 0
+        for begin in range(0, len(split.labels), _EVALUATION_BATCH):
+            part = slice(begin, begin + _EVALUATION_BATCH)
+            wrong += int(count_wrong(params, split.images[part], split.labels[part]))
+        return 100 * wrong / len(split.labels)
+
+    return error
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """Scales uint8 images to [0, 1) float32."""
+    return images.astype(jnp.float32) * INPUT_SCALE
+
+
+def first_not_finite(losses: jax.Array) -> int:
+    """Finds the first loss that is NaN or infinite.
+
+    Args:
+      losses: of consecutive steps.
+
+    Returns:
+      Which step of them it was, from 1; 0 if all are finite.
+    """
+    broken = np.flatnonzero(~np.isfinite(np.asarray(losses)))
+    return int(broken[0]) + 1 if broken.size else 0

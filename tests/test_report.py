@@ -1,0 +1,353 @@
+"""Tests of experiments.report."""
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import report
+
+SUMMARY = {
+    'network': 'lenet5', 'dataset': 'mnist', 'seed': 3, 'steps': 3000, 'reference_error': 0.912,
+    'test_error': 0.91, 'validation_error': 1.05, 'parameters': 431080, 'kept': 3986,
+    'compression': 431080 / 3986, 'seconds': 1312.4, 'commit': 'abc1234', 'jax': '0.10.2',
+    'per_layer': {
+        'conv1': {'parameters': 520, 'kept': 0, 'density': 0.0, 'compression': math.inf,
+                  'multiply_adds': 288000, 'kept_multiply_adds': 0, 'bytes': 2080,
+                  'kept_bytes': 0},
+        'ip1': {'parameters': 430560, 'kept': 3986, 'density': 3986 / 430560,
+                'compression': 430560 / 3986, 'multiply_adds': 400000,
+                'kept_multiply_adds': 3950, 'bytes': 1722240, 'kept_bytes': 23916}}}
+
+RESULT_TABLE = '''\
+| network | parameters → kept | error: reference → after surgery | compression |
+|---------|------------------:|---------------------------------:|------------:|
+| LeNet-5 |       431K → 4.0K |                  0.91 % → 0.91 % |        108× |'''
+
+LAYER_TABLE = '''\
+| layer | parameters |  kept | kept % | compression | multiply-adds |  kept |     bytes |   kept |
+|-------|-----------:|------:|-------:|------------:|--------------:|------:|----------:|-------:|
+| conv1 |        520 |     0 |   0.00 |           ∞ |       288,000 |     0 |     2,080 |      0 |
+| ip1   |    430,560 | 3,986 |   0.93 |        108× |       400,000 | 3,950 | 1,722,240 | 23,916 |
+| total |    431,080 | 3,986 |   0.92 |        108× |       688,000 | 3,950 | 1,724,320 | 23,916 |
+'''.rstrip()
+
+
+def surgery_record(step, pruned=0, spliced=0, **more):
+    """A record of surgery with the counts in the second layer, and one of each in the first."""
+    return {'phase': 'surgery', 'step': step, 'loss': 0.3, 'learning_rate': 0.01,
+            'validation_error': 1.2, 'kept': {'conv1': 0, 'ip1': 4000},
+            'pruned': {'conv1': 1, 'ip1': pruned - 1}, 'spliced': {'conv1': 1, 'ip1': spliced - 1},
+            **more}
+
+
+def reference_record(step, **more):
+    return {'phase': 'reference', 'step': step, 'loss': 0.3, 'learning_rate': 0.01,
+            'validation_error': 1.2, **more}
+
+
+RECORDS = [reference_record(250, loss=2.3, validation_error=40.0), reference_record(500),
+           surgery_record(500, 70, 7), surgery_record(1000, 30, 3), surgery_record(3000, 8, 4)]
+
+
+def write_records(folder, records):
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(one) + '\n' for one in records))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    write_records(tmp_path, RECORDS)
+    return tmp_path
+
+
+def steps_of(records):
+    return [(record['phase'][0], record['step']) for record in records]
+
+
+# Reading.
+
+def test_read_records(workdir):
+    assert report.read_records(workdir) == RECORDS
+    assert report.read_records(str(workdir)) == RECORDS
+
+
+@pytest.mark.parametrize('torn', ['{"phase": "surg', json.dumps(surgery_record(4000))])
+def test_read_records_ignores_a_torn_last_line(workdir, torn):
+    with (workdir / 'metrics.jsonl').open('a') as stream:
+        stream.write(torn)
+    assert report.read_records(workdir) == RECORDS
+
+
+def test_read_records_of_an_empty_file(tmp_path):
+    write_records(tmp_path, [])
+    assert report.read_records(tmp_path) == []
+
+
+@pytest.mark.parametrize('damaged', [
+    '{"phase": "surg', '', '[1]', '3', '{"phase": "other", "step": 1}', '{"phase": "surgery"}',
+    '{"phase": "surgery", "step": 1.5}', '{"step": 1}', '\0\0\0'])
+def test_read_records_names_the_damaged_line(workdir, damaged):
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    lines.insert(2, damaged)
+    path = workdir / 'metrics.jsonl'
+    path.write_text('\n'.join(lines) + '\n')
+    with pytest.raises(ValueError, match=re.escape(f'{path}, line 3: ')):
+        report.read_records(workdir)
+
+
+def test_read_records_of_a_missing_file(tmp_path):
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / 'metrics.jsonl'))):
+        report.read_records(tmp_path)
+
+
+def test_read_records_lets_a_resumed_run_replace_what_it_repeats(tmp_path):
+    told = [reference_record(100), reference_record(200), surgery_record(100), surgery_record(200),
+            surgery_record(300), surgery_record(200, 9, 9), surgery_record(400)]
+    write_records(tmp_path, told)
+    records = report.read_records(tmp_path)
+    assert records == [*told[:3], *told[5:]]
+    write_records(tmp_path, [*told, reference_record(200), surgery_record(100)])
+    assert steps_of(report.read_records(tmp_path)) == [('r', 100), ('r', 200), ('s', 100)]
+
+
+# Tables.
+
+def test_result_row():
+    assert report.result_row(SUMMARY) == '| LeNet-5 | 431K → 4.0K | 0.91 % → 0.91 % | 108× |'
+
+
+@pytest.mark.parametrize(('change', 'row'), [
+    ({'network': 'lenet300', 'parameters': 266610, 'kept': 4988, 'compression': 266610 / 4988,
+      'reference_error': 2.28, 'test_error': 1.994},
+     '| LeNet-300-100 | 267K → 5.0K | 2.28 % → 1.99 % | 53.5× |'),
+    ({'network': 'other', 'parameters': 60965224, 'kept': 999500, 'compression': 60.995},
+     '| other | 61M → 1.0M | 0.91 % → 0.91 % | 61.0× |'),
+    ({'parameters': 999499, 'kept': 999, 'compression': 1234.5},
+     '| LeNet-5 | 999K → 999 | 0.91 % → 0.91 % | 1,234× |'),
+    ({'parameters': 9960, 'kept': 1000, 'compression': 9.96},
+     '| LeNet-5 | 10K → 1.0K | 0.91 % → 0.91 % | 10.0× |'),
+    ({'kept': 0, 'compression': None}, '| LeNet-5 | 431K → 0 | 0.91 % → 0.91 % | ∞ |')])
+def test_result_row_of_other_runs(change, row):
+    assert report.result_row({**SUMMARY, **change}) == row
+
+
+def test_format_table():
+    assert report.format_table(SUMMARY) == f'{RESULT_TABLE}\n\n{LAYER_TABLE}'
+
+
+@pytest.mark.parametrize('function', [
+    report.result_row, report.format_table, lambda summary: report.write('nowhere', summary)])
+def test_a_missing_key_is_named(function):
+    for key in SUMMARY:
+        with pytest.raises(ValueError, match=f"summary lacks the key '{key}'"):
+            function({name: value for name, value in SUMMARY.items() if name != key})
+    for key in SUMMARY['per_layer']['ip1']:
+        broken = copy.deepcopy(SUMMARY)
+        del broken['per_layer']['ip1'][key]
+        with pytest.raises(ValueError, match=rf"per_layer\['ip1'\] lacks the key '{key}'"):
+            function(broken)
+
+
+# Counts and figures.
+
+def test_binned_counts():
+    borders, pruned = report.binned_counts(RECORDS, 'pruned')
+    np.testing.assert_array_equal(borders, [0, 1000, 2000, 3000])
+    # The last record's 8 connections belong to 2,000 steps.
+    np.testing.assert_array_equal(pruned, [100, 4, 4])
+    np.testing.assert_array_equal(report.binned_counts(RECORDS, 'spliced')[1], [10, 2, 2])
+
+
+def test_binned_counts_share_a_record_over_a_border_and_end_at_the_last_step():
+    records = [surgery_record(80, 10), surgery_record(180, 50), surgery_record(250, 7)]
+    borders, pruned = report.binned_counts(records, 'pruned', width=100)
+    np.testing.assert_array_equal(borders, [0, 100, 200, 250])
+    np.testing.assert_allclose(pruned, [10 + 10, 40 + 2, 5])
+
+
+def test_binned_counts_without_events():
+    record = surgery_record(1000)
+    del record['pruned']
+    for records in ([record], [{**record, 'pruned': {}}]):
+        np.testing.assert_array_equal(report.binned_counts(records, 'pruned')[1], [0])
+    for records in ([], [reference_record(500)], [surgery_record(0, 1)]):
+        borders, counts = report.binned_counts(records, 'pruned')
+        assert list(borders) == [0]
+        assert counts.size == 0
+
+
+def test_density_figure_shows_percent_and_zero():
+    axes, = report.density_figure(RECORDS, SUMMARY).axes
+    first, second = axes.get_lines()
+    np.testing.assert_array_equal(first.get_ydata(), [0, 0, 0])
+    np.testing.assert_allclose(second.get_ydata(), [100 * 4000 / 430560] * 3)
+    np.testing.assert_array_equal(second.get_xdata(), [500, 1000, 3000])
+    assert axes.get_yscale() == 'symlog'
+    assert axes.get_ylim()[0] < 0
+    assert [first.get_label(), second.get_label()] == ['conv1: 0 %', 'ip1: 0.929 %']
+
+
+def test_density_figure_of_many_layers_with_long_names():
+    entry = SUMMARY['per_layer']['ip1']
+    names = [f'features/block_{index}/convolution_{index}' for index in range(21)]
+    records = [surgery_record(100, kept=dict.fromkeys(names, 400000))]
+    figure = report.density_figure(records, {'per_layer': dict.fromkeys(names, entry)})
+    axes, = figure.axes
+    assert axes.get_yscale() == 'log'
+    low, high = axes.get_ylim()
+    assert low < 10
+    assert high > 100
+    lines = axes.get_lines()
+    assert lines[20].get_label() == '…k_20/convolution_20: 92.9 %'
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 21
+    figure.draw_without_rendering()
+    legend, = figure.legends
+    assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+    assert legend.get_window_extent().y0 >= 0
+
+
+def test_surgery_figure_draws_the_counts():
+    axes, = report.surgery_figure(RECORDS).axes
+    pruned, spliced = (patch.get_data().values for patch in axes.patches)
+    np.testing.assert_array_equal(pruned, [100, 4, 4])
+    np.testing.assert_array_equal(spliced, [10, 2, 2])
+    assert axes.get_yscale() == 'symlog'
+
+
+def test_training_figure_joins_the_phases_and_marks_the_border():
+    error, loss = report.training_figure(RECORDS).axes
+    for axes, first in ((error, 40.0), (loss, 2.3)):
+        reference, surgery, border = axes.get_lines()
+        np.testing.assert_array_equal(reference.get_xdata(), [250, 500])
+        np.testing.assert_array_equal(surgery.get_xdata(), [1000, 1500, 3500])
+        np.testing.assert_array_equal(border.get_xdata(), [500, 500])
+        assert reference.get_ydata()[0] == first
+    assert error.get_yscale() == 'log'
+    assert loss.get_yscale() == 'linear'
+
+
+def test_training_figure_shows_every_step_where_one_measure_is_rarer():
+    records = [surgery_record(100), *(surgery_record(step, validation_error=None)
+                                      for step in (200, 9000))]
+    records.append(surgery_record(9500, loss=0.0, validation_error=0.0))
+    error, loss = report.training_figure(records).axes
+    np.testing.assert_array_equal(error.get_lines()[0].get_xdata(), [100, 9500])
+    np.testing.assert_array_equal(loss.get_lines()[0].get_ydata(), [0.3, 0.3, 0.3, 0.0])
+    assert error.get_xlim() == loss.get_xlim()
+    assert error.get_xlim()[0] == 0
+    assert error.get_xlim()[1] >= 9500
+
+
+def test_first_layer_figure_counts_per_pixel():
+    mask = np.zeros((784, 5), bool)
+    mask[28 * 2 + 7, :3] = True
+    axes = report.first_layer_figure(mask).axes[0]
+    image = np.asarray(axes.get_images()[0].get_array())
+    assert image.shape == (28, 28)
+    assert image[2, 7] == 3
+    assert image.sum() == 3
+    assert axes.get_title().startswith('First layer: 1 of 784')
+
+
+# Writing.
+
+def names_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+def test_write(workdir):
+    summary = {**SUMMARY, 'flags': {'seed': 3, 'c_rate': [2, 2.5], 'note': None, 'fast': True}}
+    paths = report.write(str(workdir), summary, np.ones((784, 20), bool))
+    names = [str(path.relative_to(workdir)) for path in paths]
+    assert names == ['summary.json', 'plots/training.png', 'plots/density.png',
+                     'plots/surgery.png', 'plots/first_layer.png', 'report.md']
+    assert names_in(workdir) == sorted([*names, 'metrics.jsonl'])
+    assert json.loads(paths[0].read_text()) == summary
+    for path, size in zip(paths[1:5], [(900, 750), (900, 450), (900, 450), (600, 500)],
+                          strict=True):
+        with Image.open(path) as image:
+            assert image.size == size
+            # More than a white page: the curves and the text bring in many shades.
+            assert len(image.convert('RGB').getcolors(1 << 24)) > 50
+    text = paths[-1].read_text()
+    assert text.startswith('# LeNet-5 on mnist, seed 3\n')
+    for part in (RESULT_TABLE, LAYER_TABLE, '```\n--seed=3\n--c_rate=2,2.5\n--fast=True\n```',
+                 'Validation error after surgery: 1.05 %.',
+                 '3000 steps in 1,312 s, commit abc1234, jax 0.10.2.'):
+        assert f'\n\n{part}\n' in text or f'. {part}\n' in text
+    assert re.findall(r'!\[[^]]+\]\(([^)]+)\)', text) == names[1:5]
+
+
+def test_write_without_surgery_flags_and_mask(workdir):
+    write_records(workdir, RECORDS[:1])
+    paths = report.write(workdir, SUMMARY)
+    assert [path.name for path in paths] == ['summary.json', 'training.png', 'report.md']
+    assert 'Flags' not in paths[-1].read_text()
+
+
+@pytest.mark.parametrize('change', [
+    {'kept': {'conv1': 0, 'ip1': 0}}, {'loss': math.nan, 'validation_error': 0.0},
+    {'loss': math.inf}, {'step': 0}, {'pruned': {}, 'spliced': {}}, {'validation_error': None}])
+def test_write_of_a_single_odd_record(workdir, change):
+    write_records(workdir, [surgery_record(250, 5, 5, **{'loss': 1.0}) | change])
+    assert len(report.write(workdir, SUMMARY)) == 5
+
+
+@pytest.mark.parametrize('shape', [(784,), (783, 20), (5, 5, 1, 20)])
+def test_write_refuses_another_mask_and_writes_nothing(workdir, shape):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        report.write(workdir, SUMMARY, np.ones(shape, bool))
+    assert names_in(workdir) == ['metrics.jsonl']
+
+
+@pytest.mark.parametrize('content', ['', '{"phase": "surgery"', 'damaged\n'])
+def test_write_keeps_the_summary_where_the_records_fail(tmp_path, content):
+    (tmp_path / 'metrics.jsonl').write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / 'metrics.jsonl'))):
+        report.write(tmp_path, SUMMARY)
+    assert names_in(tmp_path) == ['metrics.jsonl', 'summary.json']
+
+
+@pytest.mark.parametrize('name', ['missing', 'file'])
+def test_write_names_a_folder_that_it_cannot_write(tmp_path, name):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / name))):
+        report.write(tmp_path / name, SUMMARY)
+
+
+@pytest.mark.parametrize('broken', ['write_bytes', 'replace'])
+def test_write_is_whole_or_not_at_all(workdir, monkeypatch, broken):
+    report.write(workdir, SUMMARY)
+    before = {name: (workdir / name).read_bytes() for name in names_in(workdir)}
+    write_bytes = Path.write_bytes
+
+    def fill_the_disk(path, content):
+        write_bytes(path, content[:10])
+        raise OSError(28, 'No space left on device')
+
+    def refuse(source, target):
+        del source, target
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        if broken == 'write_bytes':
+            patch.setattr(Path, 'write_bytes', fill_the_disk)
+        else:
+            patch.setattr(os, 'replace', refuse)
+        with pytest.raises(OSError, match=re.escape(str(workdir / 'summary.json'))):
+            report.write(workdir, {**SUMMARY, 'seed': 4})
+    assert {name: (workdir / name).read_bytes() for name in names_in(workdir)} == before
+
+
+def test_write_leaves_pyplot_alone():
+    code = 'import sys, experiments.report; sys.exit("matplotlib.pyplot" in sys.modules)'
+    root = Path(report.__file__).parents[1]
+    assert subprocess.run([sys.executable, '-c', code], cwd=root, check=False).returncode == 0
