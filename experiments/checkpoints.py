@@ -77,10 +77,10 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: PyTree) -> None:
-        """Saves `state`; the disk is written in the background, the copy is taken before.
+        """Saves `state` in the background; an error there is raised by the next call.
 
-        So `state` may be donated as soon as this returns. Older checkpoints go only after this
-        one is whole. An error in the background is raised by the next call.
+        `state` may be donated at once: orbax has copied it by then or, on CPU, holds its buffers,
+        and XLA then writes elsewhere. Older checkpoints go only after this one is whole.
 
         Args:
           step: number of steps taken; above that of every checkpoint in the directory.
@@ -174,7 +174,8 @@ class Checkpoints:
                 arguments = ocp.args.Composite(leaves=targets)
                 leaves = self._manager.restore(step, args=arguments)['leaves']
         except Exception as error:  # A cut file makes orbax raise a bare Exception.
-            message = f'{self._directory}: the checkpoint of step {step} cannot be read: {error}'
+            reason = str(error).partition('\n')[0] or type(error).__name__
+            message = f'{self._directory}: the checkpoint of step {step} cannot be read: {reason}'
             raise OSError(message) from error
         if differences:
             raise ValueError(

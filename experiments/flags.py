@@ -8,9 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from absl import app
+from absl import app, logging
 from absl import flags as absl_flags
-from absl import logging
 
 from experiments import data
 
@@ -46,8 +45,11 @@ class Config:
 
     reference_learning_rate: float = _flag(0.01, 'Learning rate at step 0 of dense training.')
     learning_rate: float = _flag(0.01, 'Learning rate at step 0 of surgery.')
+    learning_rate_policy: str = _flag(
+        'inv', "Caffe's policy, in both phases; poly ends at 0.", choices=('inv', 'poly')
+    )
     learning_rate_gamma: float = _flag(1e-4, "Gamma of Caffe's policy inv, per step.")
-    learning_rate_power: float = _flag(0.75, "Power of Caffe's policy inv.")
+    learning_rate_power: float = _flag(0.75, 'Power of the policy.')
     momentum: float = _flag(0.9, 'Momentum.')
     weight_decay: float = _flag(5e-4, 'Weight decay on all dense weights.')
     bias_scale: float = _flag(2.0, 'Learning rate of biases / that of kernels.')
@@ -173,10 +175,11 @@ def run(defaults: Mapping[str, Any], action: Callable[[Config], None]) -> None:
         with its message and exit status 1, without a traceback.
     """
     define(defaults, absl_flags.FLAGS)
-    # Orbax and TFDS tell at level INFO of every file they touch.
-    absl_flags.FLAGS.set_default('verbosity', logging.WARNING)
 
     def main(arguments):
+        if not absl_flags.FLAGS['verbosity'].present:
+            # At level INFO, orbax and TFDS tell of every file they touch.
+            logging.set_verbosity(logging.WARNING)
         try:
             action(to_config(defaults, absl_flags.FLAGS, arguments))
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:

@@ -69,23 +69,23 @@ class Trainer:
         self.config = config
         self.network = models.NETWORKS[config.network]()
         image_shape = (28, 28, 1)
-        self.params = self.network.init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)))[
-            'params'
-        ]
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        images = jnp.zeros((1, *image_shape))
+        self.initial = self.network.init(jax.random.key(config.seed), images)['params']
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial))
         self.positions = models.positions(self.network, image_shape)
-        self.rules = make_rules(config, self.params)
+        self.rules = make_rules(config, self.initial)
         self.dataset = data.load(
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
         )
         self.error = train.make_error(self.network)
         self.folder = claim(config)
-        self.records = Records(self.folder)
+        self.records = Records(self.folder, config.tensorboard)
 
     def train_reference(self, stopping: list[int]) -> dns_jax.Params:
         """Trains the dense network, or reads the one that --reference names."""
-        optimizer = self._optimizer({}, self.config.reference_learning_rate)
-        state = train.TrainState(self.params, optimizer.init(self.params))
+        steps = self.config.reference_steps
+        optimizer = self._optimizer({}, self.config.reference_learning_rate, steps)
+        state = train.TrainState(self.initial, optimizer.init(self.initial))
         if self.config.reference:
             folder = Path(self.config.reference) / 'checkpoints' / 'reference'
             if not folder.is_dir():
@@ -93,16 +93,16 @@ class Trainer:
             with Checkpoints(folder) as checkpoints:
                 _, state = checkpoints.restore(state)
         else:
-            steps = self.config.reference_steps
             state = self._train('reference', optimizer, state, steps, stopping)
         return state.params
 
     def train_surgery(self, params: dns_jax.Params, stopping: list[int]) -> train.TrainState:
         """Operates on the network, from its dense weights."""
-        optimizer = self._optimizer(self.rules, self.config.learning_rate)
+        steps = self.config.surgery_steps
+        optimizer = self._optimizer(self.rules, self.config.learning_rate, steps)
         # A copy: the loop takes over the memory of its state, and the reference is still needed.
         state = train.TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
-        return self._train('surgery', optimizer, state, self.config.surgery_steps, stopping)
+        return self._train('surgery', optimizer, state, steps, stopping)
 
     def summarise(
         self, reference: dns_jax.Params, final: train.TrainState, seconds: float
@@ -129,11 +129,13 @@ class Trainer:
             'flags': config.identity(),
         }
 
-    def _optimizer(self, rules, learning_rate) -> optax.GradientTransformation:
+    def _optimizer(self, rules, learning_rate, steps) -> optax.GradientTransformation:
         config = self.config
-        schedule = dns_jax.caffe_inv(
-            learning_rate, config.learning_rate_gamma, config.learning_rate_power
-        )
+        power = config.learning_rate_power
+        if config.learning_rate_policy == 'inv':
+            schedule = dns_jax.caffe_inv(learning_rate, config.learning_rate_gamma, power)
+        else:
+            schedule = dns_jax.caffe_poly(learning_rate, power, steps)
         return optax.chain(
             dns_jax.surgery(
                 rules,

@@ -58,25 +58,60 @@ def claim(config: Config) -> Path:
 
 
 class Records:
-    """The records of a run, appended to its `metrics.jsonl`."""
+    """The records of a run, appended to its `metrics.jsonl` and, if asked for, to TensorBoard."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, tensorboard: bool = False):
+        """Opens the records.
+
+        Args:
+          folder: of the run.
+          tensorboard: whether to write events to `tensorboard` in it as well.
+
+        Raises:
+          ValueError: if `tensorboard` is asked for and tensorboardX is not installed.
+        """
         self._path = folder / METRICS_FILE
         self._path.touch()
+        self._events = _open_events(folder / 'tensorboard') if tensorboard else None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one line. Values must be exact in JSON, so that a resumed run writes the same."""
+        """Adds one record.
+
+        Args:
+          record: `phase`, `step` and numbers, or numbers by layer.
+        """
         with self._path.open('a') as file:
             file.write(json.dumps(record) + '\n')
+        if self._events:
+            for name, value in record.items():
+                series = value if isinstance(value, Mapping) else {'': value}
+                for layer, number in series.items():
+                    if name not in ('phase', 'step'):
+                        tag = '/'.join(filter(None, (record['phase'], name, layer)))
+                        self._events.add_scalar(tag, number, record['step'])
+            self._events.flush()
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drops the records of a phase that come after a step, and any torn last line."""
+        """Drops what a resumed run will write again, and any torn last line.
+
+        Args:
+          phase: the phase that goes on.
+          step: its last step that a checkpoint holds.
+        """
         lines = [line for line in self._path.read_text().splitlines(True) if line.endswith('\n')]
         records = [(line, json.loads(line)) for line in lines]
         kept = [
             line for line, record in records if record['phase'] != phase or record['step'] <= step
         ]
         write_whole(self._path, ''.join(kept))
+
+
+def _open_events(folder: Path):
+    try:
+        import tensorboardX  # optional, so imported only where asked for
+    except ImportError as error:
+        raise ValueError('--tensorboard needs the package tensorboardX') from error
+    return tensorboardX.SummaryWriter(str(folder))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

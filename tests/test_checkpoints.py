@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 import signal
@@ -179,6 +180,15 @@ def test_only_the_newest_are_kept(tmp_path, keep):
             assert checkpoints.restore(like(), step=40)[1]['w'][0, 0] == 40
 
 
+def test_the_latest_step_is_that_of_a_checkpoint_on_disk(tmp_path):
+    with Checkpoints(tmp_path) as writer, Checkpoints(tmp_path) as reader:
+        for step in (1, 2):
+            writer.save(step, jax.random.normal(jax.random.key(step), (2_000_000,)))
+            assert writer.latest_step() == step
+            assert (tmp_path / str(step)).is_dir()
+            assert reader.latest_step() == step
+
+
 def test_an_empty_directory_has_no_checkpoint(tmp_path):
     with Checkpoints(str(tmp_path / 'run' / 'phase')) as checkpoints:
         assert checkpoints.latest_step() is None
@@ -315,7 +325,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, damage, monkeypatc
         step, state = checkpoints.restore(like())
         assert step == 1
         assert_identical(state, {'w': jax.random.normal(jax.random.key(1), (50, 40))})
-        assert checkpoints.latest_step() == 1
         checkpoints.save(2, state)
         assert checkpoints.restore(like())[0] == 2
     assert any(f'{tmp_path}: the checkpoint of step 2 cannot be read' in one for one in warnings)
@@ -383,13 +392,17 @@ def test_leaving_waits_until_the_save_is_on_disk(tmp_path):
     assert (step, state[-1]) == (3, 3_999_999)
 
 
-def test_an_error_in_the_background_is_raised(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, jnp.ones(3))
-    assert checkpoints.latest_step() == 1
-    moved = tmp_path.with_name('moved')
-    tmp_path.rename(moved)
-    tmp_path.write_text('in the way')
-    checkpoints.save(2, jnp.ones(3))
-    with pytest.raises(NotADirectoryError):
-        checkpoints.close()
+def test_an_error_in_the_background_is_raised_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_steps(tmp_path, [1], keep=1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'rename', fail)
+        patch.setattr(os, 'replace', fail)
+        checkpoints.save(2, {'w': jnp.zeros((50, 40))})
+        with pytest.raises(OSError, match='No space left on device'):
+            checkpoints.close()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(like())[0] == 1

@@ -97,7 +97,7 @@ def mnist_files():
     default = ROOT.parent / 'shared' / 'data' / 'mnist'
     folder = pathlib.Path(os.environ.get('DNS_JAX_MNIST', default))
     if not folder.is_dir():
-        pytest.skip(f'no MNIST files: DNS_JAX_MNIST is not set and {default} does not exist')
+        pytest.skip(f'no MNIST files: {folder} is not a folder; DNS_JAX_MNIST names another')
     return folder
 
 
@@ -357,7 +357,9 @@ HALVES = {
     'has no dataset_info.json': lambda folder: (folder / 'dataset_info.json').unlink(),
     'JSON': lambda folder: os.truncate(folder / 'dataset_info.json', 20),
     'No such file': lambda folder: next(folder.glob('*test*')).unlink(),
-    'Riegeli': lambda folder: os.truncate(next(folder.glob('*train*')), 65_536),
+    'Riegeli': lambda folder: os.truncate(next(folder.glob('*train*')), 131_072),
+    # Cut here, the reader finds no records, yet gives empty ones without a word.
+    'image': lambda folder: os.truncate(next(folder.glob('*train*')), 65_536),
 }
 
 

@@ -16,46 +16,90 @@ from PIL import Image
 from experiments import report
 
 SUMMARY = {
-    'network': 'lenet5', 'dataset': 'mnist', 'seed': 3, 'steps': 3000, 'reference_error': 0.912,
-    'test_error': 0.91, 'validation_error': 1.05, 'parameters': 431080, 'kept': 3986,
-    'compression': 431080 / 3986, 'seconds': 1312.4, 'commit': 'abc1234', 'jax': '0.10.2',
+    'network': 'lenet5',
+    'dataset': 'mnist',
+    'seed': 3,
+    'steps': 3000,
+    'reference_error': 0.912,
+    'test_error': 0.91,
+    'validation_error': 1.05,
+    'parameters': 431080,
+    'kept': 3986,
+    'compression': 431080 / 3986,
+    'seconds': 1312.4,
+    'commit': 'abc1234',
+    'jax': '0.10.2',
     'per_layer': {
-        'conv1': {'parameters': 520, 'kept': 0, 'density': 0.0, 'compression': math.inf,
-                  'multiply_adds': 288000, 'kept_multiply_adds': 0, 'bytes': 2080,
-                  'kept_bytes': 0},
-        'ip1': {'parameters': 430560, 'kept': 3986, 'density': 3986 / 430560,
-                'compression': 430560 / 3986, 'multiply_adds': 400000,
-                'kept_multiply_adds': 3950, 'bytes': 1722240, 'kept_bytes': 23916}}}
+        'conv1': {
+            'parameters': 520,
+            'kept': 0,
+            'density': 0.0,
+            'compression': math.inf,
+            'multiply_adds': 288000,
+            'kept_multiply_adds': 0,
+            'bytes': 2080,
+            'kept_bytes': 0,
+        },
+        'ip1': {
+            'parameters': 430560,
+            'kept': 3986,
+            'density': 3986 / 430560,
+            'compression': 430560 / 3986,
+            'multiply_adds': 400000,
+            'kept_multiply_adds': 3950,
+            'bytes': 1722240,
+            'kept_bytes': 23916,
+        },
+    },
+}
 
-RESULT_TABLE = '''\
+RESULT_TABLE = """\
 | network | parameters → kept | error: reference → after surgery | compression |
 |---------|------------------:|---------------------------------:|------------:|
-| LeNet-5 |       431K → 4.0K |                  0.91 % → 0.91 % |        108× |'''
+| LeNet-5 |       431K → 4.0K |                  0.91 % → 0.91 % |        108× |"""
 
-LAYER_TABLE = '''\
+LAYER_TABLE = """\
 | layer | parameters |  kept | kept % | compression | multiply-adds |  kept |     bytes |   kept |
 |-------|-----------:|------:|-------:|------------:|--------------:|------:|----------:|-------:|
 | conv1 |        520 |     0 |   0.00 |           ∞ |       288,000 |     0 |     2,080 |      0 |
 | ip1   |    430,560 | 3,986 |   0.93 |        108× |       400,000 | 3,950 | 1,722,240 | 23,916 |
 | total |    431,080 | 3,986 |   0.92 |        108× |       688,000 | 3,950 | 1,724,320 | 23,916 |
-'''.rstrip()
+""".rstrip()
 
 
 def surgery_record(step, pruned=0, spliced=0, **more):
     """A record of surgery with the counts in the second layer, and one of each in the first."""
-    return {'phase': 'surgery', 'step': step, 'loss': 0.3, 'learning_rate': 0.01,
-            'validation_error': 1.2, 'kept': {'conv1': 0, 'ip1': 4000},
-            'pruned': {'conv1': 1, 'ip1': pruned - 1}, 'spliced': {'conv1': 1, 'ip1': spliced - 1},
-            **more}
+    return {
+        'phase': 'surgery',
+        'step': step,
+        'loss': 0.3,
+        'learning_rate': 0.01,
+        'validation_error': 1.2,
+        'kept': {'conv1': 0, 'ip1': 4000},
+        'pruned': {'conv1': 1, 'ip1': pruned - 1},
+        'spliced': {'conv1': 1, 'ip1': spliced - 1},
+        **more,
+    }
 
 
 def reference_record(step, **more):
-    return {'phase': 'reference', 'step': step, 'loss': 0.3, 'learning_rate': 0.01,
-            'validation_error': 1.2, **more}
+    return {
+        'phase': 'reference',
+        'step': step,
+        'loss': 0.3,
+        'learning_rate': 0.01,
+        'validation_error': 1.2,
+        **more,
+    }
 
 
-RECORDS = [reference_record(250, loss=2.3, validation_error=40.0), reference_record(500),
-           surgery_record(500, 70, 7), surgery_record(1000, 30, 3), surgery_record(3000, 8, 4)]
+RECORDS = [
+    reference_record(250, loss=2.3, validation_error=40.0),
+    reference_record(500),
+    surgery_record(500, 70, 7),
+    surgery_record(1000, 30, 3),
+    surgery_record(3000, 8, 4),
+]
 
 
 def write_records(folder, records):
@@ -74,6 +118,7 @@ def steps_of(records):
 
 # Reading.
 
+
 def test_read_records(workdir):
     assert report.read_records(workdir) == RECORDS
     assert report.read_records(str(workdir)) == RECORDS
@@ -91,9 +136,20 @@ def test_read_records_of_an_empty_file(tmp_path):
     assert report.read_records(tmp_path) == []
 
 
-@pytest.mark.parametrize('damaged', [
-    '{"phase": "surg', '', '[1]', '3', '{"phase": "other", "step": 1}', '{"phase": "surgery"}',
-    '{"phase": "surgery", "step": 1.5}', '{"step": 1}', '\0\0\0'])
+@pytest.mark.parametrize(
+    'damaged',
+    [
+        '{"phase": "surg',
+        '',
+        '[1]',
+        '3',
+        '{"phase": "other", "step": 1}',
+        '{"phase": "surgery"}',
+        '{"phase": "surgery", "step": 1.5}',
+        '{"step": 1}',
+        '\0\0\0',
+    ],
+)
 def test_read_records_names_the_damaged_line(workdir, damaged):
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
     lines.insert(2, damaged)
@@ -109,8 +165,15 @@ def test_read_records_of_a_missing_file(tmp_path):
 
 
 def test_read_records_lets_a_resumed_run_replace_what_it_repeats(tmp_path):
-    told = [reference_record(100), reference_record(200), surgery_record(100), surgery_record(200),
-            surgery_record(300), surgery_record(200, 9, 9), surgery_record(400)]
+    told = [
+        reference_record(100),
+        reference_record(200),
+        surgery_record(100),
+        surgery_record(200),
+        surgery_record(300),
+        surgery_record(200, 9, 9),
+        surgery_record(400),
+    ]
     write_records(tmp_path, told)
     records = report.read_records(tmp_path)
     assert records == [*told[:3], *told[5:]]
@@ -120,21 +183,40 @@ def test_read_records_lets_a_resumed_run_replace_what_it_repeats(tmp_path):
 
 # Tables.
 
+
 def test_result_row():
     assert report.result_row(SUMMARY) == '| LeNet-5 | 431K → 4.0K | 0.91 % → 0.91 % | 108× |'
 
 
-@pytest.mark.parametrize(('change', 'row'), [
-    ({'network': 'lenet300', 'parameters': 266610, 'kept': 4988, 'compression': 266610 / 4988,
-      'reference_error': 2.28, 'test_error': 1.994},
-     '| LeNet-300-100 | 267K → 5.0K | 2.28 % → 1.99 % | 53.5× |'),
-    ({'network': 'other', 'parameters': 60965224, 'kept': 999500, 'compression': 60.995},
-     '| other | 61M → 1.0M | 0.91 % → 0.91 % | 61.0× |'),
-    ({'parameters': 999499, 'kept': 999, 'compression': 1234.5},
-     '| LeNet-5 | 999K → 999 | 0.91 % → 0.91 % | 1,234× |'),
-    ({'parameters': 9960, 'kept': 1000, 'compression': 9.96},
-     '| LeNet-5 | 10K → 1.0K | 0.91 % → 0.91 % | 10.0× |'),
-    ({'kept': 0, 'compression': None}, '| LeNet-5 | 431K → 0 | 0.91 % → 0.91 % | ∞ |')])
+@pytest.mark.parametrize(
+    ('change', 'row'),
+    [
+        (
+            {
+                'network': 'lenet300',
+                'parameters': 266610,
+                'kept': 4988,
+                'compression': 266610 / 4988,
+                'reference_error': 2.28,
+                'test_error': 1.994,
+            },
+            '| LeNet-300-100 | 267K → 5.0K | 2.28 % → 1.99 % | 53.5× |',
+        ),
+        (
+            {'network': 'other', 'parameters': 60965224, 'kept': 999500, 'compression': 60.995},
+            '| other | 61M → 1.0M | 0.91 % → 0.91 % | 61.0× |',
+        ),
+        (
+            {'parameters': 999499, 'kept': 999, 'compression': 1234.5},
+            '| LeNet-5 | 999K → 999 | 0.91 % → 0.91 % | 1,234× |',
+        ),
+        (
+            {'parameters': 9960, 'kept': 1000, 'compression': 9.96},
+            '| LeNet-5 | 10K → 1.0K | 0.91 % → 0.91 % | 10.0× |',
+        ),
+        ({'kept': 0, 'compression': None}, '| LeNet-5 | 431K → 0 | 0.91 % → 0.91 % | ∞ |'),
+    ],
+)
 def test_result_row_of_other_runs(change, row):
     assert report.result_row({**SUMMARY, **change}) == row
 
@@ -143,8 +225,10 @@ def test_format_table():
     assert report.format_table(SUMMARY) == f'{RESULT_TABLE}\n\n{LAYER_TABLE}'
 
 
-@pytest.mark.parametrize('function', [
-    report.result_row, report.format_table, lambda summary: report.write('nowhere', summary)])
+@pytest.mark.parametrize(
+    'function',
+    [report.result_row, report.format_table, lambda summary: report.write('nowhere', summary)],
+)
 def test_a_missing_key_is_named(function):
     for key in SUMMARY:
         with pytest.raises(ValueError, match=f"summary lacks the key '{key}'"):
@@ -157,6 +241,7 @@ def test_a_missing_key_is_named(function):
 
 
 # Counts and figures.
+
 
 def test_binned_counts():
     borders, pruned = report.binned_counts(RECORDS, 'pruned')
@@ -185,7 +270,7 @@ def test_binned_counts_without_events():
 
 
 def test_density_figure_shows_percent_and_zero():
-    axes, = report.density_figure(RECORDS, SUMMARY).axes
+    (axes,) = report.density_figure(RECORDS, SUMMARY).axes
     first, second = axes.get_lines()
     np.testing.assert_array_equal(first.get_ydata(), [0, 0, 0])
     np.testing.assert_allclose(second.get_ydata(), [100 * 4000 / 430560] * 3)
@@ -200,7 +285,7 @@ def test_density_figure_of_many_layers_with_long_names():
     names = [f'features/block_{index}/convolution_{index}' for index in range(21)]
     records = [surgery_record(100, kept=dict.fromkeys(names, 400000))]
     figure = report.density_figure(records, {'per_layer': dict.fromkeys(names, entry)})
-    axes, = figure.axes
+    (axes,) = figure.axes
     assert axes.get_yscale() == 'log'
     low, high = axes.get_ylim()
     assert low < 10
@@ -209,13 +294,13 @@ def test_density_figure_of_many_layers_with_long_names():
     assert lines[20].get_label() == '…k_20/convolution_20: 92.9 %'
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 21
     figure.draw_without_rendering()
-    legend, = figure.legends
+    (legend,) = figure.legends
     assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
     assert legend.get_window_extent().y0 >= 0
 
 
 def test_surgery_figure_draws_the_counts():
-    axes, = report.surgery_figure(RECORDS).axes
+    (axes,) = report.surgery_figure(RECORDS).axes
     pruned, spliced = (patch.get_data().values for patch in axes.patches)
     np.testing.assert_array_equal(pruned, [100, 4, 4])
     np.testing.assert_array_equal(spliced, [10, 2, 2])
@@ -235,8 +320,10 @@ def test_training_figure_joins_the_phases_and_marks_the_border():
 
 
 def test_training_figure_shows_every_step_where_one_measure_is_rarer():
-    records = [surgery_record(100), *(surgery_record(step, validation_error=None)
-                                      for step in (200, 9000))]
+    records = [
+        surgery_record(100),
+        *(surgery_record(step, validation_error=None) for step in (200, 9000)),
+    ]
     records.append(surgery_record(9500, loss=0.0, validation_error=0.0))
     error, loss = report.training_figure(records).axes
     np.testing.assert_array_equal(error.get_lines()[0].get_xdata(), [100, 9500])
@@ -259,6 +346,7 @@ def test_first_layer_figure_counts_per_pixel():
 
 # Writing.
 
+
 def names_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
 
@@ -267,21 +355,32 @@ def test_write(workdir):
     summary = {**SUMMARY, 'flags': {'seed': 3, 'c_rate': [2, 2.5], 'note': None, 'fast': True}}
     paths = report.write(str(workdir), summary, np.ones((784, 20), bool))
     names = [str(path.relative_to(workdir)) for path in paths]
-    assert names == ['summary.json', 'plots/training.png', 'plots/density.png',
-                     'plots/surgery.png', 'plots/first_layer.png', 'report.md']
+    assert names == [
+        'summary.json',
+        'plots/training.png',
+        'plots/density.png',
+        'plots/surgery.png',
+        'plots/first_layer.png',
+        'report.md',
+    ]
     assert names_in(workdir) == sorted([*names, 'metrics.jsonl'])
     assert json.loads(paths[0].read_text()) == summary
-    for path, size in zip(paths[1:5], [(900, 750), (900, 450), (900, 450), (600, 500)],
-                          strict=True):
+    for path, size in zip(
+        paths[1:5], [(900, 750), (900, 450), (900, 450), (600, 500)], strict=True
+    ):
         with Image.open(path) as image:
             assert image.size == size
             # More than a white page: the curves and the text bring in many shades.
             assert len(image.convert('RGB').getcolors(1 << 24)) > 50
     text = paths[-1].read_text()
     assert text.startswith('# LeNet-5 on mnist, seed 3\n')
-    for part in (RESULT_TABLE, LAYER_TABLE, '```\n--seed=3\n--c_rate=2,2.5\n--fast=True\n```',
-                 'Validation error after surgery: 1.05 %.',
-                 '3000 steps in 1,312 s, commit abc1234, jax 0.10.2.'):
+    for part in (
+        RESULT_TABLE,
+        LAYER_TABLE,
+        '```\n--seed=3\n--c_rate=2,2.5\n--fast=True\n```',
+        'Validation error after surgery: 1.05 %.',
+        '3000 steps in 1,312 s, commit abc1234, jax 0.10.2.',
+    ):
         assert f'\n\n{part}\n' in text or f'. {part}\n' in text
     assert re.findall(r'!\[[^]]+\]\(([^)]+)\)', text) == names[1:5]
 
@@ -293,9 +392,17 @@ def test_write_without_surgery_flags_and_mask(workdir):
     assert 'Flags' not in paths[-1].read_text()
 
 
-@pytest.mark.parametrize('change', [
-    {'kept': {'conv1': 0, 'ip1': 0}}, {'loss': math.nan, 'validation_error': 0.0},
-    {'loss': math.inf}, {'step': 0}, {'pruned': {}, 'spliced': {}}, {'validation_error': None}])
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'kept': {'conv1': 0, 'ip1': 0}},
+        {'loss': math.nan, 'validation_error': 0.0},
+        {'loss': math.inf},
+        {'step': 0},
+        {'pruned': {}, 'spliced': {}},
+        {'validation_error': None},
+    ],
+)
 def test_write_of_a_single_odd_record(workdir, change):
     write_records(workdir, [surgery_record(250, 5, 5, **{'loss': 1.0}) | change])
     assert len(report.write(workdir, SUMMARY)) == 5
