@@ -14,6 +14,7 @@ from absl import flags as absl_flags
 from experiments import data
 
 T = TypeVar('T', int, float)
+C = TypeVar('C')
 
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -30,18 +31,18 @@ class Config:
     data_dir: str | None = _flag(None, 'TFDS folder; by default TFDS chooses.')
     manual_dir: str | None = _flag(None, "Folder with the set's published files, read offline.")
     train_on_all: bool = _flag(False, 'Train on the validation images too (a final run).')
-    workdir: str = _flag('', 'Folder of this run; runs/NETWORK_DATASET by default.')
+    workdir: str = _flag('runs/latest', 'Folder of this run.')
     reference: str | None = _flag(None, 'Folder of a run whose reference network to start from.')
     resume: bool = _flag(False, 'Continue the run in workdir.')
     overwrite: bool = _flag(False, 'Delete the run in workdir first.')
     tensorboard: bool = _flag(False, 'Also write TensorBoard events (needs tensorboardX).')
     seed: int = _flag(0, 'Seeds the weights, the order of the images and the coins.')
 
-    batch_size: int = _flag(64, 'Images per step.', least=1)
-    reference_steps: int = _flag(10_000, 'Steps of dense training.', least=1)
-    surgery_steps: int = _flag(16_000, 'Steps of surgery.', least=1)
-    record_every: int = _flag(500, 'Steps per record, and per compiled call.', least=1)
-    checkpoint_every: int = _flag(2_000, 'Steps per checkpoint.', least=1)
+    batch_size: int = _flag(64, 'Images per step.', lower_bound=1)
+    reference_steps: int = _flag(10_000, 'Steps of dense training.', lower_bound=1)
+    surgery_steps: int = _flag(16_000, 'Steps of surgery.', lower_bound=1)
+    record_every: int = _flag(500, 'Steps per record, and per compiled call.', lower_bound=1)
+    checkpoint_every: int = _flag(2_000, 'Steps per checkpoint.', lower_bound=1)
 
     reference_learning_rate: float = _flag(0.01, 'Learning rate at step 0 of dense training.')
     learning_rate: float = _flag(0.01, 'Learning rate at step 0 of surgery.')
@@ -62,6 +63,15 @@ class Config:
     update_power: float = _flag(1.0, 'Power of the update probability.')
     prune_biases: bool = _flag(True, 'Whether biases take part in surgery.')
 
+    def __post_init__(self):
+        if self.resume and self.overwrite:
+            raise ValueError('--resume and --overwrite exclude each other')
+        if self.checkpoint_every % self.record_every:
+            raise ValueError(
+                f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
+                f'--record_every={self.record_every}'
+            )
+
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide a run's numbers: all but places and switches."""
         return {
@@ -69,6 +79,16 @@ class Config:
             for name, value in dataclasses.asdict(self).items()
             if name not in _NOT_OF_THE_RUN
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """What `experiments.bench` measures."""
+
+    rounds: int = _flag(30, 'Timed calls of each program, in alternation.', lower_bound=1)
+    peer: str | None = _flag(None, 'A Python that can run the peer; no peer by default.')
+    peer_script: str | None = _flag(None, 'The script of the peer.')
+    peer_rounds: int = _flag(3, 'How often the peer runs, between our rounds.', lower_bound=1)
 
 
 _NOT_OF_THE_RUN = {'data_dir', 'manual_dir', 'workdir', 'resume', 'overwrite', 'tensorboard'}
@@ -99,90 +119,89 @@ def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
     return table
 
 
-def define(defaults: Mapping[str, Any], flag_values: absl_flags.FlagValues) -> None:
-    """Defines every flag.
+def define(
+    config_type: type[C], defaults: Mapping[str, Any], flag_values: absl_flags.FlagValues
+) -> None:
+    """Defines every flag of a configuration.
 
     Args:
-      defaults: the network, and the fields whose defaults differ for this entry script.
+      config_type: `Config` or `BenchConfig`.
+      defaults: the fields that are no flags, and those with other defaults in this script.
       flag_values: where the flags go.
 
     Raises:
       ValueError: if a default is for no field.
     """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    if unknown := sorted(defaults.keys() - fields.keys()):
-        raise ValueError(f'defaults names {unknown}, which are no flags')
-    for name, field in fields.items():
-        if name == 'network':
-            continue
-        default = defaults.get(name, field.default)
-        text, options = field.metadata['help'], field.metadata
-        common = {'flag_values': flag_values}
+    fields = dataclasses.fields(config_type)
+    if unknown := sorted(defaults.keys() - {field.name for field in fields}):
+        raise ValueError(f'defaults names {unknown}, which are no fields of {config_type}')
+    for field in filter(_is_flag, fields):
+        options = dict(field.metadata)
+        default, text = defaults.get(field.name, field.default), options.pop('help')
         if 'choices' in options:
-            absl_flags.DEFINE_enum(name, default, options['choices'], text, **common)
-        elif field.type is bool:
-            absl_flags.DEFINE_bool(name, default, text, **common)
-        elif field.type is int:
-            least = options.get('least')
-            absl_flags.DEFINE_integer(name, default, text, lower_bound=least, **common)
-        elif field.type is float:
-            absl_flags.DEFINE_float(name, default, text, **common)
+            definition, options['enum_values'] = absl_flags.DEFINE_enum, options.pop('choices')
         else:
-            absl_flags.DEFINE_string(name, default, text, **common)
+            definition = _DEFINITIONS.get(field.type, absl_flags.DEFINE_string)
+        definition(field.name, default, help=text, flag_values=flag_values, **options)
 
 
 def to_config(
-    defaults: Mapping[str, Any], flag_values: absl_flags.FlagValues, arguments: Sequence[str]
-) -> Config:
+    config_type: type[C],
+    defaults: Mapping[str, Any],
+    flag_values: absl_flags.FlagValues,
+    arguments: Sequence[str],
+) -> C:
     """Turns parsed flags into the configuration.
 
     Args:
+      config_type: as for `define`.
       defaults: as for `define`.
       flag_values: the parsed flags.
       arguments: what the parser left over, the program's name first.
 
     Returns:
-      The configuration, with the default workdir filled in.
+      The configuration.
 
     Raises:
       ValueError: if an argument is no flag, or flags contradict each other.
     """
     if arguments[1:]:
         raise ValueError(f'every argument must be a --flag=value, but got {list(arguments[1:])}')
-    values = {
-        field.name: flag_values[field.name].value
-        for field in dataclasses.fields(Config)
-        if field.name != 'network'
-    }
-    config = Config(network=defaults['network'], **values)
-    if config.resume and config.overwrite:
-        raise ValueError('--resume and --overwrite exclude each other')
-    if config.checkpoint_every % config.record_every:
-        raise ValueError(
-            f'--checkpoint_every={config.checkpoint_every} must be a multiple of '
-            f'--record_every={config.record_every}'
-        )
-    workdir = config.workdir or f'runs/{config.network}_{config.dataset}'
-    return dataclasses.replace(config, workdir=workdir)
+    flags = filter(_is_flag, dataclasses.fields(config_type))
+    return config_type(
+        **{**defaults, **{flag.name: flag_values[flag.name].value for flag in flags}}
+    )
 
 
-def run(defaults: Mapping[str, Any], action: Callable[[Config], None]) -> None:
+def run(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: type[C] = Config):
     """Runs an entry script: defines the flags, parses the command line, acts.
 
     Args:
       defaults: as for `define`.
       action: called with the configuration. An error of the kinds it documents ends the program
         with its message and exit status 1, without a traceback.
+      config_type: as for `define`.
     """
-    define(defaults, absl_flags.FLAGS)
+    define(config_type, defaults, absl_flags.FLAGS)
 
     def main(arguments):
         if not absl_flags.FLAGS['verbosity'].present:
             # At level INFO, orbax and TFDS tell of every file they touch.
             logging.set_verbosity(logging.WARNING)
         try:
-            action(to_config(defaults, absl_flags.FLAGS, arguments))
+            action(to_config(config_type, defaults, absl_flags.FLAGS, arguments))
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
             raise SystemExit(f'{type(error).__name__}: {error}') from error
 
     app.run(main)
+
+
+_DEFINITIONS = {
+    bool: absl_flags.DEFINE_bool,
+    int: absl_flags.DEFINE_integer,
+    float: absl_flags.DEFINE_float,
+}
+
+
+def _is_flag(field: dataclasses.Field) -> bool:
+    return 'help' in field.metadata

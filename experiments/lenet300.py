@@ -8,6 +8,7 @@ from experiments.run import run
 
 DEFAULTS = {
     'network': 'lenet300',
+    'workdir': 'runs/lenet300',
     'surgery_steps': 25_000,
     'c_rate': 'fc1:4.5,fc2:4,fc3:2.5',
     'stop': '20000',

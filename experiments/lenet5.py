@@ -8,6 +8,7 @@ from experiments.run import run
 
 DEFAULTS = {
     'network': 'lenet5',
+    'workdir': 'runs/lenet5',
     'surgery_steps': 16_000,
     'c_rate': 'conv1:2,conv2:3,fc1:4,fc2:2.5',
     'stop': 'conv*:14000,fc*:10000',

@@ -27,7 +27,7 @@ from experiments.flags import Config, parse_table
 from experiments.workdir import Records, claim
 
 
-class Stopped(Exception):
+class Stopped(RuntimeError):
     """The run was asked to leave by a signal, and has saved its state."""
 
 

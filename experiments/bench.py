@@ -1,0 +1,166 @@
+"""What surgery costs: the time and memory of a training step, dense and under surgery.
+
+python -m experiments.bench --peer=PYTHON --peer_script=SCRIPT
+
+Every program runs many steps per call, as training does, and all take turns in one process;
+medians are reported, and ratios of neighbours in time. Surgery updates its masks at every step
+(σ = 1), its dearest. A peer is a script that prints one JSON object,
+`{network: {"dense": {"median_ms": …}, "surgery": {"median_ms": …}}}`, for the same steps.
+"""
+
+import json
+import subprocess
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dns_jax
+from experiments import flags, models, train
+from experiments.flags import BenchConfig
+
+_BATCH_SIZE = 64
+_EXAMPLES = 10_000
+_STEPS_PER_CALL = {'lenet300': 250, 'lenet5': 25}
+
+
+class Program(NamedTuple):
+    """A compiled call of many steps, and what it is called with."""
+
+    compiled: jax.stages.Compiled
+    arguments: tuple[Any, ...]
+    steps: int
+
+    def milliseconds(self) -> float:
+        """Runs one call and returns its time per step."""
+        started = time.perf_counter()
+        jax.block_until_ready(self.compiled(*self.arguments))
+        return 1e3 * (time.perf_counter() - started) / self.steps
+
+    def peak_mebibytes(self) -> float:
+        """Returns the memory the program holds at its peak, arguments included."""
+        analysis = self.compiled.memory_analysis()
+        return analysis.peak_memory_in_bytes / 2**20
+
+
+def make_program(name: str, surgery: bool) -> Program:
+    """Compiles the training of a network on random images.
+
+    Args:
+      name: of the network.
+      surgery: whether its masks are updated, or it has none.
+
+    Returns:
+      The program.
+    """
+    network, steps = models.NETWORKS[name](), _STEPS_PER_CALL[name]
+    rule = dns_jax.Rule(dns_jax.mean_std(c_rate=1.0), dns_jax.update_probability(gamma=0.0))
+    optimizer = optax.chain(
+        dns_jax.surgery({'*': rule} if surgery else {}, jax.random.key(0)),
+        dns_jax.caffe_sgd(dns_jax.caffe_inv(0.01, 1e-4, 0.75)),
+    )
+    random = np.random.default_rng(0)
+    images = jnp.asarray(random.integers(0, 256, (_EXAMPLES, 28, 28, 1), np.uint8))
+    labels = jnp.asarray(random.integers(0, 10, _EXAMPLES, np.int32))
+    batches = jnp.asarray(random.integers(0, _EXAMPLES, (steps, _BATCH_SIZE), np.int32))
+    params = network.init(jax.random.key(0), images[:1] / 256)['params']
+    state = train.TrainState(params, optimizer.init(params))
+    step = train.make_step(network, optimizer)
+
+    @jax.jit
+    def run_steps(state, images, labels, batches):
+        return jax.lax.scan(
+            lambda state, batch: step(state, images[batch], labels[batch]), state, batches
+        )
+
+    arguments = (state, images, labels, batches)
+    return Program(run_steps.lower(*arguments).compile(), arguments, steps)
+
+
+def measure(config: BenchConfig) -> dict[str, Any]:
+    """Times all programs, and the peer between them.
+
+    Args:
+      config: how often, and which peer.
+
+    Returns:
+      `{network: {dense_ms, surgery_ms, ratio, steps_per_s, dense_mib, surgery_mib}, peer: …}`.
+
+    Raises:
+      ValueError: if only one of the peer's two flags is given, or its answer is not as expected.
+      OSError: if the peer cannot be started.
+      RuntimeError: if the peer fails.
+    """
+    if bool(config.peer) != bool(config.peer_script):
+        raise ValueError('--peer and --peer_script belong together')
+    kinds = ('dense', 'surgery')
+    programs = {
+        (name, kind): make_program(name, kind == 'surgery')
+        for name in _STEPS_PER_CALL
+        for kind in kinds
+    }
+    for program in programs.values():
+        program.milliseconds()
+    times = {key: [] for key in programs}
+    peer_rows = []
+    for number in range(config.rounds):
+        if config.peer and number * config.peer_rounds // config.rounds == len(peer_rows):
+            peer_rows.append(_run_peer(config.peer, config.peer_script))
+        for key, program in programs.items():
+            times[key].append(program.milliseconds())
+
+    table: dict[str, Any] = {}
+    for name in _STEPS_PER_CALL:
+        dense, surgery = (np.array(times[name, kind]) for kind in kinds)
+        table[name] = {
+            'dense_ms': float(np.median(dense)),
+            'surgery_ms': float(np.median(surgery)),
+            'ratio': float(np.median(surgery / dense)),
+            'steps_per_s': float(1e3 / np.median(surgery)),
+            'dense_mib': programs[name, 'dense'].peak_mebibytes(),
+            'surgery_mib': programs[name, 'surgery'].peak_mebibytes(),
+        }
+    if peer_rows:
+        table['peer'] = {
+            name: {
+                f'{kind}_ms': float(np.median([row[name][kind]['median_ms'] for row in peer_rows]))
+                for kind in kinds
+            }
+            for name in _STEPS_PER_CALL
+        }
+    return table
+
+
+def _run_peer(python: str, script: str) -> dict[str, Any]:
+    answer = subprocess.run([python, script], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise RuntimeError(f'--peer={python} {script} failed: {answer.stderr.strip()[-500:]}')
+    return json.loads(answer.stdout)
+
+
+def bench(config: BenchConfig) -> None:
+    """Prints the table, and as the last line the same as one JSON object."""
+    table = measure(config)
+    peer = table.get('peer', {})
+    print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {_BATCH_SIZE}')
+    for name in _STEPS_PER_CALL:
+        row = table[name]
+        print(
+            f'{name:9} dense {row["dense_ms"]:.3f} ms, surgery {row["surgery_ms"]:.3f} ms '
+            f'(×{row["ratio"]:.3f}), {row["steps_per_s"]:.0f} steps/s, peak memory '
+            f'{row["dense_mib"]:.1f} → {row["surgery_mib"]:.1f} MiB'
+        )
+        if peer:
+            surgery_ms = peer[name]['surgery_ms']
+            print(
+                f'{"":9} peer: dense {peer[name]["dense_ms"]:.3f} ms, surgery {surgery_ms:.3f} ms; '
+                f'we are {surgery_ms / row["surgery_ms"]:.2f}× as fast'
+            )
+    print(json.dumps(table))
+
+
+if __name__ == '__main__':
+    flags.run({}, bench, BenchConfig)
