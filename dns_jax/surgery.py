@@ -114,7 +114,7 @@ def surgery(
             {layer: rule.update_probability(state.count) for layer, (_, rule) in matches.items()},
             layer_of=layer_of,
         )
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return updates, SurgeryState(count, state.key, masks, state.thresholds)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

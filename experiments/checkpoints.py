@@ -101,10 +101,11 @@ class Checkpoints:
         newest = self._manager.latest_step()
         if newest is not None and step <= newest:
             raise ValueError(f'step is {step}; {self._directory} already holds step {newest}')
+        descriptions = [[path, _describe(leaf)] for path, leaf in leaves.items()]
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                tree=ocp.args.JsonSave([[path, _describe(leaf)] for path, leaf in leaves.items()]),
+                tree=ocp.args.JsonSave({'leaves': descriptions}),
                 leaves=ocp.args.StandardSave(list(leaves.values())),
             ),
         )
@@ -162,7 +163,7 @@ class Checkpoints:
         wanted = {path: _abstract(leaf) for path, leaf in _leaves_by_path(like).items()}
         try:
             arguments = ocp.args.Composite(tree=ocp.args.JsonRestore())
-            saved = dict(self._manager.restore(step, args=arguments)['tree'])
+            saved = dict(self._manager.restore(step, args=arguments)['tree']['leaves'])
             differences = [
                 f'like{path} is {_describe(wanted[path]) if path in wanted else "missing"}'
                 f' but was saved as {saved.get(path, "nothing")}'

@@ -9,6 +9,7 @@ import gzip
 import os
 import pathlib
 import uuid
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -128,7 +129,7 @@ def _write_cache(cache: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = cache.with_name(f'{cache.name}.{uuid.uuid4().hex}.tmp')
     try:
         with open(temporary, 'xb') as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, cache)
@@ -253,10 +254,10 @@ def _idx_builder(name: str) -> type:
 
     # With its own ten retries, TFDS takes 3.5 minutes to find that there is no network.
     downloader.MAX_RETRIES = 4
-    stock = tfds.builder_cls(name)
+    stock: Any = tfds.builder_cls(name)
     failures = (OSError, tfds.download.DownloadError, download_manager.NonMatchingChecksumError)
 
-    class Idx(stock, skip_registration=True):
+    class Idx(stock, skip_registration=True):  # pyright: ignore
         name = stock.name
         _generate_examples = _generate_examples
 

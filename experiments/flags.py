@@ -6,6 +6,7 @@ help text; an entry script gives its own defaults.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import app, logging
@@ -14,7 +15,7 @@ from absl import flags as absl_flags
 from experiments import data
 
 T = TypeVar('T', int, float)
-C = TypeVar('C')
+C = TypeVar('C', 'Config', 'BenchConfig')
 
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -36,7 +37,7 @@ class Config:
     resume: bool = _flag(False, 'Continue the run in workdir.')
     overwrite: bool = _flag(False, 'Delete the run in workdir first.')
     tensorboard: bool = _flag(False, 'Also write TensorBoard events (needs tensorboardX).')
-    seed: int = _flag(0, 'Seeds the weights, the order of the images and the coins.')
+    seed: int = _flag(0, 'Seeds the weights, the order of the images and the coins.', lower_bound=0)
 
     batch_size: int = _flag(64, 'Images per step.', lower_bound=1)
     reference_steps: int = _flag(10_000, 'Steps of dense training.', lower_bound=1)
@@ -66,6 +67,8 @@ class Config:
     def __post_init__(self):
         if self.resume and self.overwrite:
             raise ValueError('--resume and --overwrite exclude each other')
+        if self.overwrite and self.reference and _same(self.reference, self.workdir):
+            raise ValueError(f'--overwrite would delete --reference={self.reference}')
         if self.checkpoint_every % self.record_every:
             raise ValueError(
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
@@ -90,6 +93,14 @@ class BenchConfig:
     peer_script: str | None = _flag(None, 'The script of the peer.')
     peer_rounds: int = _flag(3, 'How often the peer runs, between our rounds.', lower_bound=1)
 
+    def __post_init__(self):
+        if bool(self.peer) != bool(self.peer_script):
+            raise ValueError('--peer and --peer_script belong together')
+        if self.peer_rounds > self.rounds:
+            raise ValueError(
+                f'--peer_rounds={self.peer_rounds} must be at most --rounds={self.rounds}'
+            )
+
 
 _NOT_OF_THE_RUN = {'data_dir', 'manual_dir', 'workdir', 'resume', 'overwrite', 'tensorboard'}
 
@@ -109,10 +120,12 @@ def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
     """
     table: dict[str, T] = {}
     for entry in filter(None, text.split(',')):
-        pattern, _, digits = entry.rpartition(':')
+        pattern, colon, digits = entry.rpartition(':')
         if (pattern or '*') in table:
             raise ValueError(f'pattern {pattern!r} stands twice in {text!r}')
         try:
+            if colon and not pattern:
+                raise ValueError('there is no pattern')
             table[pattern or '*'] = number(digits)
         except ValueError as error:
             raise ValueError(f'{entry!r} in {text!r} is not PATTERN:NUMBER') from error
@@ -201,6 +214,10 @@ _DEFINITIONS = {
     int: absl_flags.DEFINE_integer,
     float: absl_flags.DEFINE_float,
 }
+
+
+def _same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _is_flag(field: dataclasses.Field) -> bool:

@@ -3,6 +3,7 @@
 Owns their layers and sizes; what is pruned in them is no concern of theirs.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -105,12 +106,12 @@ def convolution_by_rows(
         [images[:, :, column : column + width] for column in range(columns)], axis=-1
     )
     # Flat matrices: XLA multiplies them in half the time of arrays with a batch of rows.
-    sums = sum(
+    products = [
         patches[:, row : row + height].reshape(-1, columns * channels)
         @ kernel[row].reshape(columns * channels, features)
         for row in range(rows)
-    )
-    return sums.reshape(-1, height, width, features)
+    ]
+    return functools.reduce(jnp.add, products).reshape(-1, height, width, features)
 
 
 def _max_pool_2x2(images: jax.Array) -> jax.Array:

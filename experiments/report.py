@@ -141,8 +141,8 @@ def _times(entry):
     return f'{entry["compression"]:,.{0 if entry["compression"] >= 99.95 else 1}f}×'
 
 
-def _result_cells(summary):
-    network = NETWORK_NAMES.get(summary['network'], summary['network'])
+def _result_cells(summary) -> tuple[str, ...]:
+    network = NETWORK_NAMES.get(summary['network']) or summary['network']
     return (
         network,
         f'{_short_count(summary["parameters"])} → {_short_count(summary["kept"])}',
@@ -154,7 +154,9 @@ def _result_cells(summary):
 def _layer_rows(summary):
     """Rows of text, one per layer in the summary's order, and the total of them."""
     layers = summary['per_layer']
-    total = {key: sum(entry[key] for entry in layers.values()) for key in LAYER_COUNTS}
+    total: dict[str, float] = {
+        key: sum(entry[key] for entry in layers.values()) for key in LAYER_COUNTS
+    }
     total['density'] = total['kept'] / max(total['parameters'], 1)
     total['compression'] = total['parameters'] / max(total['kept'], 1)
     rows = []

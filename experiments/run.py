@@ -78,6 +78,11 @@ class Trainer:
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
         )
         self.error = train.make_error(self.network)
+        # Before the folder is claimed: a misspelt reference should leave no run behind.
+        if config.reference and not _reference_folder(config).is_dir():
+            raise FileNotFoundError(
+                f'--reference={config.reference} has no {_reference_folder(config)}'
+            )
         self.folder = claim(config)
         self.records = Records(self.folder, config.tensorboard)
 
@@ -87,10 +92,7 @@ class Trainer:
         optimizer = self._optimizer({}, self.config.reference_learning_rate, steps)
         state = train.TrainState(self.initial, optimizer.init(self.initial))
         if self.config.reference:
-            folder = Path(self.config.reference) / 'checkpoints' / 'reference'
-            if not folder.is_dir():
-                raise FileNotFoundError(f'--reference={self.config.reference} has no {folder}')
-            with Checkpoints(folder) as checkpoints:
+            with Checkpoints(_reference_folder(self.config)) as checkpoints:
                 _, state = checkpoints.restore(state)
         else:
             state = self._train('reference', optimizer, state, steps, stopping)
@@ -161,10 +163,12 @@ class Trainer:
                         config.seed, len(labels), config.batch_size, done, count
                     )
                     state, chunk = run_chunk(state, images, labels, batches)
-                    if broken := train.first_not_finite(chunk.losses):
+                    broken = train.first_not_finite(chunk.losses)
+                    # The last step may break the weights, with no loss after it that would tell.
+                    if broken or not train.all_finite(state.params):
                         raise FloatingPointError(
-                            f'the loss is not finite at step {done + broken} of the {phase} phase; '
-                            + self._explain(state, checkpoints)
+                            f'the loss or a weight is not finite at step {done + (broken or count)}'
+                            f' of the {phase} phase; {self._explain(phase, state, checkpoints)}'
                         )
                     done += count
                     record = self._record(phase, done, state, chunk)
@@ -195,12 +199,14 @@ class Trainer:
             'spliced': {layer: int(event.spliced) for layer, event in chunk.events.items()},
         }
 
-    def _explain(self, state, checkpoints) -> str:
+    def _explain(self, phase, state, checkpoints) -> str:
         sizes = dns_jax.measure_sizes(state.params, state.masks)
         densities = ', '.join(f'{layer} {size.density:.2%}' for layer, size in sizes.layers.items())
+        step = checkpoints.latest_step()
+        good = 'none of this phase' if step is None else f'that of step {step}'
         return (
-            f'the densities are {densities}; the last good checkpoint is that of step '
-            f'{checkpoints.latest_step()} in {self.folder / "checkpoints"}'
+            f'the densities are {densities}; the last good checkpoint is {good} in '
+            f'{self.folder / "checkpoints" / phase}'
         )
 
 
@@ -255,6 +261,10 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _reference_folder(config: Config) -> Path:
+    return Path(config.reference or config.workdir) / 'checkpoints' / 'reference'
+
+
 def _progress(record, parameters) -> dict[str, str]:
     compression = parameters / max(sum(record['kept'].values()), 1)
     return {
@@ -273,7 +283,10 @@ def _size_summary(size: dns_jax.Size) -> dict[str, Any]:
 def _commit() -> str:
     """Names the commit the code stands at, marked where the code differs from it."""
     command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
-    answer = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    try:
+        answer = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here, which must not fail a run at its end
+        return 'unknown'
     return answer.stdout.strip() or 'unknown'

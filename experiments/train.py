@@ -6,7 +6,7 @@ whose rule table is empty: then every mask is a scalar and costs nothing.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -56,7 +56,7 @@ def make_step(network: nn.Module, optimizer: optax.GradientTransformation) -> Tr
     """
 
     def loss_fn(params, images, labels):
-        logits = network.apply({'params': params}, normalise(images))
+        logits = _logits(network, params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
@@ -135,7 +135,7 @@ def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
 
     @jax.jit
     def count_wrong(params, images, labels):
-        logits = network.apply({'params': params}, normalise(images))
+        logits = _logits(network, params, images)
         return jnp.sum(jnp.argmax(logits, -1) != labels)
 
     def error(params, split):
@@ -148,9 +148,8 @@ def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
     return error
 
 
-def normalise(images: jax.Array) -> jax.Array:
-    """Scales uint8 images to [0, 1) float32."""
-    return images.astype(jnp.float32) * INPUT_SCALE
+def _logits(network: nn.Module, params: Any, images: jax.Array) -> jax.Array:
+    return jnp.asarray(network.apply({'params': params}, images.astype(jnp.float32) * INPUT_SCALE))
 
 
 def first_not_finite(losses: jax.Array) -> int:
@@ -164,3 +163,8 @@ def first_not_finite(losses: jax.Array) -> int:
     """
     broken = np.flatnonzero(~np.isfinite(np.asarray(losses)))
     return int(broken[0]) + 1 if broken.size else 0
+
+
+def all_finite(params: dns_jax.Params) -> bool:
+    """Says whether no weight is NaN or infinite."""
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))

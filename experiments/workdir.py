@@ -43,7 +43,7 @@ def claim(config: Config) -> Path:
                 f'--workdir={folder} already holds a run; continue it with --resume, replace it '
                 'with --overwrite, or choose another'
             )
-        elif differences := _differences(json.loads(flags_file.read_text()), identity):
+        elif differences := _differences(_read_flags(flags_file), identity):
             raise ValueError(f'--workdir={folder} holds a run with other flags: {differences}')
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f'--workdir={folder} is not empty and holds no run of this program')
@@ -97,12 +97,19 @@ class Records:
         Args:
           phase: the phase that goes on.
           step: its last step that a checkpoint holds.
+
+        Raises:
+          ValueError: if a whole line is no record.
         """
-        lines = [line for line in self._path.read_text().splitlines(True) if line.endswith('\n')]
-        records = [(line, json.loads(line)) for line in lines]
-        kept = [
-            line for line, record in records if record['phase'] != phase or record['step'] <= step
-        ]
+        kept = []
+        for number, line in enumerate(self._path.read_text().split('\n')[:-1], start=1):
+            try:
+                record = json.loads(line)
+                keep = record['phase'] != phase or record['step'] <= step
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f'{self._path}, line {number}, is damaged: {error!r}') from error
+            if keep:
+                kept.append(line + '\n')
         write_whole(self._path, ''.join(kept))
 
 
@@ -112,6 +119,16 @@ def _open_events(folder: Path):
     except ImportError as error:
         raise ValueError('--tensorboard needs the package tensorboardX') from error
     return tensorboardX.SummaryWriter(str(folder))
+
+
+def _read_flags(path: Path) -> Mapping[str, Any]:
+    try:
+        flags = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    if not isinstance(flags, dict):
+        raise ValueError(f'{path} is damaged: it holds no table of flags')
+    return flags
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
