@@ -81,11 +81,14 @@ def surgery(
       Guo et al. 2016, Algorithm 1.
     """
     table = {'*': rules} if isinstance(rules, Rule) else dict(rules)
-    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        raise TypeError(f'key must be a typed PRNG key, as jax.random.key makes it, but is {key!r}')
+    if not jnp.issubdtype(getattr(key, 'dtype', None), jax.dtypes.prng_key) or key.shape:
+        raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
 
     def match(params):
         layers = group_by_layer(params, layer_of, takes_part)
+        if table and not layers:
+            structure = jax.tree.structure(params)
+            raise ValueError(f'params must have a leaf that takes part, but is {structure}')
         return layers, match_patterns(table, layers)
 
     def init_fn(params):
@@ -99,7 +102,8 @@ def surgery(
         for pattern, rule in table.items():
             group = {layer: layers[layer] for layer in matches if matches[layer][0] == pattern}
             thresholds |= rule.thresholds(group, count)
-        return SurgeryState(count, key, masks, thresholds)
+        # A copy of the key: the first state may be donated, and init called again.
+        return SurgeryState(count, jnp.copy(key), masks, thresholds)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

@@ -5,6 +5,7 @@ help text; an entry script gives its own defaults.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -196,6 +197,9 @@ def run(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: ty
       config_type: as for `define`.
     """
     define(config_type, defaults, absl_flags.FLAGS)
+    for field in filter(_is_flag, dataclasses.fields(config_type)):
+        # --help lists the flags of the script alone, so they must count as its own.
+        absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], absl_flags.FLAGS[field.name])
 
     def main(arguments):
         if not absl_flags.FLAGS['verbosity'].present:

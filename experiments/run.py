@@ -79,9 +79,9 @@ class Trainer:
         )
         self.error = train.make_error(self.network)
         # Before the folder is claimed: a misspelt reference should leave no run behind.
-        if config.reference and not _reference_folder(config).is_dir():
+        if config.reference and not _reference_folder(config.reference).is_dir():
             raise FileNotFoundError(
-                f'--reference={config.reference} has no {_reference_folder(config)}'
+                f'--reference={config.reference} has no {_reference_folder(config.reference)}'
             )
         self.folder = claim(config)
         self.records = Records(self.folder, config.tensorboard)
@@ -92,7 +92,7 @@ class Trainer:
         optimizer = self._optimizer({}, self.config.reference_learning_rate, steps)
         state = train.TrainState(self.initial, optimizer.init(self.initial))
         if self.config.reference:
-            with Checkpoints(_reference_folder(self.config)) as checkpoints:
+            with Checkpoints(_reference_folder(self.config.reference)) as checkpoints:
                 _, state = checkpoints.restore(state)
         else:
             state = self._train('reference', optimizer, state, steps, stopping)
@@ -261,8 +261,8 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _reference_folder(config: Config) -> Path:
-    return Path(config.reference or config.workdir) / 'checkpoints' / 'reference'
+def _reference_folder(reference: str) -> Path:
+    return Path(reference) / 'checkpoints' / 'reference'
 
 
 def _progress(record, parameters) -> dict[str, str]:

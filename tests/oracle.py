@@ -122,6 +122,7 @@ def train(weights, rules, solver, batches, coins, order):
             refresh(step)
         rate = solver.base * solver.factor ** (step // solver.step_size)
         descend(weights, buffers, gradients, rate, solver)
-        history.append(({k: dict(v) for k, v in masks.items()},
-                        {k: dict(v) for k, v in weights.items()}))
+        history.append(
+            ({k: dict(v) for k, v in masks.items()}, {k: dict(v) for k, v in weights.items()})
+        )
     return history

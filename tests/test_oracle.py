@@ -113,8 +113,9 @@ def trained(order, how):
     carry = (params, init(params))
     if how == 'scan':
         _, history = jax.lax.scan(step, carry, batches)
-        return [jax.tree.map(lambda leaf, at=at: np.asarray(leaf[at]), history)
-                for at in range(STEPS)]
+        return [
+            jax.tree.map(lambda leaf, at=at: np.asarray(leaf[at]), history) for at in range(STEPS)
+        ]
     step = jax.jit(step)
     history = []
     for at in range(STEPS):
@@ -135,7 +136,10 @@ def test_library_follows_the_oracle(order, how):
                     masks[layer][name], oracle_masks[layer][name], err_msg=where
                 )
                 np.testing.assert_allclose(
-                    params[layer][name], oracle_weights[layer][name], rtol=0, atol=1e-5,
+                    params[layer][name],
+                    oracle_weights[layer][name],
+                    rtol=0,
+                    atol=1e-5,
                     err_msg=where,
                 )
 
@@ -154,8 +158,10 @@ def test_oracle_run_prunes_splices_and_skips(order, layer):
     assert any(both)
     assert masks[-1].any()
     assert not masks[-1].all()
-    heads = [draw < oracle.sigma(RULES[layer], step)
-             for step, draw in enumerate(coins()[:, sorted(RULES).index(layer)])]
+    heads = [
+        draw < oracle.sigma(RULES[layer], step)
+        for step, draw in enumerate(coins()[:, sorted(RULES).index(layer)])
+    ]
     assert 20 < sum(heads) < STEPS - 20
     # The rate still matters after its change, and the last weights are still moving.
     assert SOLVER.step_size < RULES[layer].stop
@@ -172,8 +178,12 @@ def test_gradient_of_the_oracle_is_the_derivative():
         return np.mean(normalizer - logits[np.arange(16), labels[0]])
 
     gradients = oracle.gradient(weights, images[0].astype(np.float64), labels[0])
-    for layer, name, at in [('fc1', 'kernel', (4, 5)), ('fc1', 'bias', (2,)),
-                            ('fc2', 'kernel', (3, 1)), ('fc2', 'bias', (4,))]:
+    for layer, name, at in [
+        ('fc1', 'kernel', (4, 5)),
+        ('fc1', 'bias', (2,)),
+        ('fc2', 'kernel', (3, 1)),
+        ('fc2', 'bias', (4,)),
+    ]:
         values = []
         for shift in (1e-6, -1e-6):
             moved = jax.tree.map(np.copy, weights)
@@ -198,8 +208,13 @@ def test_orders_line_up():
         seen['caffe'].append(caffe_state.masks)
         seen['paper'].append(paper_state.masks)  # gradient, then masks
         _, paper_state = update(params, paper_state, params)
-    flat = {order: [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(masks)])
-                    for masks in all_masks] for order, all_masks in seen.items()}
+    flat = {
+        order: [
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(masks)])
+            for masks in all_masks
+        ]
+        for order, all_masks in seen.items()
+    }
     np.testing.assert_array_equal(flat['paper'][1:], flat['caffe'][:-1])
     assert flat['paper'][0].all()
     assert np.any(np.array(flat['paper']) != np.array(flat['caffe']))

@@ -1,0 +1,452 @@
+"""Tests of experiments.flags: what is parsed, what is refused, and what every flag does."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+
+from experiments import data, lenet5, lenet300, models, run
+from experiments.flags import BenchConfig, Config, define, parse_table, to_config
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {'lenet300': lenet300, 'lenet5': lenet5}
+FLAGFILES = sorted((ROOT / 'experiments' / 'flagfiles').glob('*.flags'))
+FIELDS = [field.name for field in dataclasses.fields(Config) if field.name != 'network']
+
+
+def parse(*arguments, defaults=lenet5.DEFAULTS, config_type=Config):
+    flag_values = absl_flags.FlagValues()
+    define(config_type, defaults, flag_values)
+    left = flag_values(['program', *arguments])
+    return to_config(config_type, defaults, flag_values, left)
+
+
+def shapes(name):
+    """Returns the shapes of a network's parameters, without making them."""
+    images = jnp.zeros((1, 28, 28, 1))
+    return jax.eval_shape(lambda: models.NETWORKS[name]().init(jax.random.key(0), images))['params']
+
+
+def main(*arguments, script='lenet5'):
+    """Runs an entry script as a user does."""
+    command = [sys.executable, '-m', f'experiments.{script}', *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+class Tiny(nn.Module):
+    """Two layers, small enough to compile in no time."""
+
+    @nn.compact
+    def __call__(self, images):
+        hidden = nn.relu(nn.Dense(8, name='fc1')(images.reshape(images.shape[0], -1)))
+        return nn.Dense(10, name='fc2')(hidden)
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    """A folder with the caches of two data sets, of random images, and so no need for TFDS."""
+    folder = tmp_path_factory.mktemp('data')
+    (folder / 'dns_jax_cache').mkdir()
+    random = np.random.default_rng(0)
+    for name in ('digits', 'fashion_mnist'):
+        source, arrays = data._SOURCES[name], {}
+        for split, count in (('train', source.train), ('test', source.test)):
+            arrays[f'{split}_labels'] = random.integers(0, 10, count, np.int32)
+            arrays[f'{split}_images'] = random.integers(0, 256, (count, 28, 28, 1), np.uint8)
+        np.savez(folder / 'dns_jax_cache' / f'{name}-{source.version}.npz', **arrays)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def make_config(data_dir, tmp_path_factory):
+    """Makes the configuration of a tiny run with some fields of its own, in a new folder."""
+
+    def make(**fields):
+        fields.setdefault('workdir', str(tmp_path_factory.mktemp('run') / 'run'))
+        short = {'reference_steps': 3, 'surgery_steps': 4, 'record_every': 1, 'batch_size': 16}
+        short |= {'checkpoint_every': 2, 'learning_rate': 0.1, 'dataset': 'digits'}
+        return Config(**{'network': 'tiny', 'data_dir': str(data_dir), **short, **fields})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.NETWORKS, 'tiny', Tiny)
+        yield make
+
+
+def outcome(config):
+    """Runs both phases; returns the records, the last state and which checkpoints there are."""
+    trainer = run.Trainer(config)
+    # To compile the two loops takes longer than such runs: here their operations go one by one.
+    with jax.disable_jit():
+        final = trainer.train_surgery(trainer.train_reference([]), [])
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((final.params, final.masks))]
+    checkpoints = sorted(
+        str(path.relative_to(config.workdir)) for path in Path(config.workdir).glob('*/*/*')
+    )
+    return (Path(config.workdir) / 'metrics.jsonl').read_text(), leaves, checkpoints
+
+
+@pytest.fixture(scope='module')
+def plain(make_config):
+    config = make_config()
+    return config, outcome(config)
+
+
+EFFECTIVE = {
+    'train_on_all': True,
+    'seed': 1,
+    'batch_size': 8,
+    'reference_steps': 2,
+    'surgery_steps': 3,
+    'record_every': 2,
+    'checkpoint_every': 1,
+    'reference_learning_rate': 0.02,
+    'learning_rate': 0.2,
+    'learning_rate_policy': 'poly',
+    'learning_rate_gamma': 0.1,
+    'learning_rate_power': 50.0,
+    'momentum': 0.5,
+    'weight_decay': 0.1,
+    'bias_scale': 1.0,
+    'c_rate': 'fc1:1,fc2:0.5',
+    'start': 'fc2:2',
+    'stop': '*:1',
+    'hysteresis': 0.3,
+    'update_gamma': 1e9,
+    'update_power': 1e6,
+    'prune_biases': False,
+}
+# What these do is asked below, one by one.
+PLACES_AND_SWITCHES = {
+    *('dataset', 'data_dir', 'manual_dir', 'workdir', 'reference'),
+    *('resume', 'overwrite', 'tensorboard'),
+}
+
+
+def test_every_flag_is_tried():
+    assert sorted([*EFFECTIVE, *PLACES_AND_SWITCHES]) == sorted(FIELDS)
+
+
+def test_a_run_repeats_itself(make_config, plain):
+    assert outcome(make_config()) == plain[1]
+
+
+@pytest.mark.parametrize(('name', 'value'), EFFECTIVE.items())
+def test_a_flag_has_an_effect(make_config, plain, name, value):
+    assert getattr(plain[0], name) != value
+    assert outcome(make_config(**{name: value})) != plain[1]
+
+
+# Where each mark of the rate's policy, of σ and of the data enters: not only somewhere.
+@pytest.mark.parametrize(('name', 'phase'), [('reference_', 'reference'), ('', 'surgery')])
+def test_each_learning_rate_is_that_of_its_phase(make_config, plain, name, phase):
+    records, _, _ = outcome(make_config(**{f'{name}learning_rate': 0.03}))
+    changed = [
+        json.loads(one)['phase']
+        for one, other in zip(records.splitlines(), plain[1][0].splitlines(), strict=True)
+        if one != other
+    ]
+    assert changed[0] == phase
+
+
+def test_start_and_stop_bound_the_updates_of_their_layers(make_config):
+    config = make_config(start='fc1:1', stop='fc2:2', checkpoint_every=1)
+    outcome(config)
+    pruned = {}
+    for line in (Path(config.workdir) / 'metrics.jsonl').read_text().splitlines():
+        record = json.loads(line)
+        for layer, count in record['pruned'].items():
+            pruned.setdefault(layer, []).append(count > 0)
+    assert pruned['fc1'][:2] == [False, True]
+    assert pruned['fc2'][0]
+    assert pruned['fc2'][2:] == [False, False]
+
+
+def test_biases_are_pruned_only_where_asked(make_config):
+    for prune_biases, axes in ((True, 1), (False, 0)):
+        trainer = run.Trainer(make_config(prune_biases=prune_biases))
+        with jax.disable_jit():
+            masks = trainer.train_surgery(trainer.initial, []).masks
+        assert masks['fc1']['bias'].ndim == axes
+
+
+def test_the_data_set_is_that_of_the_flag(make_config):
+    for name, train, validation in (('digits', 1_237, 200), ('fashion_mnist', 55_000, 5_000)):
+        dataset = run.Trainer(make_config(dataset=name)).dataset
+        assert dataset.name == name
+        assert (len(dataset.train.labels), len(dataset.validation.labels)) == (train, validation)
+
+
+def test_data_dir_is_where_the_data_are_read(make_config, tmp_path):
+    (tmp_path / 'file').write_text('text')
+    with pytest.raises(OSError, match=r'data_dir=.*file'):
+        run.Trainer(make_config(data_dir=str(tmp_path / 'file')))
+
+
+def test_manual_dir_is_looked_at(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r'manual_dir=.*missing'):
+        run.Trainer(make_config(manual_dir=str(tmp_path / 'missing')))
+
+
+def test_workdir_is_where_all_is_written(plain):
+    config, _ = plain
+    names = {path.name for path in Path(config.workdir).iterdir()}
+    assert names == {'flags.json', 'metrics.jsonl', 'checkpoints'}
+
+
+def test_reference_takes_the_place_of_dense_training(make_config, plain):
+    config, (records, leaves, _) = plain
+    again = make_config(reference=config.workdir)
+    new_records, new_leaves, checkpoints = outcome(again)
+    assert new_leaves == leaves
+    assert records.endswith(new_records)
+    assert all(json.loads(line)['phase'] == 'surgery' for line in new_records.splitlines())
+    assert all('surgery' in path for path in checkpoints)
+
+
+def test_resume_and_overwrite_do_what_they_say(make_config, plain):
+    config = make_config()
+    first = outcome(config)
+    assert first == plain[1]
+    metrics = Path(config.workdir) / 'metrics.jsonl'
+    written = metrics.stat().st_mtime_ns
+    with pytest.raises(ValueError, match='already holds a run'):
+        outcome(config)
+    # Both phases are done, so that there is nothing left to train, and no record to write.
+    assert outcome(dataclasses.replace(config, resume=True)) == first
+    mark = Path(config.workdir) / 'mark'
+    mark.touch()
+    assert outcome(dataclasses.replace(config, overwrite=True)) == first
+    assert not mark.exists()
+    assert metrics.stat().st_mtime_ns > written
+
+
+def test_tensorboard_writes_events(make_config):
+    config = make_config(tensorboard=True)
+    outcome(config)
+    events = list((Path(config.workdir) / 'tensorboard').iterdir())
+    assert len(events) == 1
+    assert b'surgery/kept/fc1' in events[0].read_bytes()
+
+
+def test_identity_is_all_but_places_and_switches():
+    config = Config('lenet5', resume=True)
+    left_out = PLACES_AND_SWITCHES - {'dataset', 'reference'}
+    assert sorted(config.identity()) == sorted({'network', *FIELDS} - left_out)
+    assert json.loads(json.dumps(config.identity())) == config.identity()
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_the_defaults_of_the_scripts(script):
+    defaults = SCRIPTS[script].DEFAULTS
+    config = parse(defaults=defaults)
+    for field in dataclasses.fields(Config):
+        assert getattr(config, field.name) == defaults.get(field.name, field.default)
+    assert config.network == script
+    params = shapes(script)
+    assert sorted(run.make_rules(config, params)) == sorted(params)
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_a_flag_given_is_the_field_of_its_name(name):
+    values = EFFECTIVE | {'dataset': 'digits', 'resume': True, 'overwrite': True}
+    values |= {'tensorboard': True, 'checkpoint_every': 4_000, 'record_every': 250}
+    value = values.get(name, f'some/{name}')
+    config = parse(f'--{name}={value}')
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+    others = {field: getattr(config, field) for field in FIELDS if field != name}
+    assert others == {field: getattr(parse(), field) for field in others}
+
+
+def test_the_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse().seed = 1
+
+
+def test_the_last_flag_counts_and_flagfiles_are_read(tmp_path):
+    path = tmp_path / 'some.flags'
+    path.write_text('# A comment.\n--seed=3\n--batch_size=32\n')
+    config = parse(f'--flagfile={path}', '--batch_size=8')
+    assert (config.seed, config.batch_size) == (3, 8)
+
+
+@pytest.mark.parametrize('arguments', [['extra'], ['--seed=1', 'extra'], ['--', '--seed=1']])
+def test_stray_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=rf"every argument must be .* \['{arguments[-1]}'\]"):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('--steps=3', "Unknown command line flag 'steps'"),
+        ('--dataset=cifar10', 'should be one of <digits|mnist|fashion_mnist>'),
+        ('--learning_rate_policy=step', 'should be one of <inv|poly>'),
+        ('--seed=-1', '--seed=-1'),
+        ('--seed=half', '--seed=half'),
+        ('--momentum=much', '--momentum=much'),
+        ('--resume=perhaps', '--resume=perhaps'),
+        *(
+            (f'--{name}={value}', f'--{name}={value}')
+            for name in ('batch_size', 'reference_steps', 'surgery_steps')
+            for value in (-1, 0)
+        ),
+        ('--record_every=0', '--record_every=0'),
+        ('--checkpoint_every=-500', '--checkpoint_every=-500'),
+    ],
+)
+def test_flags_that_do_not_parse(argument, message):
+    with pytest.raises(absl_flags.Error, match=re.escape(message)):
+        parse(argument)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--resume', '--overwrite'], '--resume and --overwrite exclude each other'),
+        (
+            ['--checkpoint_every=750', '--record_every=500'],
+            '--checkpoint_every=750 must be a multiple of --record_every=500',
+        ),
+        (
+            ['--overwrite', '--workdir=a/b', '--reference=a/../a/b'],
+            '--overwrite would delete --reference=a/../a/b',
+        ),
+    ],
+)
+def test_flags_that_contradict_each_other(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(*arguments)
+
+
+def test_a_default_for_no_field_is_refused():
+    with pytest.raises(ValueError, match=r"defaults names \['step'\]"):
+        define(Config, {'network': 'lenet5', 'step': 1}, absl_flags.FlagValues())
+
+
+@pytest.mark.parametrize(
+    ('text', 'number', 'expected'),
+    [
+        ('', float, {}),
+        ('2', float, {'*': 2.0}),
+        ('conv*:2,fc1:-0.5', float, {'conv*': 2.0, 'fc1': -0.5}),
+        ('fc1:3,*:4,', int, {'fc1': 3, '*': 4}),
+        ('a:b:1', int, {'a:b': 1}),
+        ('fc1:2,3', int, {'fc1': 2, '*': 3}),
+    ],
+)
+def test_tables(text, number, expected):
+    table = parse_table(text, number)
+    assert list(table.items()) == list(expected.items())
+    assert all(type(value) is number for value in table.values())
+
+
+@pytest.mark.parametrize(
+    ('text', 'number', 'message'),
+    [
+        ('conv1:x', float, "'conv1:x' in 'conv1:x' is not PATTERN:NUMBER"),
+        ('a:1,b', float, "'b' in 'a:1,b' is not PATTERN:NUMBER"),
+        ('a:', float, "'a:' in 'a:' is not PATTERN:NUMBER"),
+        (':1', float, "':1' in ':1' is not PATTERN:NUMBER"),
+        ('a:1.5', int, "'a:1.5' in 'a:1.5' is not PATTERN:NUMBER"),
+        ('a:1,a:2', float, "'a' stands twice in 'a:1,a:2'"),
+        ('1,2', float, 'stands twice'),
+        ('*:1,2', float, 'stands twice'),
+    ],
+)
+def test_malformed_tables(text, number, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_table(text, number)
+
+
+@pytest.mark.parametrize('name', ['c_rate', 'start', 'stop'])
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('conv1:1', "pattern 'conv1' is the first match of no layer"),
+        ('*:1,fc1:2', "pattern 'fc1' is the first match of no layer"),
+        ('fc1:x', 'is not PATTERN:NUMBER'),
+        ('fc1:1,fc1:2', 'stands twice'),
+    ],
+)
+def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message):
+    params = {layer: {'kernel': jnp.ones((2, 2))} for layer in ('fc1', 'fc2')}
+    with pytest.raises(ValueError, match=rf'^--{name}: .*{re.escape(message)}'):
+        run.make_rules(Config('tiny', **{name: text}), params)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'c_rate': 'nan'}, 'c_rate must be finite'),
+        ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1]'),
+        ({'update_gamma': -1.0}, 'gamma must be at least 0'),
+        ({'update_power': -1.0}, 'power must be at least 0'),
+        ({'start': '-1'}, 'start must be at least 0'),
+        ({'start': '5', 'stop': '4'}, 'stop must be at least 5'),
+    ],
+)
+def test_numbers_out_of_range(fields, message):
+    params = {'fc1': {'kernel': jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run.make_rules(Config('tiny', **fields), params)
+
+
+def test_a_layer_without_c_rate_stays_dense():
+    params = {layer: {'kernel': jnp.ones((2, 2))} for layer in ('fc1', 'fc2')}
+    assert list(run.make_rules(Config('tiny', c_rate='fc2:1'), params)) == ['fc2']
+
+
+def test_bench_flags_parse():
+    config = parse('--rounds=5', '--peer_rounds=2', defaults={}, config_type=BenchConfig)
+    assert (config.rounds, config.peer_rounds) == (5, 2)
+
+
+def test_help_lists_every_flag():
+    answer = main('--help')
+    for name in FIELDS:
+        assert re.search(rf'--(\[no\])?{name}:', answer.stdout), name
+    assert lenet5.__doc__.splitlines()[0] in answer.stdout
+
+
+def test_the_script_ends_with_one_message_and_no_traceback():
+    answer = main('extra')
+    assert answer.returncode == 1
+    message = "ValueError: every argument must be a --flag=value, but got ['extra']"
+    assert answer.stderr.strip() == message
+    assert answer.stdout == ''
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_entry_scripts_are_short(script):
+    text = Path(SCRIPTS[script].__file__).read_text()
+    assert len(text.splitlines()) < 60
+    assert f'python -m experiments.{script} --flagfile=' in SCRIPTS[script].__doc__
+
+
+@pytest.mark.parametrize('path', FLAGFILES, ids=lambda path: path.stem)
+def test_flagfiles_parse_and_say_what_they_are_for(path):
+    head = '\n'.join(
+        line for line in path.read_text().split('\n--')[0].splitlines() if line.startswith('#')
+    )
+    command = re.search(
+        rf'python -m experiments\.(\w+) .*--flagfile=\S*{re.escape(path.name)}', head
+    )
+    assert command, 'the head names the command'
+    assert re.search(r'(?i)\btime\b|\bminutes?\b|\bseconds?\b', head), 'the head names the run time'
+    assert re.search(r'(?i)expected|result', head), 'the head names the result to expect'
+    defaults = SCRIPTS[command[1]].DEFAULTS
+    config = parse(f'--flagfile={path}', defaults=defaults)
+    assert run.make_rules(config, shapes(config.network))
+    # A folder of one machine has no place in a committed file.
+    assert not any(os.path.isabs(getattr(config, name) or '') for name in ('workdir', 'data_dir'))

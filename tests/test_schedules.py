@@ -1,0 +1,141 @@
+"""Tests of dns_jax.schedules, against formulas in Python's own floats."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dns_jax import (
+    caffe_exp,
+    caffe_inv,
+    caffe_multistep,
+    caffe_poly,
+    caffe_sigmoid,
+    caffe_step,
+    update_probability,
+)
+
+STEPS = [0, 1, 2, 9, 10, 11, 99, 100, 101, 999, 1000, 13_999, 14_000, 14_001]
+
+CASES = {
+    'σ': (update_probability(), lambda i: 1 / (1 + 1e-4 * i)),
+    'σ stop': (
+        update_probability(1e-4, 1.0, 14_000),
+        lambda i: 1 / (1 + 1e-4 * i) if i < 14_000 else 0,
+    ),
+    'σ start': (
+        update_probability(0.01, 0.5, 1000, 100),
+        lambda i: 1 / math.sqrt(1 + 0.01 * (i - 100)) if 100 <= i < 1000 else 0,
+    ),
+    'σ never': (update_probability(stop=0), lambda i: 0),
+    'σ one step': (update_probability(stop=11, start=10), lambda i: 1 if i == 10 else 0),
+    'σ power 0': (update_probability(power=0), lambda i: 1),
+    'σ gamma 0': (update_probability(gamma=0, power=3), lambda i: 1),
+    'step': (caffe_step(0.1, 0.5, 10), lambda i: 0.1 * 0.5 ** (i // 10)),
+    'exp': (caffe_exp(0.1, 0.99), lambda i: 0.1 * 0.99**i),
+    'inv': (caffe_inv(0.01, 1e-4, 0.75), lambda i: 0.01 * (1 + 1e-4 * i) ** -0.75),
+    'multistep': (
+        caffe_multistep(0.1, 0.3, [10, 100, 100, 14_000]),
+        lambda i: 0.1 * 0.3 ** ((i >= 10) + 2 * (i >= 100) + (i >= 14_000)),
+    ),
+    'multistep none': (caffe_multistep(0.1, 0.5, []), lambda i: 0.1),
+    'poly': (caffe_poly(0.1, 1.5, 1000), lambda i: 0.1 * max(1 - i / 1000, 0) ** 1.5),
+    'sigmoid': (caffe_sigmoid(0.1, -0.02, 500), lambda i: 0.1 / (1 + math.exp(0.02 * (i - 500)))),
+    'sigmoid up': (caffe_sigmoid(0.1, 0.5, 10), lambda i: 0.1 / (1 + math.exp(-0.5 * (i - 10)))),
+}
+
+
+@pytest.mark.parametrize('how', ['python', 'jit', 'scan'])
+@pytest.mark.parametrize(('schedule', 'formula'), CASES.values(), ids=CASES)
+def test_formulas(schedule, formula, how):
+    if how == 'python':
+        got = [schedule(step) for step in STEPS]
+    elif how == 'jit':
+        jitted = jax.jit(schedule)
+        got = [jitted(jnp.int32(step)) for step in STEPS]
+    else:
+        got = jax.lax.scan(lambda carry, step: (carry, schedule(step)), 0, jnp.array(STEPS))[1]
+    want = [formula(step) for step in STEPS]
+    # `poly` cancels as it comes near 0: there, an error of float32 beside the 0.1 of its start.
+    np.testing.assert_allclose(np.array(got), want, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize('schedule', [case[0] for case in CASES.values()], ids=CASES)
+def test_values_are_float32_scalars(schedule):
+    value = jax.eval_shape(schedule, jnp.int32(3))
+    assert (value.shape, value.dtype) == ((), jnp.float32)
+
+
+def test_numbers_of_the_paper():
+    sigma = update_probability(gamma=1e-4, power=1.0, stop=14_000)
+    assert float(sigma(0)) == 1.0
+    np.testing.assert_allclose(sigma(10_000), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(sigma(13_999), 0.41668403, rtol=1e-6)
+    assert float(sigma(14_000)) == 0.0
+    np.testing.assert_allclose(caffe_inv(0.01, 1e-4, 0.75)(10_000), 0.0059460356, rtol=1e-6)
+
+
+def test_step_changes_exactly_at_multiples_for_all_sizes():
+    sizes = np.arange(1, 51)
+    schedules = [caffe_step(1.0, 0.5, int(size)) for size in sizes]
+    together = jax.jit(jax.vmap(lambda step: jnp.stack([f(step) for f in schedules])))
+    times = np.arange(1, 101)[:, None] * sizes
+    for shift in (-1, 0):
+        steps = np.unique(times + shift).astype(np.int32)
+        # Powers of one half are exact, so equality it is, as far down as float32 is normal.
+        changes = steps[:, None] // sizes
+        np.testing.assert_array_equal(
+            np.where(changes < 120, together(steps), 0), np.where(changes < 120, 0.5**changes, 0)
+        )
+
+
+def test_poly_ends_exactly_at_0_for_all_lengths():
+    lengths = np.arange(1, 64)
+    schedules = [caffe_poly(1.0, 0.5, int(length)) for length in lengths]
+    together = jax.jit(lambda steps: jnp.stack([f(steps[i]) for i, f in enumerate(schedules)]))
+    assert not np.any(together(lengths.astype(np.int32)))
+    assert not np.any(together(lengths.astype(np.int32) + 1))
+    np.testing.assert_allclose(together(lengths.astype(np.int32) - 1), lengths**-0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('first', [1, 7, 49, 1000, 2**24 + 1])
+def test_boundaries_are_exact(first):
+    # 2^24 + 1 is the first integer that float32 does not know.
+    after = [
+        (caffe_multistep(1.0, 0.5, [first]), 0.5),
+        (caffe_step(1.0, 0.5, first), 0.5),
+        (update_probability(gamma=0, stop=first), 0.0),
+    ]
+    for schedule, value in after:
+        schedule = jax.jit(schedule)
+        assert float(schedule(jnp.int32(first - 1))) == 1.0
+        assert float(schedule(jnp.int32(first))) == value
+    start = jax.jit(update_probability(start=first))
+    assert float(start(jnp.int32(first - 1))) == 0.0
+    assert float(start(jnp.int32(first))) == 1.0
+
+
+@pytest.mark.parametrize(
+    ('factory', 'arguments', 'message'),
+    [
+        (update_probability, {'gamma': -1e-4}, 'gamma must be at least 0, but is -0.0001'),
+        (update_probability, {'gamma': math.nan}, 'gamma must be at least 0, but is nan'),
+        (update_probability, {'power': -1.0}, 'power must be at least 0, but is -1.0'),
+        (update_probability, {'start': -1}, 'start must be at least 0, but is -1'),
+        (update_probability, {'stop': -1}, 'stop must be at least 0, but is -1'),
+        (update_probability, {'stop': 9, 'start': 10}, 'stop must be at least 10, but is 9'),
+        (caffe_step, {'base': 1, 'gamma': 1, 'step_size': 0}, 'step_size .* at least 1.* is 0'),
+        (caffe_inv, {'base': 1, 'gamma': -1, 'power': 1}, 'gamma .* at least 0.* is -1'),
+        (caffe_poly, {'base': 1, 'power': 1, 'steps': 0}, 'steps .* at least 1.* is 0'),
+        (
+            caffe_multistep,
+            {'base': 1, 'gamma': 1, 'boundaries': [5, 3]},
+            r'boundaries must ascend, but are \[5, 3\]',
+        ),
+    ],
+)
+def test_bad_arguments(factory, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        factory(**arguments)
