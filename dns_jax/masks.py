@@ -153,21 +153,15 @@ def update_masks(
 
     probability = jnp.stack([jnp.float32(update_probability[layer]) for layer in layers])
     coins = jax.random.uniform(key, (len(layers),), jnp.float32) < probability
-    # A layer whose coin fell wrong gets a band without end: the masks inside it stay.
-    bands = {
-        layer: (
-            jnp.where(coin, thresholds[layer].low, -jnp.inf).astype(jnp.float32),
-            jnp.where(coin, thresholds[layer].high, jnp.inf).astype(jnp.float32),
-        )
-        for layer, coin in zip(layers, coins, strict=True)
-    }
+    coin_of = dict(zip(layers, coins, strict=True))
 
     def update(layer, weights, mask):
         if mask.ndim == 0:
             return mask
-        low, high = bands[layer]
         # One comparison says h_k: a kept connection must reach a_k, a pruned one b_k.
-        return jnp.abs(weights).astype(jnp.float32) >= jnp.where(mask, low, high)
+        threshold = jnp.where(mask, jnp.float32(thresholds[layer].low), thresholds[layer].high)
+        updated = jnp.abs(weights).astype(jnp.float32) >= threshold
+        return jnp.where(coin_of[layer], updated, mask)
 
     return jax.tree.map(update, layer_names(masks, layer_of), params, masks)
 
@@ -212,7 +206,9 @@ def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent) -> dic
       >>> int(events[''].pruned), int(events[''].spliced)
       (1, 1)
     """
+    # Each as the masks of the other, so that neither may be a scalar or an integer alone.
     check_parallel(before, after)
+    check_parallel(after, before)
     pruned = count_kept(jax.tree.map(lambda old, new: old & ~new, before, after), layer_of)
     spliced = count_kept(jax.tree.map(lambda old, new: new & ~old, before, after), layer_of)
     return {layer: Events(pruned[layer], spliced[layer]) for layer in pruned}

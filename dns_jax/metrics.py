@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from dns_jax.layers import group_by_layer, parent
@@ -63,7 +64,7 @@ def measure_sizes(
       Sizes per layer and in total.
 
     Raises:
-      ValueError: if the trees do not match, or `positions` names an unknown layer.
+      ValueError: if the trees do not match or are empty, or `positions` names an unknown layer.
       TypeError: if a mask is not boolean.
 
     Example:
@@ -75,6 +76,8 @@ def measure_sizes(
       (10, 3, 3.3333333333333335, 2)
     """
     check_parallel(params, masks)
+    if not jax.tree.leaves(params):
+        raise ValueError(f'params must have at least one leaf, but is {params!r}')
     positions = dict(positions or {})
     weights = group_by_layer(params, layer_of, lambda path, leaf: True)
     kept = group_by_layer(masks, layer_of, lambda path, leaf: True)

@@ -6,6 +6,7 @@ is `optax.constant_schedule`.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from dns_jax.typing import Schedule
@@ -51,7 +52,7 @@ def update_probability(
         active = step >= start
         if stop is not None:
             active &= step < stop
-        decay = (1.0 + gamma * jnp.maximum(step - start, 0).astype(jnp.float32)) ** -power
+        decay = (1.0 + gamma * _real(jnp.maximum(step - start, 0))) ** -power
         return jnp.where(active, decay, 0.0)
 
     return schedule
@@ -80,7 +81,7 @@ def caffe_step(base: float, gamma: float, step_size: int) -> Schedule:
     """
     _check_at_least('step_size', step_size, 1)
     # Integer division is exact, where a quotient of floats may round down one step too long.
-    return lambda step: base * jnp.float32(gamma) ** (jnp.asarray(step) // step_size)
+    return lambda step: base * jnp.float32(gamma) ** _real(jnp.asarray(step) // step_size)
 
 
 def caffe_exp(base: float, gamma: float) -> Schedule:
@@ -100,7 +101,7 @@ def caffe_exp(base: float, gamma: float) -> Schedule:
     Reference:
       Caffe, `SGDSolver::GetLearningRate`.
     """
-    return lambda step: base * jnp.float32(gamma) ** jnp.asarray(step)
+    return lambda step: base * jnp.float32(gamma) ** _real(step)
 
 
 def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
@@ -125,7 +126,7 @@ def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
       Caffe, `SGDSolver::GetLearningRate`; the LeNets of Guo et al. 2016 use it.
     """
     _check_at_least('gamma', gamma, 0)
-    return lambda step: base * (1.0 + gamma * jnp.asarray(step, jnp.float32)) ** -power
+    return lambda step: base * (1.0 + gamma * _real(step)) ** -power
 
 
 def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Schedule:
@@ -153,7 +154,7 @@ def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Sch
     if list(boundaries) != sorted(boundaries):
         raise ValueError(f'boundaries must ascend, but are {list(boundaries)}')
     edges = jnp.asarray(boundaries, jnp.int32)
-    return lambda step: base * jnp.float32(gamma) ** jnp.sum(jnp.asarray(step) >= edges)
+    return lambda step: base * jnp.float32(gamma) ** _real(jnp.sum(jnp.asarray(step) >= edges))
 
 
 def caffe_poly(base: float, power: float, steps: int) -> Schedule:
@@ -178,7 +179,8 @@ def caffe_poly(base: float, power: float, steps: int) -> Schedule:
       Caffe, `SGDSolver::GetLearningRate`.
     """
     _check_at_least('steps', steps, 1)
-    return lambda step: base * jnp.maximum(1.0 - jnp.asarray(step) / steps, 0.0) ** power
+    # From the steps left, so that the rate ends at an exact 0.
+    return lambda step: base * (_real(jnp.maximum(steps - jnp.asarray(step), 0)) / steps) ** power
 
 
 def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
@@ -199,9 +201,13 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
     Reference:
       Caffe, `SGDSolver::GetLearningRate`.
     """
-    return lambda step: base / (1.0 + jnp.exp(-gamma * (jnp.asarray(step) - middle)))
+    return lambda step: base / (1.0 + jnp.exp(-gamma * _real(jnp.asarray(step) - middle)))
 
 
 def _check_at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f'{name} must be at least {least}, but is {value!r}')
+
+
+def _real(step) -> jax.Array:
+    return jnp.asarray(step, jnp.float32)

@@ -350,6 +350,18 @@ def test_the_reference_may_break_too(make_config, tmp_path):
     assert steps_of(tmp_path / 'run', 'reference') == []
 
 
+def test_weights_that_break_after_the_last_loss_are_not_saved(make_config, whole, tmp_path):
+    """The loss of a chunk's last step is that of the weights before it."""
+    every_step = {'surgery_steps': 2, 'record_every': 1, 'checkpoint_every': 1, 'stop': ''}
+    rates = {'learning_rate': 1e38, 'bias_scale': 1e9, 'reference': str(whole[0])}
+    trainer = run.Trainer(make_config(tmp_path / 'run', **every_step, **rates))
+    reference = trainer.train_reference([])
+    broken = pytest.raises(FloatingPointError, match='a weight is not finite at step 1 of the sur')
+    with broken, jax.disable_jit():  # faster than compiling for so few steps
+        trainer.train_surgery(reference, [])
+    assert steps_of(tmp_path / 'run', 'surgery') == []
+
+
 def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
     """The rate is such that the weights break some chunks after the first checkpoint."""
     short = {'surgery_steps': 200, 'record_every': 2, 'checkpoint_every': 2}
