@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import optax
 from absl import app, logging
 from absl import flags as absl_flags
 
+import dns_jax
 from experiments import data
 
 T = TypeVar('T', int, float)
@@ -46,15 +48,13 @@ class Config:
     record_every: int = _flag(500, 'Steps per record, and per compiled call.', lower_bound=1)
     checkpoint_every: int = _flag(2_000, 'Steps per checkpoint.', lower_bound=1)
 
-    reference_learning_rate: float = _flag(0.01, 'Learning rate at step 0 of dense training.')
-    learning_rate: float = _flag(0.01, 'Learning rate at step 0 of surgery.')
-    learning_rate_policy: str = _flag(
-        'inv', "Caffe's policy, in both phases; poly ends at 0.", choices=('inv', 'poly')
+    reference_learning_rate: str = _flag(
+        'inv:0.01,1e-4,0.75', "Caffe's policy and its numbers for dense training."
     )
-    learning_rate_gamma: float = _flag(1e-4, "Gamma of Caffe's policy inv, per step.")
-    learning_rate_power: float = _flag(0.75, 'Power of the policy.')
+    learning_rate: str = _flag('inv:0.01,1e-4,0.75', 'The same for surgery.')
+    reference_weight_decay: float = _flag(5e-4, 'Weight decay of dense training.')
+    weight_decay: float = _flag(5e-4, 'Weight decay of surgery, on all dense weights.')
     momentum: float = _flag(0.9, 'Momentum.')
-    weight_decay: float = _flag(5e-4, 'Weight decay on all dense weights.')
     bias_scale: float = _flag(2.0, 'Learning rate of biases / that of kernels.')
 
     c_rate: str = _flag('1', 'c of the thresholds mean + c · std, as LAYER:NUMBER,…')
@@ -131,6 +131,40 @@ def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
         except ValueError as error:
             raise ValueError(f'{entry!r} in {text!r} is not PATTERN:NUMBER') from error
     return table
+
+
+_POLICIES = {
+    'fixed': (optax.constant_schedule, ('BASE',)),
+    'exp': (dns_jax.caffe_exp, ('BASE', 'GAMMA')),
+    'inv': (dns_jax.caffe_inv, ('BASE', 'GAMMA', 'POWER')),
+    'poly': (dns_jax.caffe_poly, ('BASE', 'POWER')),
+}
+
+
+def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
+    """Reads a learning-rate policy, such as `inv:0.01,1e-4,0.75` or `poly:0.04,1`.
+
+    Args:
+      text: `POLICY:NUMBERS`; the numbers are base, gamma and power, as far as the policy has them.
+      steps: the length of the phase, at whose end `poly` reaches 0.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: if the policy is unknown or its numbers are not as wanted.
+    """
+    name, _, numbers = text.partition(':')
+    if name not in _POLICIES:
+        raise ValueError(f'{text!r} must begin with one of {", ".join(_POLICIES)} and a colon')
+    policy, wanted = _POLICIES[name]
+    try:
+        values = [float(number) for number in numbers.split(',')]
+    except ValueError:
+        values = []
+    if len(values) != len(wanted):
+        raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}')
+    return policy(*values, *([steps] if name == 'poly' else []))
 
 
 def define(

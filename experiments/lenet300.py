@@ -1,6 +1,6 @@
 """LeNet-300-100 on MNIST: the paper's table 1, first network.
 
-python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300.flags
+python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300_mnist.flags
 """
 
 from experiments import flags

@@ -1,6 +1,6 @@
 """LeNet-5 on MNIST: the paper's table 1, second network.
 
-python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5.flags
+python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_mnist.flags
 """
 
 from experiments import flags

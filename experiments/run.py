@@ -23,7 +23,7 @@ from tqdm import tqdm
 import dns_jax
 from experiments import data, models, report, train
 from experiments.checkpoints import Checkpoints
-from experiments.flags import Config, parse_table
+from experiments.flags import Config, parse_learning_rate, parse_table
 from experiments.workdir import Records, claim
 
 
@@ -89,7 +89,7 @@ class Trainer:
     def train_reference(self, stopping: list[int]) -> dns_jax.Params:
         """Trains the dense network, or reads the one that --reference names."""
         steps = self.config.reference_steps
-        optimizer = self._optimizer({}, self.config.reference_learning_rate, steps)
+        optimizer = self._optimizer({}, 'reference_', steps)
         state = train.TrainState(self.initial, optimizer.init(self.initial))
         if self.config.reference:
             with Checkpoints(_reference_folder(self.config.reference)) as checkpoints:
@@ -101,7 +101,7 @@ class Trainer:
     def train_surgery(self, params: dns_jax.Params, stopping: list[int]) -> train.TrainState:
         """Operates on the network, from its dense weights."""
         steps = self.config.surgery_steps
-        optimizer = self._optimizer(self.rules, self.config.learning_rate, steps)
+        optimizer = self._optimizer(self.rules, '', steps)
         # A copy: the loop takes over the memory of its state, and the reference is still needed.
         state = train.TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
         return self._train('surgery', optimizer, state, steps, stopping)
@@ -131,20 +131,17 @@ class Trainer:
             'flags': config.identity(),
         }
 
-    def _optimizer(self, rules, learning_rate, steps) -> optax.GradientTransformation:
+    def _optimizer(self, rules, prefix, steps) -> optax.GradientTransformation:
         config = self.config
-        power = config.learning_rate_power
-        if config.learning_rate_policy == 'inv':
-            schedule = dns_jax.caffe_inv(learning_rate, config.learning_rate_gamma, power)
-        else:
-            schedule = dns_jax.caffe_poly(learning_rate, power, steps)
+        schedule = parse_learning_rate(getattr(config, f'{prefix}learning_rate'), steps)
+        weight_decay = getattr(config, f'{prefix}weight_decay')
         return optax.chain(
             dns_jax.surgery(
                 rules,
                 jax.random.key(config.seed),
                 takes_part=dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel,
             ),
-            dns_jax.caffe_sgd(schedule, config.momentum, config.weight_decay, config.bias_scale),
+            dns_jax.caffe_sgd(schedule, config.momentum, weight_decay, config.bias_scale),
         )
 
     def _train(self, phase, optimizer, state, steps, stopping) -> train.TrainState:

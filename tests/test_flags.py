@@ -74,7 +74,7 @@ def make_config(data_dir, tmp_path_factory):
     def make(**fields):
         fields.setdefault('workdir', str(tmp_path_factory.mktemp('run') / 'run'))
         short = {'reference_steps': 3, 'surgery_steps': 4, 'record_every': 1, 'batch_size': 16}
-        short |= {'checkpoint_every': 2, 'learning_rate': 0.1, 'dataset': 'digits'}
+        short |= {'checkpoint_every': 2, 'learning_rate': 'inv:0.1,1e-4,0.75', 'dataset': 'digits'}
         return Config(**{'network': 'tiny', 'data_dir': str(data_dir), **short, **fields})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -109,11 +109,9 @@ EFFECTIVE = {
     'surgery_steps': 3,
     'record_every': 2,
     'checkpoint_every': 1,
-    'reference_learning_rate': 0.02,
-    'learning_rate': 0.2,
-    'learning_rate_policy': 'poly',
-    'learning_rate_gamma': 0.1,
-    'learning_rate_power': 50.0,
+    'reference_learning_rate': 'inv:0.02,1e-4,0.75',
+    'learning_rate': 'poly:0.1,1',
+    'reference_weight_decay': 0.1,
     'momentum': 0.5,
     'weight_decay': 0.1,
     'bias_scale': 1.0,
@@ -149,7 +147,7 @@ def test_a_flag_has_an_effect(make_config, plain, name, value):
 # Where each mark of the rate's policy, of σ and of the data enters: not only somewhere.
 @pytest.mark.parametrize(('name', 'phase'), [('reference_', 'reference'), ('', 'surgery')])
 def test_each_learning_rate_is_that_of_its_phase(make_config, plain, name, phase):
-    records, _, _ = outcome(make_config(**{f'{name}learning_rate': 0.03}))
+    records, _, _ = outcome(make_config(**{f'{name}learning_rate': 'fixed:0.03'}))
     changed = [
         json.loads(one)['phase']
         for one, other in zip(records.splitlines(), plain[1][0].splitlines(), strict=True)
@@ -291,7 +289,6 @@ def test_stray_arguments_are_refused(arguments):
     [
         ('--steps=3', "Unknown command line flag 'steps'"),
         ('--dataset=cifar10', 'should be one of <digits|mnist|fashion_mnist>'),
-        ('--learning_rate_policy=step', 'should be one of <inv|poly>'),
         ('--seed=-1', '--seed=-1'),
         ('--seed=half', '--seed=half'),
         ('--momentum=much', '--momentum=much'),
@@ -450,3 +447,19 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
     assert run.make_rules(config, shapes(config.network))
     # A folder of one machine has no place in a committed file.
     assert not any(os.path.isabs(getattr(config, name) or '') for name in ('workdir', 'data_dir'))
+
+
+def test_learning_rate_policies_are_those_of_the_library():
+    for text, at_50 in (
+        ('fixed:0.1', 0.1),
+        ('exp:0.1,0.99', 0.1 * 0.99**50),
+        ('inv:0.1,0.02,0.5', 0.1 * 2**-0.5),
+        ('poly:0.1,2', 0.1 * 0.5**2),
+    ):
+        assert float(flags.parse_learning_rate(text, 100)(50)) == pytest.approx(at_50)
+
+
+@pytest.mark.parametrize('text', ['', 'inv', 'inv:0.1', 'poly:0.1,x', 'fixed:0.1,0.2', 'warp:9'])
+def test_malformed_learning_rates_are_refused(text):
+    with pytest.raises(ValueError, match=repr(text)):
+        flags.parse_learning_rate(text, 100)

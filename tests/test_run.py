@@ -330,7 +330,12 @@ def test_a_workdir_with_another_run_is_refused(make_config, whole):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(start, whole, tmp_path):
-    short = {'surgery_steps': 8, 'record_every': 4, 'checkpoint_every': 4, 'learning_rate': 1e30}
+    short = {
+        'surgery_steps': 8,
+        'record_every': 4,
+        'checkpoint_every': 4,
+        'learning_rate': 'fixed:1e30',
+    }
     answer = finish(start(tmp_path / 'run', reference=whole[0], **short))
     assert answer.returncode == 1
     assert re.fullmatch(
@@ -344,7 +349,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(start, whole, tmp_path):
 
 
 def test_the_reference_may_break_too(make_config, tmp_path):
-    config = make_config(tmp_path / 'run', reference_learning_rate=1e30)
+    config = make_config(tmp_path / 'run', reference_learning_rate='fixed:1e30')
     with pytest.raises(FloatingPointError, match=r'at step \d of the reference phase'):
         run.run(config)
     assert steps_of(tmp_path / 'run', 'reference') == []
@@ -353,7 +358,7 @@ def test_the_reference_may_break_too(make_config, tmp_path):
 def test_weights_that_break_after_the_last_loss_are_not_saved(make_config, whole, tmp_path):
     """The loss of a chunk's last step is that of the weights before it."""
     every_step = {'surgery_steps': 2, 'record_every': 1, 'checkpoint_every': 1, 'stop': ''}
-    rates = {'learning_rate': 1e38, 'bias_scale': 1e9, 'reference': str(whole[0])}
+    rates = {'learning_rate': 'fixed:1e38', 'bias_scale': 1e9, 'reference': str(whole[0])}
     trainer = run.Trainer(make_config(tmp_path / 'run', **every_step, **rates))
     reference = trainer.train_reference([])
     broken = pytest.raises(FloatingPointError, match='a weight is not finite at step 1 of the sur')
@@ -365,7 +370,7 @@ def test_weights_that_break_after_the_last_loss_are_not_saved(make_config, whole
 def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
     """The rate is such that the weights break some chunks after the first checkpoint."""
     short = {'surgery_steps': 200, 'record_every': 2, 'checkpoint_every': 2}
-    rate = {'learning_rate': 30.0, 'reference': str(whole[0]), 'stop': ''}
+    rate = {'learning_rate': 'fixed:30', 'reference': str(whole[0]), 'stop': ''}
     trainer = run.Trainer(make_config(tmp_path / 'run', **short, **rate))
     with pytest.raises(FloatingPointError) as caught:
         trainer.train_surgery(trainer.train_reference([]), [])
