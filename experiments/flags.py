@@ -75,6 +75,11 @@ class Config:
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
                 f'--record_every={self.record_every}'
             )
+        for name in ('reference_learning_rate', 'learning_rate'):
+            try:
+                parse_learning_rate(getattr(self, name), steps=1)
+            except ValueError as error:
+                raise ValueError(f'--{name}: {error}') from error
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide a run's numbers: all but places and switches."""
