@@ -6,14 +6,16 @@ and writes `data_dir/dns_jax_cache/<name>-<version>.npz`; later ones read that f
 
 import dataclasses
 import gzip
+import io
 import os
 import pathlib
-import uuid
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from experiments.files import write_whole
 
 _CLASSES = 10
 _FILES = {
@@ -125,16 +127,9 @@ def _make_writable(folder: pathlib.Path, data_dir: str | os.PathLike[str]) -> No
 
 
 def _write_cache(cache: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays whole or not at all: under another name first, then renamed."""
-    temporary = cache.with_name(f'{cache.name}.{uuid.uuid4().hex}.tmp')
-    try:
-        with open(temporary, 'xb') as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, cache)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
+    write_whole(cache, content.getvalue())
 
 
 def _read_cache(cache: pathlib.Path, source: _Source) -> dict[str, np.ndarray]:
