@@ -25,8 +25,8 @@ $(BIN)/ready: requirements.txt
 
 # The runs behind the README's table, about half an hour on two cores; needs real MNIST.
 results: $(BIN)/ready
-	for seed in 0 1 2; do for network in lenet300 lenet5; do \
-	  $(BIN)/python -m experiments.$$network --flagfile=experiments/flagfiles/$${network}_mnist.flags \
-	    --seed=$$seed --workdir=runs/$$network-$$seed $(DATA_FLAGS) && \
-	  cp runs/$$network-$$seed/summary.json results/$$network-$$seed.json || exit 1; done; done
+	for seed in 0 1 2; do for name in lenet300_mnist lenet300_paper lenet5_mnist lenet5_paper; do \
+	  $(BIN)/python -m experiments.$${name%_*} --flagfile=experiments/flagfiles/$$name.flags \
+	    --seed=$$seed --workdir=runs/$$name-$$seed --resume $(DATA_FLAGS) && \
+	  cp runs/$$name-$$seed/summary.json results/$$name-$$seed.json || exit 1; done; done
 	$(BIN)/python -m experiments.results

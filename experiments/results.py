@@ -9,38 +9,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.report import NETWORK_NAMES
-
 FOLDER = Path(__file__).parents[1] / 'results'
-_HEADER = '| network | seeds | error of the reference | error after surgery | kept | compression |'
+_HEADER = '| flagfile | seeds | error of the reference | error after surgery | kept | compression |'
 
 
 def read_summaries(folder: Path = FOLDER) -> dict[str, list[dict[str, Any]]]:
     """Reads the summaries of runs.
 
     Args:
-      folder: with files named NETWORK-SEED.json.
+      folder: with files named FLAGFILE-SEED.json.
 
     Returns:
-      `{network: its summaries}`, sorted by network and seed.
+      `{flagfile: the summaries of its runs}`, sorted by flagfile and seed.
 
     Raises:
       ValueError: if the folder holds none.
     """
     paths = sorted(folder.glob('*-[0-9]*.json'))
     if not paths:
-        raise ValueError(f'{folder} must hold files named NETWORK-SEED.json, but holds none')
-    networks: dict[str, list[dict[str, Any]]] = {}
+        raise ValueError(f'{folder} must hold files named FLAGFILE-SEED.json, but holds none')
+    flagfiles: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
-        summary = json.loads(path.read_text())
-        networks.setdefault(summary['network'], []).append(summary)
-    return networks
+        flagfile = path.stem.rpartition('-')[0]
+        flagfiles.setdefault(flagfile, []).append(json.loads(path.read_text()))
+    return flagfiles
 
 
-def table_row(summaries: Sequence[dict[str, Any]]) -> str:
-    """Writes the runs of one network as a row in Markdown.
+def table_row(name: str, summaries: Sequence[dict[str, Any]]) -> str:
+    """Writes the runs of one flagfile as a row in Markdown.
 
     Args:
+      name: what the row begins with.
       summaries: of runs that differ in the seed alone.
 
     Returns:
@@ -53,7 +52,7 @@ def table_row(summaries: Sequence[dict[str, Any]]) -> str:
         return f'{middle:{form}}{unit} ({low:{form}} to {high:{form}})'
 
     cells = (
-        NETWORK_NAMES[summaries[0]['network']],
+        name,
         f'{len(summaries)}',
         cell('reference_error', '.2f', ' %'),
         cell('test_error', '.2f', ' %'),
@@ -63,9 +62,9 @@ def table_row(summaries: Sequence[dict[str, Any]]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
-def table(networks: dict[str, list[dict[str, Any]]]) -> str:
-    """Writes the table of all networks in Markdown."""
-    rows = [table_row(summaries) for summaries in networks.values()]
+def table(flagfiles: dict[str, list[dict[str, Any]]]) -> str:
+    """Writes the table of all runs in Markdown."""
+    rows = [table_row(f'`{name}`', summaries) for name, summaries in flagfiles.items()]
     return '\n'.join([_HEADER, '|---' * _HEADER.count(' |') + '|', *rows])
 
 

@@ -1,0 +1,57 @@
+"""The README: its example runs, and its numbers are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import results
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+
+
+def test_the_example_runs_and_prunes(capsys):
+    (example,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    exec(compile(example, 'README.md', 'exec'), {})
+    assert float(capsys.readouterr().out) > 1.5
+
+
+def test_the_commands_are_those_of_the_makefile():
+    makefile = (ROOT / 'Makefile').read_text()
+    for target in re.findall(r'\bmake (\w+)', README):
+        assert re.search(rf'^{target}:', makefile, re.MULTILINE), target
+
+
+def test_the_table_is_that_of_the_results():
+    assert results.table(results.read_summaries()) in README
+
+
+def test_results_come_from_their_flagfiles():
+    for path in sorted((ROOT / 'results').glob('*-*.json')):
+        summary = json.loads(path.read_text())
+        name, seed = path.stem.rsplit('-', 1)
+        assert summary['seed'] == int(seed)
+        flagfile = ROOT / 'experiments' / 'flagfiles' / f'{name}.flags'
+        for line in flagfile.read_text().splitlines():
+            if line.startswith('--') and '=' in line:
+                flag, value = line[2:].split('=', 1)
+                assert str(summary['flags'][flag]) == str(type(summary['flags'][flag])(value)), line
+
+
+def test_table_row_gives_median_and_range():
+    summaries = [
+        {'network': 'lenet5', 'reference_error': 1.0, 'test_error': error, 'kept': kept}
+        | {'compression': 431080 / kept}
+        for error, kept in ((0.9, 4000), (1.1, 5000), (0.95, 4310))
+    ]
+    assert results.table_row('label', summaries) == (
+        '| label | 3 | 1.00 % (1.00 to 1.00) | 0.95 % (0.90 to 1.10) | 4,310 (4,000 to 5,000) | '
+        '100.0× (86.2 to 107.8) |'
+    )
+
+
+def test_no_results_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match='must hold files named'):
+        results.read_summaries(tmp_path)
