@@ -81,7 +81,8 @@ def surgery(
       Guo et al. 2016, Algorithm 1.
     """
     table = {'*': rules} if isinstance(rules, Rule) else dict(rules)
-    if not jnp.issubdtype(getattr(key, 'dtype', None), jax.dtypes.prng_key) or key.shape:
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or key.shape:
         raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
 
     def match(params):

@@ -16,6 +16,7 @@ from experiments.flags import Config
 
 FLAGS_FILE = 'flags.json'
 METRICS_FILE = 'metrics.jsonl'
+PHASES = ('reference', 'surgery')
 
 
 def claim(config: Config) -> Path:
@@ -55,6 +56,33 @@ def claim(config: Config) -> Path:
             f'--workdir={folder} must be a folder that can be written: {error}'
         ) from error
     return folder
+
+
+def read_records(folder: str | Path) -> list[dict[str, Any]]:
+    """Reads the records of a run.
+
+    Args:
+      folder: of the run.
+
+    Returns:
+      The records in the order written. A last line without its end, as a killed writer leaves
+      it, is no record.
+
+    Raises:
+      ValueError: if a line is damaged; the message names the file and the line.
+      OSError: if the file is missing or cannot be read.
+    """
+    path = Path(folder) / METRICS_FILE
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], start=1):
+        try:
+            record = json.loads(line)
+            if record['phase'] not in PHASES or not isinstance(record['step'], int):
+                raise ValueError(f'phase {record["phase"]!r}, step {record["step"]!r}')
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f'{path}, line {number}, is damaged: {error!r}') from error
+        records.append(record)
+    return records
 
 
 class Records:
@@ -101,15 +129,11 @@ class Records:
         Raises:
           ValueError: if a whole line is no record.
         """
-        kept = []
-        for number, line in enumerate(self._path.read_text().split('\n')[:-1], start=1):
-            try:
-                record = json.loads(line)
-                keep = record['phase'] != phase or record['step'] <= step
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f'{self._path}, line {number}, is damaged: {error!r}') from error
-            if keep:
-                kept.append(line + '\n')
+        kept = [
+            json.dumps(record) + '\n'
+            for record in read_records(self._path.parent)
+            if record['phase'] != phase or record['step'] <= step
+        ]
         write_whole(self._path, ''.join(kept))
 
 
