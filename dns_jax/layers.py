@@ -23,8 +23,8 @@ def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
       key_path: as `jax.tree_util.tree_flatten_with_path` gives it.
 
     Returns:
-      The path, such as `conv1/kernel`, and `''` for a bare array. The `/value` that a Flax
-      NNX variable puts at the end is left out.
+      The path, such as `conv1/kernel`, and `''` for a bare array. The attribute `value`
+      that a Flax NNX variable puts at the end is left out.
 
     Example:
       >>> import jax
@@ -32,8 +32,9 @@ def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
       >>> [leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
       ['conv1/kernel']
     """
-    path = jax.tree_util.keystr(key_path, simple=True, separator='/')
-    return path.removesuffix('/value')
+    if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey('value'):
+        key_path = key_path[:-1]
+    return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
 def parent(path: str) -> str:

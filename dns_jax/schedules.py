@@ -4,6 +4,7 @@ Each function returns a schedule in the sense of optax, `step -> value`. Caffe's
 is `optax.constant_schedule`.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -205,8 +206,8 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
 
 
 def _check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f'{name} must be at least {least}, but is {value!r}')
+    if not least <= value < math.inf:
+        raise ValueError(f'{name} must be finite and at least {least}, but is {value!r}')
 
 
 def _real(step) -> jax.Array:

@@ -4,6 +4,7 @@ A rule is a function of the weights of its layers and of the step; `surgery` say
 asked. All of it runs in float32 and under jit.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
     Reference:
       Guo et al. 2016, section 3.3; 0.9 and 1.1 as in the authors' Caffe layers.
     """
-    if not jnp.isfinite(c_rate):
+    if not math.isfinite(c_rate):
         raise ValueError(f'c_rate must be finite, but is {c_rate!r}')
     if not 0 <= hysteresis <= 1:
         raise ValueError(f'hysteresis must be in [0, 1], but is {hysteresis!r}')

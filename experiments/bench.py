@@ -1,11 +1,12 @@
 """What surgery costs: the time and memory of a training step, dense and under surgery.
 
-python -m experiments.bench --peer=PYTHON --peer_script=SCRIPT
+python -m experiments.bench [--peer=PYTHON]
 
-Every program runs many steps per call, as training does, and all take turns in one process;
-medians are reported, and ratios of neighbours in time. Surgery updates its masks at every step
-(σ = 1), its dearest. A peer is a script that prints one JSON object,
-`{network: {"dense": {"median_ms": …}, "surgery": {"median_ms": …}}}`, for the same steps.
+Every program runs many steps per call, as training does but for the counts of its records, and all
+take turns in one process; medians are reported, and ratios of neighbours in time. Surgery updates
+its masks at every step (σ = 1), its dearest. Memory is what the compiler plans. A peer is a script
+that prints one JSON object, `{network: {"dense": {"median_ms": …}, "surgery": {"median_ms": …}}}`,
+for the same steps.
 """
 
 import json
@@ -24,6 +25,7 @@ from experiments.flags import BenchConfig
 
 _BATCH_SIZE = 64
 _EXAMPLES = 10_000
+# A call takes long enough to be timed, and short enough for the machine to stay the same.
 _STEPS_PER_CALL = {'lenet300': 250, 'lenet5': 25}
 
 
@@ -106,7 +108,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     peer_rows = []
     for number in range(config.rounds):
         if config.peer and number * config.peer_rounds // config.rounds == len(peer_rows):
-            peer_rows.append(_run_peer(config.peer, config.peer_script or ''))
+            peer_rows.append(_run_peer(config.peer, config.peer_script))
         for key, program in programs.items():
             times[key].append(program.milliseconds())
 
@@ -161,4 +163,4 @@ def bench(config: BenchConfig) -> None:
 
 
 if __name__ == '__main__':
-    flags.run({}, bench, BenchConfig)
+    flags.launch({}, bench, BenchConfig)

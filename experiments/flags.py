@@ -5,6 +5,7 @@ help text; an entry script gives its own defaults.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,12 +97,12 @@ class BenchConfig:
 
     rounds: int = _flag(30, 'Timed calls of each program, in alternation.', lower_bound=1)
     peer: str | None = _flag(None, 'A Python that can run the peer; no peer by default.')
-    peer_script: str | None = _flag(None, 'The script of the peer.')
+    peer_script: str = _flag('../shared/peers/torch_step.py', 'The script of the peer.')
     peer_rounds: int = _flag(3, 'How often the peer runs, between our rounds.', lower_bound=1)
 
     def __post_init__(self):
-        if bool(self.peer) != bool(self.peer_script):
-            raise ValueError('--peer and --peer_script belong together')
+        if self.peer and not Path(self.peer_script).is_file():
+            raise ValueError(f'--peer_script must be a file, but is {self.peer_script!r}')
         if self.peer_rounds > self.rounds:
             raise ValueError(
                 f'--peer_rounds={self.peer_rounds} must be at most --rounds={self.rounds}'
@@ -167,8 +168,8 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
         values = [float(number) for number in numbers.split(',')]
     except ValueError:
         values = []
-    if len(values) != len(wanted):
-        raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}')
+    if len(values) != len(wanted) or not all(0 <= value < math.inf for value in values):
+        raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}, numbers of 0 or more')
     return policy(*values, *([steps] if name == 'poly' else []))
 
 
@@ -226,7 +227,7 @@ def to_config(
     )
 
 
-def run(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: type[C] = Config):
+def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: type[C] = Config):
     """Runs an entry script: defines the flags, parses the command line, acts.
 
     Args:
@@ -247,6 +248,7 @@ def run(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: ty
         try:
             action(to_config(config_type, defaults, absl_flags.FLAGS, arguments))
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+            logging.debug('where it came from:', exc_info=True)  # with --verbosity=1
             raise SystemExit(f'{type(error).__name__}: {error}') from error
 
     app.run(main)

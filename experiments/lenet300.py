@@ -1,6 +1,8 @@
 """LeNet-300-100 on MNIST: the paper's table 1, first network.
 
 python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300_mnist.flags
+
+The defaults are the settings of the authors' solver.
 """
 
 from experiments import flags
@@ -15,4 +17,4 @@ DEFAULTS = {
 }
 
 if __name__ == '__main__':
-    flags.run(DEFAULTS, run)
+    flags.launch(DEFAULTS, run)

@@ -1,6 +1,8 @@
 """LeNet-5 on MNIST: the paper's table 1, second network.
 
 python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_mnist.flags
+
+The defaults are the settings of the authors' solver.
 """
 
 from experiments import flags
@@ -15,4 +17,4 @@ DEFAULTS = {
 }
 
 if __name__ == '__main__':
-    flags.run(DEFAULTS, run)
+    flags.launch(DEFAULTS, run)

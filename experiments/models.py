@@ -84,21 +84,38 @@ def _convolution(features: int, name: str) -> nn.Conv:
 
 
 def convolution_by_rows(
-    images: jax.Array, kernel: jax.Array, *arguments: object, **options: object
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: object,
 ) -> jax.Array:
     """Convolves without padding or stride, as a sum of one matrix product per kernel row.
+
+    Stands in for `jax.lax.conv_general_dilated` in `flax.linen.Conv`.
 
     Args:
       images: (batch, height, width, channels).
       kernel: (kernel height, kernel width, channels, features).
-      *arguments: the further positional arguments of `jax.lax.conv_general_dilated`, those of
-        a plain VALID convolution.
-      **options: its further keyword arguments, likewise.
+      strides: must be ones.
+      padding: must be 'VALID', or zeros.
+      **options: the dilations, which must be ones; the layout, as given above; the precision.
 
     Returns:
       (batch, height − kernel height + 1, width − kernel width + 1, features).
+
+    Raises:
+      ValueError: if the convolution wanted is another.
     """
-    del arguments, options
+    dilations = (options.get(f'{side}_dilation') or (1, 1) for side in ('lhs', 'rhs'))
+    ones = {tuple(strides), *map(tuple, dilations)} == {(1, 1)}
+    unpadded = padding == 'VALID' or {tuple(edge) for edge in padding} == {(0, 0)}
+    if not ones or not unpadded or images.shape[-1] != kernel.shape[2]:
+        raise ValueError(
+            f'only a plain VALID convolution is at hand, not one of strides {tuple(strides)}, '
+            f'padding {padding!r}, {images.shape[-1]} channels under a kernel of {kernel.shape}, '
+            f'and {options}'
+        )
     rows, columns, channels, features = kernel.shape
     height, width = images.shape[1] - rows + 1, images.shape[2] - columns + 1
     # (batch, image height, width, columns · channels): the patches of one kernel row each.

@@ -69,4 +69,6 @@ def table(flagfiles: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == '__main__':
-    print(table(read_summaries()))
+    summaries = read_summaries()
+    print(table(summaries))
+    print(json.dumps(summaries))

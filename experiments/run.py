@@ -10,7 +10,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import dns_jax
 from experiments import data, models, report, train
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config, parse_learning_rate, parse_table
-from experiments.workdir import Records, claim
+from experiments.workdir import PHASES, Records, claim, read_flags
 
 
 class Stopped(RuntimeError):
@@ -66,45 +66,56 @@ class Trainer:
     """What the phases of one run share: the data, the network and the folder."""
 
     def __init__(self, config: Config):
+        """Builds all of it, and claims the folder last: a bad flag leaves no run behind.
+
+        Args:
+          config: of the run.
+
+        Raises:
+          ValueError: if flags do not fit each other, the network or the folder.
+          OSError: if a folder cannot be read or written.
+        """
         self.config = config
         self.network = models.NETWORKS[config.network]()
         image_shape = (28, 28, 1)
-        images = jnp.zeros((1, *image_shape))
-        self.initial = self.network.init(jax.random.key(config.seed), images)['params']
+        weights_key, coins_key = jax.random.split(jax.random.key(config.seed))
+        self.initial = self.network.init(weights_key, jnp.zeros((1, *image_shape)))['params']
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial))
         self.positions = models.positions(self.network, image_shape)
-        self.rules = make_rules(config, self.initial)
+        self.reference_optimizer = make_optimizer(
+            config,
+            dns_jax.surgery({}, coins_key),
+            parse_learning_rate(config.reference_learning_rate, config.reference_steps),
+            config.reference_weight_decay,
+        )
+        takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
+        self.optimizer = make_optimizer(
+            config,
+            dns_jax.surgery(make_rules(config, self.initial), coins_key, takes_part),
+            parse_learning_rate(config.learning_rate, config.surgery_steps),
+            config.weight_decay,
+        )
         self.dataset = data.load(
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
         )
         self.error = train.make_error(self.network)
-        # Before the folder is claimed: a misspelt reference should leave no run behind.
-        if config.reference and not _reference_folder(config.reference).is_dir():
-            raise FileNotFoundError(
-                f'--reference={config.reference} has no {_reference_folder(config.reference)}'
-            )
+        self.reference = self._read_reference() if config.reference else None
         self.folder = claim(config)
         self.records = Records(self.folder, config.tensorboard)
 
     def train_reference(self, stopping: list[int]) -> dns_jax.Params:
-        """Trains the dense network, or reads the one that --reference names."""
+        """Trains the dense network, or takes the one that --reference names."""
+        if self.reference is not None:
+            return self.reference
+        state = self._dense_state()
         steps = self.config.reference_steps
-        optimizer = self._optimizer({}, 'reference_', steps)
-        state = train.TrainState(self.initial, optimizer.init(self.initial))
-        if self.config.reference:
-            with Checkpoints(_reference_folder(self.config.reference)) as checkpoints:
-                _, state = checkpoints.restore(state)
-        else:
-            state = self._train('reference', optimizer, state, steps, stopping)
-        return state.params
+        return self._train('reference', self.reference_optimizer, state, steps, stopping).params
 
     def train_surgery(self, params: dns_jax.Params, stopping: list[int]) -> train.TrainState:
         """Operates on the network, from its dense weights."""
-        steps = self.config.surgery_steps
-        optimizer = self._optimizer(self.rules, '', steps)
         # A copy: the loop takes over the memory of its state, and the reference is still needed.
-        state = train.TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
-        return self._train('surgery', optimizer, state, steps, stopping)
+        state = train.TrainState(jax.tree.map(jnp.copy, params), self.optimizer.init(params))
+        return self._train('surgery', self.optimizer, state, self.config.surgery_steps, stopping)
 
     def summarise(
         self, reference: dns_jax.Params, final: train.TrainState, seconds: float
@@ -131,18 +142,26 @@ class Trainer:
             'flags': config.identity(),
         }
 
-    def _optimizer(self, rules, prefix, steps) -> optax.GradientTransformation:
-        config = self.config
-        schedule = parse_learning_rate(getattr(config, f'{prefix}learning_rate'), steps)
-        weight_decay = getattr(config, f'{prefix}weight_decay')
-        return optax.chain(
-            dns_jax.surgery(
-                rules,
-                jax.random.key(config.seed),
-                takes_part=dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel,
-            ),
-            dns_jax.caffe_sgd(schedule, config.momentum, weight_decay, config.bias_scale),
-        )
+    def _dense_state(self) -> train.TrainState:
+        params = jax.tree.map(jnp.copy, self.initial)
+        return train.TrainState(params, self.reference_optimizer.init(params))
+
+    def _read_reference(self) -> dns_jax.Params:
+        """Reads the finished reference of another run on the same network and images."""
+        folder = Path(self.config.reference or '')
+        checkpoints_folder = folder / 'checkpoints' / 'reference'
+        if not checkpoints_folder.is_dir():
+            raise FileNotFoundError(f'--reference={folder} has no {checkpoints_folder}')
+        flags, own = read_flags(folder), self.config.identity()
+        # With train_on_all another run has seen the images that this one validates with.
+        for name in ('network', 'dataset', 'train_on_all'):
+            if flags.get(name) != own[name]:
+                raise ValueError(
+                    f'--reference={folder} is of a run with {name} {flags.get(name)!r}; wanted '
+                    f'{own[name]!r}'
+                )
+        with Checkpoints(checkpoints_folder) as checkpoints:
+            return checkpoints.restore(self._dense_state(), flags['reference_steps'])[1].params
 
     def _train(self, phase, optimizer, state, steps, stopping) -> train.TrainState:
         config, split = self.config, self.dataset.train
@@ -157,7 +176,11 @@ class Trainer:
                 while done < steps:
                     count = min(config.record_every, steps - done)
                     batches = train.batch_indices(
-                        config.seed, len(labels), config.batch_size, done, count
+                        (config.seed, PHASES.index(phase)),
+                        len(labels),
+                        config.batch_size,
+                        done,
+                        count,
                     )
                     state, chunk = run_chunk(state, images, labels, batches)
                     broken = train.first_not_finite(chunk.losses)
@@ -207,6 +230,27 @@ class Trainer:
         )
 
 
+def make_optimizer(
+    config: Config,
+    surgery: optax.GradientTransformation,
+    learning_rate: dns_jax.Schedule,
+    weight_decay: float,
+) -> optax.GradientTransformation:
+    """Chains surgery and Caffe's SGD.
+
+    Args:
+      config: momentum and bias_scale.
+      surgery: of the phase.
+      learning_rate: of the phase.
+      weight_decay: of the phase.
+
+    Returns:
+      The optimizer of the phase.
+    """
+    sgd = dns_jax.caffe_sgd(learning_rate, config.momentum, weight_decay, config.bias_scale)
+    return optax.chain(surgery, sgd)
+
+
 def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
     """Joins the tables of the flags into one rule per layer.
 
@@ -220,7 +264,7 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
     Raises:
       ValueError: if a pattern matches no layer, or a number is out of range.
     """
-    layers = list(dns_jax.group_by_layer(params))
+    layers: Iterable[str] = dns_jax.group_by_layer(params)
     tables = {}
     for name, number in (('c_rate', float), ('start', int), ('stop', int)):
         try:
@@ -229,6 +273,8 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
         except ValueError as error:
             raise ValueError(f'--{name}: {error}') from error
         tables[name] = {layer: value for layer, (_, value) in matches.items()}
+        # A start or stop for a layer that stays dense would be a slip.
+        layers = tables['c_rate']
     return {
         layer: dns_jax.Rule(
             dns_jax.mean_std(c_rate, config.hysteresis),
@@ -256,10 +302,6 @@ def stop_on_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _reference_folder(reference: str) -> Path:
-    return Path(reference) / 'checkpoints' / 'reference'
 
 
 def _progress(record, parameters) -> dict[str, str]:

@@ -95,13 +95,15 @@ def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
     return run_chunk
 
 
-def batch_indices(seed: int, examples: int, batch_size: int, start: int, steps: int) -> np.ndarray:
+def batch_indices(
+    seed: tuple[int, ...], examples: int, batch_size: int, start: int, steps: int
+) -> np.ndarray:
     """Chooses the images of some steps: one shuffled epoch after the other, without gaps.
 
     A pure function of its arguments, so that a resumed run sees the same batches.
 
     Args:
-      seed: of the shuffles.
+      seed: of the shuffles, one number or more.
       examples: images in the training split.
       batch_size: images per step.
       start: the first step.
@@ -118,8 +120,8 @@ def batch_indices(seed: int, examples: int, batch_size: int, start: int, steps: 
 
 
 @functools.lru_cache(maxsize=4)
-def _shuffled_epoch(seed: int, examples: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(examples).astype(np.int32)
+def _shuffled_epoch(seed: tuple[int, ...], examples: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([*seed, epoch]).permutation(examples).astype(np.int32)
 
 
 def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:

@@ -37,14 +37,15 @@ def claim(config: Config) -> Path:
     flags_file = folder / FLAGS_FILE
     identity = config.identity()
     if flags_file.exists():
+        recorded = read_flags(folder)
         if config.overwrite:
-            shutil.rmtree(folder)
+            _delete_run(folder)
         elif not config.resume:
             raise ValueError(
                 f'--workdir={folder} already holds a run; continue it with --resume, replace it '
                 'with --overwrite, or choose another'
             )
-        elif differences := _differences(_read_flags(flags_file), identity):
+        elif differences := _differences(recorded, identity):
             raise ValueError(f'--workdir={folder} holds a run with other flags: {differences}')
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f'--workdir={folder} is not empty and holds no run of this program')
@@ -145,14 +146,35 @@ def _open_events(folder: Path):
     return tensorboardX.SummaryWriter(str(folder))
 
 
-def _read_flags(path: Path) -> Mapping[str, Any]:
+def read_flags(folder: Path) -> Mapping[str, Any]:
+    """Reads what decided the numbers of a run.
+
+    Args:
+      folder: of the run.
+
+    Returns:
+      As `Config.identity` gave it.
+
+    Raises:
+      ValueError: if the file is damaged, or of another program.
+      OSError: if it is missing or cannot be read.
+    """
+    path = folder / FLAGS_FILE
     try:
         flags = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f'{path} is damaged: {error}') from error
-    if not isinstance(flags, dict):
-        raise ValueError(f'{path} is damaged: it holds no table of flags')
+    if not isinstance(flags, dict) or 'network' not in flags:
+        raise ValueError(f'{path} is damaged: it holds no flags of a run')
     return flags
+
+
+def _delete_run(folder: Path) -> None:
+    """Deletes what a run writes, the flags last, so that a torn deletion can be repeated."""
+    for name in ('checkpoints', 'plots', 'tensorboard'):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (METRICS_FILE, 'summary.json', 'report.md', FLAGS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -66,7 +66,7 @@ def assert_identical(one, other):
 def test_every_epoch_shows_each_image_once(batch_size):
     epochs = 3 * batch_size
     steps = epochs * EXAMPLES // batch_size
-    indices = train.batch_indices(5, EXAMPLES, batch_size, 0, steps)
+    indices = train.batch_indices((5,), EXAMPLES, batch_size, 0, steps)
     assert (indices.shape, indices.dtype) == ((steps, batch_size), np.int32)
     orders = indices.reshape(epochs, EXAMPLES)
     np.testing.assert_array_equal(np.sort(orders), np.tile(np.arange(EXAMPLES), (epochs, 1)))
@@ -76,9 +76,9 @@ def test_every_epoch_shows_each_image_once(batch_size):
 @pytest.mark.parametrize('batch_size', [8, 7, 40, 64, 100])
 @pytest.mark.parametrize('cuts', [[1, 2, 3], [10], [5, 6], list(range(1, 20))])
 def test_the_batches_of_chunks_are_those_of_the_whole(batch_size, cuts):
-    whole = train.batch_indices(5, EXAMPLES, batch_size, 0, 20)
+    whole = train.batch_indices((5,), EXAMPLES, batch_size, 0, 20)
     chunks = [
-        train.batch_indices(5, EXAMPLES, batch_size, start, stop - start)
+        train.batch_indices((5,), EXAMPLES, batch_size, start, stop - start)
         for start, stop in zip([0, *cuts], [*cuts, 20], strict=True)
     ]
     np.testing.assert_array_equal(np.concatenate(chunks), whole)
@@ -86,15 +86,15 @@ def test_the_batches_of_chunks_are_those_of_the_whole(batch_size, cuts):
 
 def test_batches_depend_on_the_seed_alone():
     train._shuffled_epoch.cache_clear()
-    first = train.batch_indices(5, EXAMPLES, BATCH, 3, 4)
+    first = train.batch_indices((5,), EXAMPLES, BATCH, 3, 4)
     np.random.seed(0)
-    train.batch_indices(6, EXAMPLES, BATCH, 0, 30)
-    np.testing.assert_array_equal(train.batch_indices(5, EXAMPLES, BATCH, 3, 4), first)
-    assert not np.array_equal(train.batch_indices(6, EXAMPLES, BATCH, 3, 4), first)
+    train.batch_indices((6,), EXAMPLES, BATCH, 0, 30)
+    np.testing.assert_array_equal(train.batch_indices((5,), EXAMPLES, BATCH, 3, 4), first)
+    assert not np.array_equal(train.batch_indices((6,), EXAMPLES, BATCH, 3, 4), first)
 
 
 def test_a_far_step_needs_only_its_own_epochs():
-    indices = train.batch_indices(0, 60_000, 64, 10**7, 2)
+    indices = train.batch_indices((0,), 60_000, 64, 10**7, 2)
     assert indices.shape == (2, 64)
 
 
@@ -102,7 +102,7 @@ def test_a_far_step_needs_only_its_own_epochs():
 def stepwise(params, split):
     """The states before and after each of some steps, one compiled step at a time."""
     step = jax.jit(train.make_step(Small(), make_optimizer()))
-    indices = train.batch_indices(0, EXAMPLES, BATCH, 0, STEPS)
+    indices = train.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
     states, losses = [initial_state(params)], []
     for batch in indices:
         state, loss = step(states[-1], split.images[batch], split.labels[batch])
@@ -150,7 +150,7 @@ def test_chunks_do_what_their_steps_do(params, split, run_chunk, stepwise, lengt
 
 
 def test_chunks_of_one_length_give_bit_for_bit_what_a_long_one_gives(params, split, run_chunk):
-    indices = train.batch_indices(0, EXAMPLES, BATCH, 0, STEPS)
+    indices = train.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
     whole, _ = run_chunk(initial_state(params), split.images, split.labels, indices)
     state = initial_state(params)
     for part in np.split(indices, 3):
@@ -214,7 +214,7 @@ def test_one_trace_for_all_chunks_of_one_length(params, split):
     run_chunk = train.make_chunk(counted)
     state = initial_state(params)
     for start in range(0, STEPS, 4):
-        batches = train.batch_indices(0, EXAMPLES, BATCH, start, 4)
+        batches = train.batch_indices((0,), EXAMPLES, BATCH, start, 4)
         state, _ = run_chunk(state, split.images, split.labels, batches)
     assert len(traces) == 1
     assert run_chunk._cache_size() == 1
@@ -222,7 +222,7 @@ def test_one_trace_for_all_chunks_of_one_length(params, split):
 
 def test_a_chunk_takes_over_the_memory_of_its_state(params, split, run_chunk):
     state = initial_state(params)
-    run_chunk(state, split.images, split.labels, train.batch_indices(0, EXAMPLES, BATCH, 0, 4))
+    run_chunk(state, split.images, split.labels, train.batch_indices((0,), EXAMPLES, BATCH, 0, 4))
     assert state.params['fc1']['kernel'].is_deleted()
 
 
