@@ -5,6 +5,7 @@ Owns their layers and sizes; what is pruned in them is no concern of theirs.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,7 +89,7 @@ def convolution_by_rows(
     kernel: jax.Array,
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    **options: object,
+    **options: Any,
 ) -> jax.Array:
     """Convolves without padding or stride, as a sum of one matrix product per kernel row.
 
@@ -109,7 +110,7 @@ def convolution_by_rows(
     """
     dilations = (options.get(f'{side}_dilation') or (1, 1) for side in ('lhs', 'rhs'))
     ones = {tuple(strides), *map(tuple, dilations)} == {(1, 1)}
-    unpadded = padding == 'VALID' or {tuple(edge) for edge in padding} == {(0, 0)}
+    unpadded = padding == 'VALID' or set(map(tuple, padding)) == {(0, 0)}
     if not ones or not unpadded or images.shape[-1] != kernel.shape[2]:
         raise ValueError(
             f'only a plain VALID convolution is at hand, not one of strides {tuple(strides)}, '

@@ -228,10 +228,13 @@ def test_resume_and_overwrite_do_what_they_say(make_config, plain):
         outcome(config)
     # Both phases are done, so that there is nothing left to train, and no record to write.
     assert outcome(dataclasses.replace(config, resume=True)) == first
-    mark = Path(config.workdir) / 'mark'
-    mark.touch()
+    foreign, own = (Path(config.workdir) / name for name in ('thesis.txt', 'plots/density.png'))
+    own.parent.mkdir()
+    for path in (foreign, own):
+        path.touch()
     assert outcome(dataclasses.replace(config, overwrite=True)) == first
-    assert not mark.exists()
+    assert foreign.exists()
+    assert not own.exists()
     assert metrics.stat().st_mtime_ns > written
 
 
@@ -394,10 +397,10 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
     [
         ({'c_rate': 'nan'}, 'c_rate must be finite'),
         ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1]'),
-        ({'update_gamma': -1.0}, 'gamma must be at least 0'),
-        ({'update_power': -1.0}, 'power must be at least 0'),
-        ({'start': '-1'}, 'start must be at least 0'),
-        ({'start': '5', 'stop': '4'}, 'stop must be at least 5'),
+        ({'update_gamma': -1.0}, 'gamma must be finite and at least 0'),
+        ({'update_power': -1.0}, 'power must be finite and at least 0'),
+        ({'start': '-1'}, 'start must be finite and at least 0'),
+        ({'start': '5', 'stop': '4'}, 'stop must be finite and at least 5'),
     ],
 )
 def test_numbers_out_of_range(fields, message):

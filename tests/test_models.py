@@ -112,6 +112,26 @@ def test_positions_follow_the_size_of_the_image():
     assert models.positions(network, (36, 28, 1)) == {'conv1': 32 * 24, 'conv2': 12 * 8}
 
 
+def convolve_by_rows(images, kernel):
+    return models.convolution_by_rows(images, kernel, (1, 1), 'VALID')
+
+
+@pytest.mark.parametrize(
+    ('strides', 'padding', 'options'),
+    [
+        ((2, 2), 'VALID', {}),
+        ((1, 1), 'SAME', {}),
+        ((1, 1), ((0, 0), (1, 0)), {}),
+        ((1, 1), 'VALID', {'rhs_dilation': (2, 2)}),
+    ],
+)
+def test_other_convolutions_are_refused(strides, padding, options):
+    with pytest.raises(ValueError, match='only a plain VALID convolution'):
+        models.convolution_by_rows(
+            random((1, 8, 8, 1)), random((5, 5, 1, 2)), strides, padding, **options
+        )
+
+
 def convolve(images, kernel):
     return jax.lax.conv_general_dilated(
         images,
@@ -140,7 +160,7 @@ def test_convolution_by_rows_is_that_of_xla(image_shape, kernel_shape):
     cotangent = random((image_shape[0], height, width, kernel_shape[3]), 2) / 10
     expected, found = (
         value_and_gradients(function, (images, kernel), cotangent)
-        for function in (convolve, models.convolution_by_rows)
+        for function in (convolve, convolve_by_rows)
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)

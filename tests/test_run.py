@@ -300,24 +300,45 @@ def test_lenet5_runs_and_its_report_has_no_map_of_pixels(make_config, tmp_path, 
     assert pictures == {'density', 'surgery', 'training'}
 
 
-@pytest.mark.parametrize('kind', ['missing', 'without checkpoints', 'empty', 'other network'])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'missing',
+        'without checkpoints',
+        'unfinished',
+        'other network',
+        'other images',
+        'more images',
+    ],
+)
 def test_a_reference_that_is_none_is_refused(make_config, whole, tmp_path, kind):
     reference, config = tmp_path / 'reference', {}
     error, message = FileNotFoundError, r'--reference=.*reference has no .*checkpoints/reference'
     if kind == 'without checkpoints':
         reference.mkdir()
-    elif kind == 'empty':
+    elif kind == 'unfinished':
         (reference / 'checkpoints' / 'reference').mkdir(parents=True)
-        message = r'reference holds steps \[\]; wanted a checkpoint'
+        (reference / 'flags.json').write_bytes((whole[0] / 'flags.json').read_bytes())
+        message = r'reference holds steps \[\]; wanted the checkpoint of step'
     elif kind == 'other network':
-        reference, error = whole[0], ValueError
         config = {'network': 'lenet5', 'c_rate': '1'}
-        message = r'run/checkpoints/reference: .* differs from the state wanted'
+        message = "is of a run with network 'lenet300'; wanted 'lenet5'"
+    elif kind == 'other images':
+        shutil.copytree(whole[0], reference)
+        flags = json.loads((reference / 'flags.json').read_text())
+        (reference / 'flags.json').write_text(json.dumps({**flags, 'dataset': 'mnist'}))
+        message = "is of a run with dataset 'mnist'; wanted 'digits'"
+    elif kind == 'more images':
+        config = {'train_on_all': True}
+        message = 'is of a run with train_on_all False; wanted True'
+    if kind in ('other network', 'other images', 'more images'):
+        error = ValueError
+        reference = reference if reference.exists() else whole[0]
     wanted = make_config(tmp_path / 'run', reference=str(reference), **config)
     with pytest.raises(error, match=message):
         run.run(wanted)
     # What is misspelt leaves no run behind that would be in the way of the next attempt.
-    assert (tmp_path / 'run').exists() == (kind in ('empty', 'other network'))
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_workdir_with_another_run_is_refused(make_config, whole):

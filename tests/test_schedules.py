@@ -120,12 +120,24 @@ def test_boundaries_are_exact(first):
 @pytest.mark.parametrize(
     ('factory', 'arguments', 'message'),
     [
-        (update_probability, {'gamma': -1e-4}, 'gamma must be at least 0, but is -0.0001'),
-        (update_probability, {'gamma': math.nan}, 'gamma must be at least 0, but is nan'),
-        (update_probability, {'power': -1.0}, 'power must be at least 0, but is -1.0'),
-        (update_probability, {'start': -1}, 'start must be at least 0, but is -1'),
-        (update_probability, {'stop': -1}, 'stop must be at least 0, but is -1'),
-        (update_probability, {'stop': 9, 'start': 10}, 'stop must be at least 10, but is 9'),
+        (
+            update_probability,
+            {'gamma': -1e-4},
+            'gamma must be finite and at least 0, but is -0.0001',
+        ),
+        (
+            update_probability,
+            {'gamma': math.nan},
+            'gamma must be finite and at least 0, but is nan',
+        ),
+        (update_probability, {'power': -1.0}, 'power must be finite and at least 0, but is -1.0'),
+        (update_probability, {'start': -1}, 'start must be finite and at least 0, but is -1'),
+        (update_probability, {'stop': -1}, 'stop must be finite and at least 0, but is -1'),
+        (
+            update_probability,
+            {'stop': 9, 'start': 10},
+            'stop must be finite and at least 10, but is 9',
+        ),
         (caffe_step, {'base': 1, 'gamma': 1, 'step_size': 0}, 'step_size .* at least 1.* is 0'),
         (caffe_inv, {'base': 1, 'gamma': -1, 'power': 1}, 'gamma .* at least 0.* is -1'),
         (caffe_poly, {'base': 1, 'power': 1, 'steps': 0}, 'steps .* at least 1.* is 0'),

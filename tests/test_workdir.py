@@ -253,3 +253,10 @@ def test_write_whole_into_a_missing_folder_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='missing/file'):
         write_whole(tmp_path / 'missing' / 'file', 'new')
     assert os.listdir(tmp_path) == []
+
+
+def test_overwrite_leaves_the_flags_of_another_program(tmp_path):
+    (tmp_path / 'flags.json').write_text('{"other": 1}')
+    with pytest.raises(ValueError, match=r'flags\.json is damaged: it holds no flags of a run'):
+        claim(Config(network='lenet5', workdir=str(tmp_path), overwrite=True))
+    assert (tmp_path / 'flags.json').read_text() == '{"other": 1}'
