@@ -143,6 +143,7 @@ def surgery_figure(records: Records) -> Figure:
     figure, (axes,) = _new_figure('Connections pruned and spliced per 1,000 steps')
     borders, pruned = binned_counts(records, 'pruned')
     _, spliced = binned_counts(records, 'spliced')
+    pruned, spliced = (1000 * counts / np.diff(borders) for counts in (pruned, spliced))
     axes.stairs(pruned, borders, fill=True, color=ORANGE, alpha=0.6, label='pruned')
     axes.stairs(spliced, borders, baseline=None, color=BLUE, linewidth=1.8, label='spliced')
     _set_scale(axes, [0, *pruned, *spliced])

@@ -136,22 +136,25 @@ def format_table(summary: Summary) -> str:
 
 def _markdown_report(summary: Summary, pictures: Sequence[Path]) -> str:
     network, *_ = _result_cells(summary)
+    flags = summary.get('flags', {})
+    seen = ', of images that it was trained on' if flags.get('train_on_all') else ''
     parts = [
         f'# {network} on {summary["dataset"]}, seed {summary["seed"]}',
         _table(RESULT_HEADER, [_result_cells(summary)]),
         f'Errors are on the test set. Validation error after surgery: '
-        f'{summary["validation_error"]:.2f} %.',
+        f'{summary["validation_error"]:.2f} %{seen}.',
         '## Layers',
         _table(LAYER_HEADER, _layer_rows(summary)),
         '## Course of the run',
         *(f'![{path.stem.replace("_", " ")}](plots/{path.name})' for path in pictures),
     ]
-    if 'flags' in summary:
-        lines = []
-        for name, value in summary['flags'].items():
-            text = ','.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            if value is not None:  # A flagfile has no word for None: it leaves the flag out.
-                lines.append(f'--{name}={text}')
+    if flags:
+        # The network is no flag, but the choice of the script; None is a flag left out.
+        lines = [
+            f'--{name}={value}'
+            for name, value in flags.items()
+            if name != 'network' and value is not None
+        ]
         parts += ['## Flags', '\n'.join(['```', *lines, '```'])]
     parts += [
         '## Environment',
@@ -172,7 +175,7 @@ def write(
     Args:
       workdir: the run's folder, which holds `metrics.jsonl`.
       summary: the run's summary, of plain Python values; its optional 'flags', name to value,
-            are shown as the lines of a flagfile.
+        are shown as the lines of a flagfile.
       first_layer_mask: bool array of shape (784, units), where the first layer sees the pixels.
 
     Returns:
@@ -181,7 +184,7 @@ def write(
 
     Raises:
       ValueError: the summary lacks a key, the mask has another shape, a record is damaged or
-            there are none.
+        there are none.
       OSError: a file cannot be written; the message names it.
     """
     workdir = Path(workdir)

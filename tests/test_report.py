@@ -340,7 +340,7 @@ def names_in(folder):
 
 
 def test_write(workdir):
-    summary = {**SUMMARY, 'flags': {'seed': 3, 'c_rate': [2, 2.5], 'note': None, 'fast': True}}
+    summary = {**SUMMARY, 'flags': {'seed': 3, 'c_rate': 'fc1:2', 'note': None, 'fast': True}}
     paths = report.write(str(workdir), summary, np.ones((784, 20), bool))
     names = [str(path.relative_to(workdir)) for path in paths]
     assert names == [
@@ -365,7 +365,7 @@ def test_write(workdir):
     for part in (
         RESULT_TABLE,
         LAYER_TABLE,
-        '```\n--seed=3\n--c_rate=2,2.5\n--fast=True\n```',
+        '```\n--seed=3\n--c_rate=fc1:2\n--fast=True\n```',
         'Validation error after surgery: 1.05 %.',
         '3000 steps in 1,312 s, commit abc1234, jax 0.10.2.',
     ):
