@@ -158,10 +158,10 @@ def update_masks(
     def update(layer, weights, mask):
         if mask.ndim == 0:
             return mask
-        low, high = thresholds[layer]
-        magnitude = jnp.abs(weights).astype(jnp.float32)
-        # A NaN is neither below a_k nor above b_k: its mask stays, and the damage in sight.
-        updated = jnp.where(mask, ~(magnitude < low), magnitude >= high)
+        # One comparison says h_k: a kept connection must reach a_k, a pruned one b_k. Put as "not
+        # below" it keeps a NaN, so that a broken weight breaks the loss instead of hiding.
+        threshold = jnp.where(mask, jnp.float32(thresholds[layer].low), thresholds[layer].high)
+        updated = ~(jnp.abs(weights).astype(jnp.float32) < threshold)
         return jnp.where(coin_of[layer], updated, mask)
 
     return jax.tree.map(update, layer_names(masks, layer_of), params, masks)

@@ -75,7 +75,10 @@ def make_program(name: str, surgery: bool) -> Program:
     @jax.jit
     def run_steps(state, images, labels, batches):
         return jax.lax.scan(
-            lambda state, batch: step(state, images[batch], labels[batch]), state, batches
+            lambda state, batch: step(state, images[batch], labels[batch]),
+            state,
+            batches,
+            unroll=2,  # as in training
         )
 
     arguments = (state, images, labels, batches)

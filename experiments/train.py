@@ -89,7 +89,8 @@ def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
             return (new_state, jax.tree.map(jnp.add, events, new_events)), loss
 
         no_events = jax.tree.map(jnp.zeros_like, dns_jax.count_events(state.masks, state.masks))
-        (state, events), losses = jax.lax.scan(body, (state, no_events), indices)
+        # Two steps a turn: XLA on CPU copies weights and masks between turns, not within one.
+        (state, events), losses = jax.lax.scan(body, (state, no_events), indices, unroll=2)
         return state, Chunk(losses, events)
 
     return run_chunk
