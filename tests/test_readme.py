@@ -57,3 +57,14 @@ def test_table_row_gives_median_and_range():
 def test_no_results_are_an_error(tmp_path):
     with pytest.raises(ValueError, match='must hold files named'):
         results.read_summaries(tmp_path)
+
+
+def test_the_bench_rows_are_those_of_the_results():
+    bench = json.loads((ROOT / 'results' / 'bench.json').read_text())
+    for name in ('lenet300', 'lenet5'):
+        row, peer = bench[name], bench['peer'][name]['surgery_ms']
+        assert (
+            f'| {row["dense_ms"]:.3f} ms | {row["surgery_ms"]:.3f} ms | {row["ratio"]:.3f} | '
+            f'{row["steps_per_s"]:.0f} | {row["dense_mib"]:.1f} → {row["surgery_mib"]:.1f} MiB | '
+            f'{peer:.3f} ms | {peer / row["surgery_ms"]:.2f}× as fast |'
+        ) in README
