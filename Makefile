@@ -13,7 +13,7 @@ test: $(BIN)/ready
 lint: $(BIN)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(BIN)/ready
 	$(BIN)/python -m experiments.bench $(BENCH_FLAGS)
