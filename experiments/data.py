@@ -54,10 +54,9 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The three splits of a data set, and the number of classes its labels count."""
+    """The three splits of a data set; its labels count from 0 to 9."""
 
     name: str
-    classes: int
     train: Split
     validation: Split
     test: Split
@@ -107,7 +106,6 @@ def load(
     start = source.train - source.validation
     return Dataset(
         name=name,
-        classes=_CLASSES,
         train=whole if train_on_all else Split(whole.images[:start], whole.labels[:start]),
         validation=Split(whole.images[start:], whole.labels[start:]),
         test=Split(arrays['test_images'], arrays['test_labels']),

@@ -18,30 +18,26 @@ _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 class LeNet300(nn.Module):
     """LeNet-300-100: 784 pixels, two hidden layers, 266,610 parameters."""
 
-    classes: int = 10
-
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images (batch, 28, 28, 1) to logits (batch, classes)."""
+        """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
         hidden = images.reshape(images.shape[0], -1)
         hidden = nn.relu(nn.Dense(300, kernel_init=_XAVIER, name='fc1')(hidden))
         hidden = nn.relu(nn.Dense(100, kernel_init=_XAVIER, name='fc2')(hidden))
-        return nn.Dense(self.classes, kernel_init=_XAVIER, name='fc3')(hidden)
+        return nn.Dense(10, kernel_init=_XAVIER, name='fc3')(hidden)
 
 
 class LeNet5(nn.Module):
     """LeNet-5 as in Caffe, without activation after the convolutions: 431,080 parameters."""
 
-    classes: int = 10
-
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images (batch, 28, 28, 1) to logits (batch, classes)."""
+        """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
         hidden = _max_pool_2x2(_convolution(20, 'conv1')(images))
         hidden = _max_pool_2x2(_convolution(50, 'conv2')(hidden))
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(nn.Dense(500, kernel_init=_XAVIER, name='fc1')(hidden))
-        return nn.Dense(self.classes, kernel_init=_XAVIER, name='fc2')(hidden)
+        return nn.Dense(10, kernel_init=_XAVIER, name='fc2')(hidden)
 
 
 NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5}
