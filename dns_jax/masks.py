@@ -114,7 +114,8 @@ def update_masks(
       \end{cases}
 
     Each layer throws one coin of its own; where it falls wrong, the masks of the layer stay.
-    The coins are `uniform(key, (layers,)) < update_probability`, layers sorted by name.
+    The coins are `uniform(key, (layers,)) < update_probability`, layers sorted by name. A weight
+    that is NaN counts as above every threshold.
 
     Args:
       key: a typed PRNG key, used once.

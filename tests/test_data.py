@@ -157,12 +157,12 @@ def test_cached_load_does_not_import_tfds(digits_dir):
 def test_default_data_dir_is_that_of_tfds(digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(data, '_prepare', lambda *args: pytest.fail('the cache was not found'))
     monkeypatch.setenv('TFDS_DATA_DIR', str(digits_dir))
-    data.load('digits')
+    assert data.load('digits').name == 'digits'
     monkeypatch.delenv('TFDS_DATA_DIR')
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'tensorflow_datasets').symlink_to(digits_dir)
-    data.load('digits')
-    data.load('digits', '~/tensorflow_datasets')
+    assert data.load('digits').name == 'digits'
+    assert data.load('digits', '~/tensorflow_datasets').name == 'digits'
 
 
 @pytest.mark.parametrize('name', ['mnist', 'fashion_mnist'])

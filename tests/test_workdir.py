@@ -73,7 +73,8 @@ def test_resume_with_other_flags_is_refused_and_names_them(run_folder):
 
 
 def test_resume_may_change_places_and_switches(run_folder):
-    claim(config(run_folder, resume=True, data_dir='a', manual_dir='b', tensorboard=True))
+    changed = config(run_folder, resume=True, data_dir='a', manual_dir='b', tensorboard=True)
+    assert claim(changed) == run_folder
 
 
 def test_resume_of_a_run_with_more_flags_than_there_are_now_is_refused(run_folder):
