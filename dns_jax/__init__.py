@@ -18,10 +18,18 @@ from dns_jax.schedules import (
     caffe_poly,
     caffe_sigmoid,
     caffe_step,
+    log_linear_density,
+    polynomial_density,
     update_probability,
 )
 from dns_jax.surgery import Rule, SurgeryState, masked_value_and_grad, surgery
-from dns_jax.thresholds import Statistics, magnitude_statistics, mean_std
+from dns_jax.thresholds import (
+    Statistics,
+    global_density,
+    layer_density,
+    magnitude_statistics,
+    mean_std,
+)
 from dns_jax.typing import Masks, Params, Schedule, ThresholdRule, Thresholds
 
 __version__ = '0.1.0'
@@ -48,16 +56,20 @@ __all__ = [
     'caffe_step',
     'count_events',
     'count_kept',
+    'global_density',
     'group_by_layer',
     'has_axes',
     'init_masks',
     'is_kernel',
+    'layer_density',
     'layer_names',
+    'log_linear_density',
     'magnitude_statistics',
     'masked_value_and_grad',
     'match_patterns',
     'mean_std',
     'measure_sizes',
+    'polynomial_density',
     'surgery',
     'update_masks',
     'update_probability',

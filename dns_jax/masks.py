@@ -159,13 +159,34 @@ def update_masks(
     def update(layer, weights, mask):
         if mask.ndim == 0:
             return mask
-        # One comparison says h_k: a kept connection must reach a_k, a pruned one b_k. Put as "not
-        # below" it keeps a NaN, so that a broken weight breaks the loss instead of hiding.
-        threshold = jnp.where(mask, jnp.float32(thresholds[layer].low), thresholds[layer].high)
-        updated = ~(jnp.abs(weights).astype(jnp.float32) < threshold)
-        return jnp.where(coin_of[layer], updated, mask)
+        return jnp.where(coin_of[layer], discriminate(weights, mask, thresholds[layer]), mask)
 
     return jax.tree.map(update, layer_names(masks, layer_of), params, masks)
+
+
+def discriminate(weights: jax.Array, mask: jax.Array, thresholds: Thresholds) -> jax.Array:
+    """Applies h_k to one array: the equation of `update_masks`, without its coin.
+
+    Args:
+      weights: dense weights, floating point.
+      mask: their mask, bool of the same shape.
+      thresholds: (a_k, b_k) of their layer.
+
+    Returns:
+      The mask that h_k gives, bool.
+
+    Example:
+      >>> weights, mask = jnp.array([0.1, 1.0, -1.0, 9.0]), jnp.array([True, True, False, False])
+      >>> discriminate(weights, mask, Thresholds(0.9, 1.1))
+      Array([False,  True, False,  True], dtype=bool)
+
+    Reference:
+      Guo et al. 2016, equation (3).
+    """
+    # One comparison says it: a kept connection must reach a_k, a pruned one b_k. Put as "not
+    # below" it keeps a NaN, so that a broken weight breaks the loss instead of hiding.
+    threshold = jnp.where(mask, jnp.float32(thresholds.low), jnp.float32(thresholds.high))
+    return ~(jnp.abs(weights).astype(jnp.float32) < threshold)
 
 
 def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, jax.Array]:
@@ -184,7 +205,7 @@ def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, jax.Array]
       2
     """
     layers = group_by_layer(masks, layer_of)
-    return {layer: sum(map(_count, leaves), jnp.int32(0)) for layer, leaves in layers.items()}
+    return {layer: sum(map(count_true, leaves), jnp.int32(0)) for layer, leaves in layers.items()}
 
 
 def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent) -> dict[str, Events]:
@@ -251,7 +272,19 @@ def check_parallel(params: Params, masks: Masks) -> None:
             )
 
 
-def _count(mask: jax.Array) -> jax.Array:
+def count_true(mask: jax.Array) -> jax.Array:
+    """Counts the True entries of one boolean array.
+
+    Args:
+      mask: bool, of any shape.
+
+    Returns:
+      How many are True, an int32 scalar.
+
+    Example:
+      >>> int(count_true(jnp.array([True, False, True])))
+      2
+    """
     # Sums of 128 at a time fit a byte, which XLA on CPU adds up five times faster than int32.
     whole = mask.size // 128 * 128
     flat = mask.reshape(-1).astype(jnp.uint8)

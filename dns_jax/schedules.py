@@ -1,4 +1,4 @@
-"""Functions of the step: σ(iter), and the learning-rate policies of Caffe.
+"""Functions of the step: σ(iter), densities, and the learning-rate policies of Caffe.
 
 Each function returns a schedule in the sense of optax, `step -> value`. Caffe's policy `fixed`
 is `optax.constant_schedule`.
@@ -57,6 +57,70 @@ def update_probability(
         return jnp.where(active, decay, 0.0)
 
     return schedule
+
+
+def polynomial_density(
+    final: float, start: int, end: int, initial: float = 1.0, power: float = 3.0
+) -> Schedule:
+    r"""A density that falls along a polynomial, steeply at first.
+
+    .. math::
+      d(i) = \text{final} + (\text{initial} - \text{final})\,(1 - f)^{\text{power}}, \quad
+      f = \mathrm{clip}\left(\frac{i - \text{start}}{\text{end} - \text{start}}, 0, 1\right)
+
+    Args:
+      final: the density from `end` on, in (0, 1].
+      start: the step at which it leaves `initial`, at least 0.
+      end: the step at which it reaches `final`, after `start`.
+      initial: the density up to `start`, in (0, 1].
+      power: the exponent, above 0.
+
+    Returns:
+      A schedule whose values are float32 scalars in (0, 1].
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> schedule = polynomial_density(0.1, start=100, end=200)
+      >>> [round(float(schedule(step)), 4) for step in (100, 150, 200, 300)]
+      [1.0, 0.2125, 0.1, 0.1]
+
+    Reference:
+      Zhu and Gupta 2017, To prune, or not to prune.
+    """
+    fraction = _ramp(final, start, end, initial)
+    if not 0 < power < math.inf:
+        raise ValueError(f'power must be finite and above 0, but is {power!r}')
+    return lambda step: final + (initial - final) * (1.0 - fraction(step)) ** power
+
+
+def log_linear_density(final: float, start: int, end: int, initial: float = 1.0) -> Schedule:
+    r"""A density that falls by the same factor at every step.
+
+    .. math::
+      d(i) = \text{initial}^{\,1 - f}\,\text{final}^{\,f}, \quad
+      f = \mathrm{clip}\left(\frac{i - \text{start}}{\text{end} - \text{start}}, 0, 1\right)
+
+    Args:
+      final: the density from `end` on, in (0, 1].
+      start: the step at which it leaves `initial`, at least 0.
+      end: the step at which it reaches `final`, after `start`.
+      initial: the density up to `start`, in (0, 1].
+
+    Returns:
+      A schedule whose values are float32 scalars in (0, 1].
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> schedule = log_linear_density(0.01, start=100, end=200)
+      >>> [round(float(schedule(step)), 4) for step in (100, 150, 200, 300)]
+      [1.0, 0.1, 0.01, 0.01]
+    """
+    fraction = _ramp(final, start, end, initial)
+    return lambda step: initial * jnp.float32(final / initial) ** fraction(step)
 
 
 def caffe_step(base: float, gamma: float, step_size: int) -> Schedule:
@@ -203,6 +267,17 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
       Caffe, `SGDSolver::GetLearningRate`.
     """
     return lambda step: base / (1.0 + jnp.exp(-gamma * _real(jnp.asarray(step) - middle)))
+
+
+def _ramp(final: float, start: int, end: int, initial: float) -> Schedule:
+    """Makes the schedule of how much of a ramp is done, from 0 to 1."""
+    for name, density in (('final', final), ('initial', initial)):
+        if not 0 < density <= 1:
+            raise ValueError(f'{name} must be in (0, 1], but is {density!r}')
+    _check_at_least('start', start, 0)
+    if not start < end < math.inf:
+        raise ValueError(f'end must be finite and after start={start!r}, but is {end!r}')
+    return lambda step: jnp.clip(_real(jnp.asarray(step) - start) / (end - start), 0.0, 1.0)
 
 
 def _check_at_least(name: str, value: float, least: float) -> None:

@@ -4,6 +4,7 @@ Stands on `layers`, `masks` and `thresholds`; the pruners to compare with stand 
 that is set here: updates pass through unchanged, and the state carries the masks.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ class Rule(NamedTuple):
 
     thresholds: ThresholdRule  # gives the band of each layer
     update_probability: Schedule  # σ(iter), thrown for each layer by itself
+    refresh_every: int = 0  # steps from one asking for thresholds to the next; 0 asks once
 
 
 class SurgeryState(NamedTuple):
@@ -44,7 +46,9 @@ def surgery(
     are. The gradient must be taken at W⊙T, as `masked_value_and_grad` does, with the masks of
     the state, `optax.tree.get(state, 'masks')`. One update is one iteration of Algorithm 1:
     the masks T_k are updated from the weights W_k that the gradient was taken at, then the
-    optimizer moves W_k. Thresholds are computed once, from the params given to `init`.
+    optimizer moves W_k. Thresholds are computed from the params given to `init` and, where the
+    rule has `refresh_every` = N, again at steps 0, N, 2N and so on while σ > 0, just before the
+    masks are updated.
 
     Args:
       rules: one rule for all layers, or `{pattern: rule}`: a layer follows the first pattern
@@ -61,8 +65,8 @@ def surgery(
     Raises:
       TypeError: if `key` is not a typed PRNG key, or a leaf that takes part is not floating
         point (from `init`).
-      ValueError: if a pattern matches no layer or the params are empty (from `init`), or if
-        `params` is missing (from `update`).
+      ValueError: if a rule's `refresh_every` is negative, if a pattern matches no layer or the
+        params are empty (from `init`), or if `params` is missing (from `update`).
 
     Example:
       >>> import jax, optax
@@ -85,24 +89,39 @@ def surgery(
     if not typed or key.shape:
         raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
 
-    def match(params):
+    for pattern, rule in table.items():
+        if rule.refresh_every < 0:
+            raise ValueError(
+                f'refresh_every of {pattern!r} must be at least 0, but is {rule.refresh_every!r}'
+            )
+
+    def groups_of(params, masks):
+        """Gives for each pattern the weights and the masks of its layers."""
+        layers = group_by_layer(params, layer_of, takes_part)
+        matches = match_patterns(table, layers)
+        mask_layers = group_by_layer(masks, layer_of)
+        return {
+            pattern: tuple(
+                {layer: tree[layer] for layer in matches if matches[layer][0] == pattern}
+                for tree in (layers, mask_layers)
+            )
+            for pattern in table
+        }
+
+    def init_fn(params):
         layers = group_by_layer(params, layer_of, takes_part)
         if table and not layers:
             structure = jax.tree.structure(params)
             raise ValueError(f'params must have a leaf that takes part, but is {structure}')
-        return layers, match_patterns(table, layers)
-
-    def init_fn(params):
-        layers, matches = match(params)
+        matches = match_patterns(table, layers)
         masks = init_masks(
             params,
             lambda path, leaf: takes_part(path, leaf) and layer_of(path) in matches,
         )
         count = jnp.zeros((), jnp.int32)
         thresholds = {}
-        for pattern, rule in table.items():
-            group = {layer: layers[layer] for layer in matches if matches[layer][0] == pattern}
-            thresholds |= rule.thresholds(group, count)
+        for pattern, (weights, kept) in groups_of(params, masks).items():
+            thresholds |= _ask(table[pattern].thresholds, weights, kept, count)
         # A copy of the key: the first state may be donated, and init called again.
         return SurgeryState(count, jnp.copy(key), masks, thresholds)
 
@@ -110,19 +129,42 @@ def surgery(
         del extra_args
         if params is None:
             raise ValueError('surgery needs the weights: call update(updates, state, params)')
-        _, matches = match(params)
+        count, thresholds, probability = state.count, {}, {}
+        for pattern, (weights, kept) in groups_of(params, state.masks).items():
+            rule = table[pattern]
+            sigma = jnp.asarray(rule.update_probability(count))
+            probability |= dict.fromkeys(weights, sigma)
+            bands = {layer: state.thresholds[layer] for layer in weights}
+            if rule.refresh_every:
+                bands = jax.lax.cond(
+                    (count % rule.refresh_every == 0) & (sigma > 0),
+                    functools.partial(_ask, rule.thresholds, weights, kept, count),
+                    lambda bands=bands: bands,
+                )
+            thresholds |= bands
         masks = update_masks(
-            jax.random.fold_in(state.key, state.count),
+            jax.random.fold_in(state.key, count),
             params,
             state.masks,
-            state.thresholds,
-            {layer: rule.update_probability(state.count) for layer, (_, rule) in matches.items()},
+            thresholds,
+            probability,
             layer_of=layer_of,
         )
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, SurgeryState(count, state.key, masks, state.thresholds)
+        count = jnp.asarray(optax.safe_increment(count))
+        return updates, SurgeryState(count, state.key, masks, thresholds)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _ask(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
+    """Asks a rule for the bands of its layers, and holds it to their names and type."""
+    bands = rule(weights, masks, count)
+    if sorted(bands) != sorted(weights):
+        raise ValueError(f'thresholds must name the layers {list(weights)}, but name {list(bands)}')
+    return {
+        layer: Thresholds(jnp.float32(band.low), jnp.float32(band.high))
+        for layer, band in bands.items()
+    }
 
 
 def masked_value_and_grad(

@@ -1,9 +1,10 @@
 """Rules that give every layer its band (a_k, b_k).
 
-A rule is a function of the weights of its layers and of the step; `surgery` says when it is
-asked. All of it runs in float32 and under jit.
+A rule is a function of the weights and masks of its layers and of the step; `surgery` says when
+it is asked. All of it runs in float32 and under jit. Stands on `masks`, whose h_k it counts with.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dns_jax.typing import ThresholdRule, Thresholds
+from dns_jax.masks import count_true, discriminate
+from dns_jax.typing import Schedule, ThresholdRule, Thresholds
 
 
 class Statistics(NamedTuple):
@@ -66,14 +68,14 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
       hysteresis: half the relative width η of the band, in [0, 1].
 
     Returns:
-      A threshold rule; it ignores the step.
+      A threshold rule; it ignores the masks and the step.
 
     Raises:
       ValueError: if `c_rate` is not finite or `hysteresis` is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
-      >>> low, high = mean_std(c_rate=1.0)({'fc1': [jnp.array([1.0, 3.0])]}, 0)['fc1']
+      >>> low, high = mean_std(c_rate=1.0)({'fc1': [jnp.array([1.0, 3.0])]}, {}, 0)['fc1']
       >>> round(float(low), 4), round(float(high), 4)
       (2.7, 3.3)
 
@@ -82,16 +84,207 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
     """
     if not math.isfinite(c_rate):
         raise ValueError(f'c_rate must be finite, but is {c_rate!r}')
-    if not 0 <= hysteresis <= 1:
-        raise ValueError(f'hysteresis must be in [0, 1], but is {hysteresis!r}')
+    _check_hysteresis(hysteresis)
 
-    def rule(layers, step):
-        del step
+    def rule(layers, masks, step):
+        del masks, step
         thresholds = {}
         for layer, weights in layers.items():
             mean, std = magnitude_statistics(weights)
-            middle = jnp.maximum(mean + c_rate * std, 0.0)
-            thresholds[layer] = Thresholds((1 - hysteresis) * middle, (1 + hysteresis) * middle)
+            thresholds[layer] = _band(jnp.maximum(mean + c_rate * std, 0.0), hysteresis)
         return thresholds
 
     return rule
+
+
+def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> ThresholdRule:
+    r"""Thresholds that keep the same share of every layer.
+
+    .. math::
+      t_k = \max \{ t : |h_k(W_k, T_k)| \ge \mathrm{round}(d\,n_k) \}, \quad
+      a_k = (1 - \eta)\,t_k, \quad b_k = (1 + \eta)\,t_k
+
+    with |h_k| the connections that h_k keeps and n_k all those of the layer. The band is part of
+    the count, so an update with these thresholds keeps exactly the wanted number, at least one,
+    unless weights of the same magnitude tie for the last place: then all of them are kept. The
+    threshold is found by bisection over the bits of a float32, exact to the last: 31 passes over
+    weights and masks, without a sort or a copy.
+
+    Args:
+      density: kept / all connections, in (0, 1], or a schedule of it, as in
+        `dns_jax.schedules`.
+      hysteresis: half the relative width η of the band, in [0, 1].
+
+    Returns:
+      A threshold rule, to be refreshed as weights move (`Rule.refresh_every`).
+
+    Raises:
+      ValueError: if `density` is a number outside (0, 1] or `hysteresis` is outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> weights, masks = {'fc1': [jnp.array([1.0, -3.0, 2.0, 0.5])]}, {'fc1': [jnp.ones(4, bool)]}
+      >>> low, high = layer_density(0.5)(weights, masks, 0)['fc1']
+      >>> round(float(low), 4), round(float(high), 4)
+      (2.0, 2.4444)
+    """
+    schedule = _density_schedule(density)
+    _check_hysteresis(hysteresis)
+
+    def rule(layers, masks, step):
+        share = schedule(step)
+        return {
+            layer: _band(
+                _largest_threshold([(1.0, layers[layer], masks[layer])], share, hysteresis),
+                hysteresis,
+            )
+            for layer in layers
+        }
+
+    return rule
+
+
+def global_density(
+    density: float | Schedule, score: str = 'norm', hysteresis: float = 0.1
+) -> ThresholdRule:
+    r"""Thresholds that keep a share of all layers together, and divide it among them.
+
+    .. math::
+      t_k = \tau\,u_k, \quad \tau = \max \{ \tau : \textstyle\sum_k |h_k(W_k, T_k)| \ge
+      \mathrm{round}(d \sum_k n_k) \}
+
+    The unit u_k in which a layer's weights are measured is its score:
+
+    - `norm`: the Euclidean norm of W_k⊙T_k. A weight counts by its share in what its layer
+      computes with; LAMP's score, but for the weights kept now in place of those at least as large.
+    - `std`: the root mean square of W_k.
+    - `erk`: none; layers are given connections in proportion to the sum of their kernel's
+      axes (Erdős-Rényi kernel), at most all, and each keeps its largest.
+
+    Counted and found as by `layer_density`.
+
+    Args:
+      density: kept / all connections, in (0, 1], or a schedule of it, as in
+        `dns_jax.schedules`.
+      score: `norm`, `std` or `erk`.
+      hysteresis: half the relative width η of the band, in [0, 1].
+
+    Returns:
+      A threshold rule, to be refreshed as weights move (`Rule.refresh_every`).
+
+    Raises:
+      ValueError: if `density` is a number outside (0, 1], `score` is none of the three or
+        `hysteresis` is outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> weights = {'a': [jnp.array([3.0, 1.0])], 'b': [jnp.array([30.0, 40.0])]}
+      >>> masks = {'a': [jnp.ones(2, bool)], 'b': [jnp.ones(2, bool)]}
+      >>> bands = global_density(0.5)(weights, masks, 0)
+      >>> {layer: round(float(band.low), 3) for layer, band in bands.items()}
+      {'a': 2.53, 'b': 40.0}
+
+    Reference:
+      Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning (LAMP); Evci et
+      al. 2020, Rigging the lottery (ERK).
+    """
+    schedule = _density_schedule(density)
+    _check_hysteresis(hysteresis)
+    if score not in ('norm', 'std', 'erk'):
+        raise ValueError(f"score must be 'norm', 'std' or 'erk', but is {score!r}")
+
+    def rule(layers, masks, step):
+        share = schedule(step)
+        if score == 'erk':
+            return {
+                layer: _band(
+                    _largest_threshold([(1.0, layers[layer], masks[layer])], own, hysteresis),
+                    hysteresis,
+                )
+                for layer, own in _erdos_renyi_kernel(layers, share).items()
+            }
+        units = {layer: _unit(layers[layer], masks[layer], score) for layer in layers}
+        ratio = _largest_threshold(
+            [(units[layer], layers[layer], masks[layer]) for layer in layers], share, hysteresis
+        )
+        return {layer: _band(ratio * units[layer], hysteresis) for layer in layers}
+
+    return rule
+
+
+def _unit(weights, masks, score):
+    magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in weights]
+    if score == 'std':
+        squares = sum(jnp.sum(jnp.square(leaf)) for leaf in magnitudes)
+        unit = jnp.sqrt(squares / sum(leaf.size for leaf in weights))
+    else:
+        kept = zip(magnitudes, masks, strict=True)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept))
+        # At least the largest weight, so that a layer of which nothing was kept comes back by it.
+        unit = functools.reduce(jnp.maximum, map(jnp.max, magnitudes), norm)
+    return jnp.maximum(unit, 1e-30)  # a layer of zeros has the smallest scores, not none
+
+
+def _erdos_renyi_kernel(layers, density):
+    sizes = {layer: sum(leaf.size for leaf in leaves) for layer, leaves in layers.items()}
+    kernels = {layer: max(leaves, key=jnp.size) for layer, leaves in layers.items()}
+    axes = {layer: sum(kernel.shape) for layer, kernel in kernels.items()}
+
+    def kept_at(factor):
+        return {layer: jnp.minimum(factor * axes[layer], sizes[layer]) for layer in layers}
+
+    def halve(_, ends):
+        middle = (ends[0] + ends[1]) / 2
+        enough = sum(kept_at(middle).values()) >= density * sum(sizes.values())
+        return jnp.where(enough, ends[0], middle), jnp.where(enough, middle, ends[1])
+
+    ends = jnp.float32(0), jnp.float32(max(sizes[layer] / axes[layer] for layer in layers))
+    kept = kept_at(jax.lax.fori_loop(0, 30, halve, ends)[1])
+    return {layer: kept[layer] / sizes[layer] for layer in layers}
+
+
+def _largest_threshold(groups, density, hysteresis):
+    """Finds the largest threshold, in the groups' units, at which h_k keeps enough connections.
+
+    Args:
+      groups: triples (unit, weights, masks).
+      density: the share of the groups' connections to keep, a float32 scalar.
+      hysteresis: half the relative width of the band.
+
+    Returns:
+      The threshold, a float32 scalar.
+    """
+    total = sum(leaf.size for _, weights, _ in groups for leaf in weights)
+    wanted = jnp.clip(jnp.round(density * total).astype(jnp.int32), 1, total)
+
+    def number(bits):
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def try_bit(done, bits):
+        # As integers, the bits of numbers that are not negative have the order of the numbers.
+        candidate = bits | (1 << (30 - done))
+        kept = jnp.int32(0)
+        for unit, weights, masks in groups:
+            band = _band(number(candidate) * unit, hysteresis)
+            for leaf, mask in zip(weights, masks, strict=True):
+                kept += count_true(discriminate(leaf, mask, band))
+        return jnp.where(kept >= wanted, candidate, bits)
+
+    return number(jax.lax.fori_loop(0, 31, try_bit, jnp.int32(0)))
+
+
+def _density_schedule(density: float | Schedule) -> Schedule:
+    if callable(density):
+        return lambda step: jnp.asarray(density(step), jnp.float32)
+    if not 0 < density <= 1:
+        raise ValueError(f'density must be in (0, 1], but is {density!r}')
+    return lambda step: jnp.float32(density)
+
+
+def _band(middle, hysteresis) -> Thresholds:
+    return Thresholds((1 - hysteresis) * middle, (1 + hysteresis) * middle)
+
+
+def _check_hysteresis(hysteresis: float) -> None:
+    if not 0 <= hysteresis <= 1:
+        raise ValueError(f'hysteresis must be in [0, 1], but is {hysteresis!r}')

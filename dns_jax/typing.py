@@ -33,8 +33,12 @@ class Thresholds(NamedTuple):
     high: jax.Array  # shape=(), dtype=jnp.float32
 
 
-ThresholdRule = Callable[[Mapping[str, Sequence[jax.Array]], jax.Array], dict[str, Thresholds]]
-"""Maps layers, as `{name: its weight arrays}`, and the step count to a band for each layer.
+Layers = Mapping[str, Sequence[jax.Array]]
+"""The arrays of some layers, by layer name: their weights, or the masks of these."""
 
-A rule sees all its layers at once, so that it may divide one budget among them.
+ThresholdRule = Callable[[Layers, Layers, jax.Array], dict[str, Thresholds]]
+"""Maps the weights of some layers, their masks and the step count to a band for each layer.
+
+A rule sees all its layers at once, so that it may divide one budget among them, and the masks,
+for what h_k keeps within a band depends on them.
 """

@@ -149,7 +149,7 @@ def test_coins_of_all_steps_are_independent():
     params = {layer: {'w': jnp.zeros((1, 1))} for layer in sigma}
     table = {
         layer: Rule(
-            lambda layers, step: dict.fromkeys(layers, Thresholds(1.0, 2.0)),
+            lambda layers, masks, step: dict.fromkeys(layers, Thresholds(1.0, 2.0)),
             lambda step, probability=probability: probability,
         )
         for layer, probability in sigma.items()
@@ -183,7 +183,7 @@ def test_thresholds_stay_those_of_the_reference():
 
 def test_masks_follow_the_weights_of_the_gradient_not_the_updated_ones():
     always = Rule(
-        lambda layers, step: dict.fromkeys(layers, Thresholds(1.0, 1.0)),
+        lambda layers, masks, step: dict.fromkeys(layers, Thresholds(1.0, 1.0)),
         update_probability(power=0),
     )
     params, gradients = jnp.array([0.5, 2.0]), jnp.array([-10.0, 10.0])
@@ -219,7 +219,8 @@ def test_layers_with_a_rule_have_masks(rules, arguments, kept):
 def test_rule_sees_all_its_layers_and_the_step():
     seen = []
 
-    def rule(layers, step):
+    def rule(layers, masks, step):
+        assert jax.tree.map(jnp.shape, masks) == jax.tree.map(jnp.shape, layers)
         seen.append(({name: len(leaves) for name, leaves in layers.items()}, int(step)))
         return dict.fromkeys(layers, Thresholds(jnp.float32(0), jnp.float32(1)))
 
@@ -320,7 +321,7 @@ def test_masked_value_and_grad():
 
 def test_a_pruned_weight_learns_and_comes_back():
     always = Rule(
-        lambda layers, step: dict.fromkeys(layers, Thresholds(0.9, 1.1)),
+        lambda layers, masks, step: dict.fromkeys(layers, Thresholds(0.9, 1.1)),
         update_probability(power=0),
     )
     optimizer = optax.chain(surgery(always, jax.random.key(0)), optax.sgd(0.25))
@@ -402,11 +403,12 @@ def test_bad_updates(params, error, message):
 @pytest.mark.parametrize('names', [[], ['fc2'], ['fc1', 'fc2']])
 def test_rule_that_gives_thresholds_of_other_layers(names):
     rule = Rule(
-        lambda layers, step: {name: Thresholds(0.0, 1.0) for name in names}, update_probability()
+        lambda layers, masks, step: {name: Thresholds(0.0, 1.0) for name in names},
+        update_probability(),
     )
     transform = surgery(rule, jax.random.key(0))
     with pytest.raises(ValueError, match=r"thresholds must name the layers \['fc1'\]"):
-        transform.update(PARAMS, transform.init(PARAMS), PARAMS)
+        transform.init(PARAMS)
 
 
 def test_factory_may_be_used_again_after_its_state_was_donated():

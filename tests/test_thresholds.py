@@ -50,7 +50,7 @@ def test_statistics_of_a_large_mean_do_not_cancel():
 @pytest.mark.parametrize('c_rate', [-5.0, -1.0, 0.0, 0.5, 3])
 def test_mean_std(c_rate, hysteresis):
     weights = {'a': [jnp.array([[1.0, -3.0]]), jnp.array([0.0])], 'b': [jnp.array([-0.5, 0.5])]}
-    bands = mean_std(c_rate, hysteresis)(weights, jnp.int32(7))
+    bands = mean_std(c_rate, hysteresis)(weights, {}, jnp.int32(7))
     assert list(bands) == ['a', 'b']
     for layer, mean, std in [('a', 2.0, 1.0), ('b', 0.5, 0.0)]:
         middle = max(mean + c_rate * std, 0)
@@ -61,12 +61,12 @@ def test_mean_std(c_rate, hysteresis):
 
 
 def test_hysteresis_of_the_paper_is_the_default():
-    low, high = mean_std(0.0)({'a': [jnp.array([1.0])]}, 0)['a']
+    low, high = mean_std(0.0)({'a': [jnp.array([1.0])]}, {}, 0)['a']
     np.testing.assert_allclose([low, high], [0.9, 1.1], rtol=1e-6)
 
 
 def test_layer_of_zeros_has_an_empty_band():
-    low, high = mean_std(2.0)({'a': [jnp.zeros((2, 2))]}, 0)['a']
+    low, high = mean_std(2.0)({'a': [jnp.zeros((2, 2))]}, {}, 0)['a']
     assert (float(low), float(high)) == (0.0, 0.0)
 
 
