@@ -58,12 +58,24 @@ class Config:
     momentum: float = _flag(0.9, 'Momentum.')
     bias_scale: float = _flag(2.0, 'Learning rate of biases / that of kernels.')
 
-    c_rate: str = _flag('1', 'c of the thresholds mean + c · std, as LAYER:NUMBER,…')
-    start: str = _flag('0', 'First step with mask updates, as LAYER:STEP,…')
-    stop: str = _flag('', 'First step without mask updates, as LAYER:STEP,…; never if empty.')
+    compression: float | None = _flag(
+        None, 'All parameters / kept parameters to reach; the layers share by themselves.'
+    )
+    density: float | None = _flag(None, 'The same, as kept / all parameters.')
+    layer_density: str = _flag('', 'Kept / all parameters to reach, as LAYER:NUMBER,…')
+    c_rate: str = _flag('', 'c of the thresholds mean + c · std, as LAYER:NUMBER,…')
+    score: str = _flag('norm', 'How layers share one density.', choices=('norm', 'std', 'erk'))
+    ramp: str = _flag('log', 'How densities fall: log, or poly:POWER.')
+    ramp_start: str = _flag('0%', 'Step, or share of the surgery steps, at which they begin to.')
+    ramp_end: str = _flag('80%', 'Step or share at which they are reached.')
+    refresh_every: int = _flag(
+        500, 'Steps from one choice of thresholds by density to the next.', lower_bound=1
+    )
+    start: str = _flag('0', 'First step, or share, with mask updates, as LAYER:STEP,…')
+    stop: str = _flag('90%', 'First step, or share, without mask updates, as LAYER:STEP,…')
     hysteresis: float = _flag(0.1, 'Half the relative width of the band between thresholds.')
     update_gamma: float = _flag(1e-4, 'Decay of the update probability, per step.')
-    update_power: float = _flag(1.0, 'Power of the update probability.')
+    update_power: float = _flag(0.0, 'Power of the update probability; 0 updates at every step.')
     prune_biases: bool = _flag(True, 'Whether biases take part in surgery.')
 
     def __post_init__(self):
@@ -71,6 +83,20 @@ class Config:
             raise ValueError('--resume and --overwrite exclude each other')
         if self.overwrite and self.reference and _same(self.reference, self.workdir):
             raise ValueError(f'--overwrite would delete --reference={self.reference}')
+        wanted = {
+            name: getattr(self, name)
+            for name in ('compression', 'density', 'layer_density', 'c_rate')
+            if getattr(self, name) not in (None, '')
+        }
+        if len(wanted) != 1:
+            raise ValueError(
+                'one of --compression, --density, --layer_density and --c_rate must say what to '
+                f'keep, as --compression=100 does, but {wanted or "none"} is given'
+            )
+        if self.compression is not None and not 1 <= self.compression < math.inf:
+            raise ValueError(f'--compression={self.compression} must be finite and at least 1')
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f'--density={self.density} must be in (0, 1]')
         if self.checkpoint_every % self.record_every:
             raise ValueError(
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
@@ -137,6 +163,22 @@ def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
         except ValueError as error:
             raise ValueError(f'{entry!r} in {text!r} is not PATTERN:NUMBER') from error
     return table
+
+
+def parse_step(text: str, steps: int) -> int:
+    """Reads a step, such as `12000`, or a share of all steps, such as `80%`.
+
+    Args:
+      text: the step or the share.
+      steps: all steps.
+
+    Returns:
+      The step, rounded to a whole one.
+
+    Raises:
+      ValueError: if the text is neither.
+    """
+    return round(float(text[:-1]) / 100 * steps) if text.endswith('%') else int(text)
 
 
 _POLICIES = {
@@ -258,6 +300,7 @@ _DEFINITIONS = {
     bool: absl_flags.DEFINE_bool,
     int: absl_flags.DEFINE_integer,
     float: absl_flags.DEFINE_float,
+    float | None: absl_flags.DEFINE_float,
 }
 
 

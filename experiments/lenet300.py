@@ -1,8 +1,6 @@
 """LeNet-300-100 on MNIST: the paper's table 1, first network.
 
 python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300_mnist.flags
-
-The defaults are the settings of the authors' solver.
 """
 
 from experiments import flags
@@ -12,8 +10,6 @@ DEFAULTS = {
     'network': 'lenet300',
     'workdir': 'runs/lenet300',
     'surgery_steps': 25_000,
-    'c_rate': 'fc1:4.5,fc2:4,fc3:2.5',
-    'stop': '20000',
 }
 
 if __name__ == '__main__':

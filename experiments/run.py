@@ -10,7 +10,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import optax
 from tqdm import tqdm
 
 import dns_jax
+from dns_jax.sparse import save_sparse
 from experiments import data, models, report, train
 from experiments.checkpoints import Checkpoints
-from experiments.flags import Config, parse_learning_rate, parse_table
+from experiments.flags import Config, parse_learning_rate
+from experiments.rules import make_optimizer, make_rules
 from experiments.workdir import PHASES, Records, claim, read_flags
 
 
@@ -47,35 +49,58 @@ def run(config: Config) -> dict[str, Any]:
       FloatingPointError: if the loss is not finite.
       Stopped: after SIGTERM or SIGINT.
     """
-    started = time.perf_counter()
-    trainer = Trainer(config)
-    with stop_on_signals() as stopping:
-        reference = trainer.train_reference(stopping)
-        final = trainer.train_surgery(reference, stopping)
-    summary = trainer.summarise(reference, final, time.perf_counter() - started)
-    first_layer = final.masks.get('fc1', {}).get('kernel')
-    sees_pixels = config.network == 'lenet300' and jnp.ndim(first_layer)
-    paths = report.write(config.workdir, summary, np.asarray(first_layer) if sees_pixels else None)
+    (summary,) = run_together([config])
+    folder = Path(config.workdir)
     print(report.format_table(summary))
-    print(f'\nReport and pictures: {paths[-1]}, {paths[-1].parent / "plots"}')
+    print(f'\nReport and pictures: {folder / "report.md"}, {folder / "plots"}')
     print(json.dumps(summary))
     return summary
+
+
+def run_together(
+    configs: Sequence[Config], on_record: Callable[[dict[str, Any]], None] = lambda record: None
+) -> list[dict[str, Any]]:
+    """Does runs that differ in seed and places alone, side by side in one program.
+
+    Args:
+      configs: one for each run.
+      on_record: called with each record once it is written; what it raises ends the runs.
+
+    Returns:
+      The summary of each run, as written to its folder.
+
+    Raises:
+      As `run` does.
+    """
+    started = time.perf_counter()
+    trainers = [Trainer(config, on_record) for config in configs]
+    with stop_on_signals() as stopping:
+        references = train_references(trainers, stopping)
+        finals = train_surgery(trainers, references, stopping)
+    seconds = time.perf_counter() - started
+    return [
+        trainer.finish(reference, final, seconds)
+        for trainer, reference, final in zip(trainers, references, finals, strict=True)
+    ]
 
 
 class Trainer:
     """What the phases of one run share: the data, the network and the folder."""
 
-    def __init__(self, config: Config):
+    def __init__(
+        self, config: Config, on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    ):
         """Builds all of it, and claims the folder last: a bad flag leaves no run behind.
 
         Args:
           config: of the run.
+          on_record: called with each record once it is written.
 
         Raises:
           ValueError: if flags do not fit each other, the network or the folder.
           OSError: if a folder cannot be read or written.
         """
-        self.config = config
+        self.config, self.on_record = config, on_record
         self.network = models.NETWORKS[config.network]()
         image_shape = (28, 28, 1)
         weights_key, coins_key = jax.random.split(jax.random.key(config.seed))
@@ -103,23 +128,23 @@ class Trainer:
         self.folder = claim(config)
         self.records = Records(self.folder, config.tensorboard)
 
-    def train_reference(self, stopping: list[int]) -> dns_jax.Params:
-        """Trains the dense network, or takes the one that --reference names."""
-        if self.reference is not None:
-            return self.reference
-        state = self._dense_state()
-        steps = self.config.reference_steps
-        return self._train('reference', self.reference_optimizer, state, steps, stopping).params
-
-    def train_surgery(self, params: dns_jax.Params, stopping: list[int]) -> train.TrainState:
-        """Operates on the network, from its dense weights."""
-        # A copy: the loop takes over the memory of its state, and the reference is still needed.
-        state = train.TrainState(jax.tree.map(jnp.copy, params), self.optimizer.init(params))
-        return self._train('surgery', self.optimizer, state, self.config.surgery_steps, stopping)
-
-    def summarise(
+    def finish(
         self, reference: dns_jax.Params, final: train.TrainState, seconds: float
     ) -> dict[str, Any]:
+        """Writes the pruned network and the report, and returns the summary."""
+        summary = self._summarise(reference, final, seconds)
+        save_sparse(
+            self.folder / 'pruned.safetensors',
+            final.params,
+            final.masks,
+            {'network': self.config.network, 'input_scale': repr(train.INPUT_SCALE)},
+        )
+        first_layer = final.masks.get('fc1', {}).get('kernel')
+        sees_pixels = self.config.network == 'lenet300' and jnp.ndim(first_layer)
+        report.write(self.folder, summary, np.asarray(first_layer) if sees_pixels else None)
+        return summary
+
+    def _summarise(self, reference, final, seconds) -> dict[str, Any]:
         """Measures sizes and errors, and reads the test split."""
         config = self.config
         pruned = dns_jax.apply_masks(final.params, final.masks)
@@ -142,7 +167,8 @@ class Trainer:
             'flags': config.identity(),
         }
 
-    def _dense_state(self) -> train.TrainState:
+    def dense_state(self) -> train.TrainState:
+        """Makes the state at the start of dense training."""
         params = jax.tree.map(jnp.copy, self.initial)
         return train.TrainState(params, self.reference_optimizer.init(params))
 
@@ -161,55 +187,15 @@ class Trainer:
                     f'{own[name]!r}'
                 )
         with Checkpoints(checkpoints_folder) as checkpoints:
-            return checkpoints.restore(self._dense_state(), flags['reference_steps'])[1].params
+            return checkpoints.restore(self.dense_state(), flags['reference_steps'])[1].params
 
-    def _train(self, phase, optimizer, state, steps, stopping) -> train.TrainState:
-        config, split = self.config, self.dataset.train
-        run_chunk = train.make_chunk(train.make_step(self.network, optimizer))
-        images, labels = jax.device_put((split.images, split.labels))
-        with Checkpoints(self.folder / 'checkpoints' / phase) as checkpoints:
-            done = 0
-            if config.resume and checkpoints.latest_step() is not None:
-                done, state = checkpoints.restore(state)
-            self.records.rewind(phase, done)
-            with tqdm(total=steps, initial=done, desc=phase, unit='step', disable=None) as bar:
-                while done < steps:
-                    count = min(config.record_every, steps - done)
-                    batches = train.batch_indices(
-                        (config.seed, PHASES.index(phase)),
-                        len(labels),
-                        config.batch_size,
-                        done,
-                        count,
-                    )
-                    state, chunk = run_chunk(state, images, labels, batches)
-                    broken = train.first_not_finite(chunk.losses)
-                    # The last step may break the weights, with no loss after it that would tell.
-                    if broken or not train.all_finite(state.params):
-                        raise FloatingPointError(
-                            f'the loss or a weight is not finite at step {done + (broken or count)}'
-                            f' of the {phase} phase; {self._explain(phase, state, checkpoints)}'
-                        )
-                    done += count
-                    record = self._record(phase, done, state, chunk)
-                    self.records.append(record)
-                    bar.update(count)
-                    bar.set_postfix(_progress(record, self.parameters))
-                    if stopping or done == steps or done % config.checkpoint_every == 0:
-                        checkpoints.save(done, state)
-                    if stopping:
-                        break
-        if stopping:
-            raise Stopped(
-                f'{signal.Signals(stopping[0]).name}: saved {phase} at step {done} in '
-                f'{self.folder}; continue with --resume'
-            )
-        return state
-
-    def _record(self, phase, step, state, chunk) -> dict[str, Any]:
+    def record(
+        self, phase: str, step: int, state: train.TrainState, chunk: train.Chunk
+    ) -> dict[str, Any]:
+        """Measures where the run is after a chunk, writes it down and returns it."""
         pruned = dns_jax.apply_masks(state.params, state.masks)
         sizes = dns_jax.measure_sizes(state.params, state.masks)
-        return {
+        record = {
             'phase': phase,
             'step': step,
             'loss': float(np.mean(chunk.losses)),
@@ -218,75 +204,120 @@ class Trainer:
             'pruned': {layer: int(event.pruned) for layer, event in chunk.events.items()},
             'spliced': {layer: int(event.spliced) for layer, event in chunk.events.items()},
         }
+        self.records.append(record)
+        self.on_record(record)
+        return record
 
-    def _explain(self, phase, state, checkpoints) -> str:
+
+def train_references(trainers: Sequence[Trainer], stopping: list[int]) -> list[dns_jax.Params]:
+    """Trains the dense network of each run, or takes the ones that --reference names."""
+    given = [trainer.reference for trainer in trainers if trainer.reference is not None]
+    if given:
+        return given
+    steps = trainers[0].config.reference_steps
+    phases = [Phase('reference', trainer, trainer.dense_state(), steps) for trainer in trainers]
+    return [state.params for state in _train(phases, trainers[0].reference_optimizer, stopping)]
+
+
+def train_surgery(
+    trainers: Sequence[Trainer], references: Sequence[dns_jax.Params], stopping: list[int]
+) -> list[train.TrainState]:
+    """Operates on the network of each run, from its dense weights."""
+    phases = []
+    for trainer, params in zip(trainers, references, strict=True):
+        # A copy: the loop takes over the memory of its state, and the reference is still needed.
+        state = train.TrainState(jax.tree.map(jnp.copy, params), trainer.optimizer.init(params))
+        phases.append(Phase('surgery', trainer, state, trainer.config.surgery_steps))
+    return _train(phases, trainers[0].optimizer, stopping)
+
+
+class Phase:
+    """One phase of one run: where it is, and what it leaves on disk."""
+
+    def __init__(self, name: str, trainer: Trainer, state: train.TrainState, steps: int):
+        self.name, self.trainer, self.state, self.steps = name, trainer, state, steps
+        self.folder = trainer.folder / 'checkpoints' / name
+        self.checkpoints = Checkpoints(self.folder)
+        self.done, self.progress = 0, {}
+        if trainer.config.resume and self.checkpoints.latest_step() is not None:
+            self.done, self.state = self.checkpoints.restore(state)
+        trainer.records.rewind(name, self.done)
+
+    def batches(self, count: int) -> np.ndarray:
+        """Chooses the images of the next steps."""
+        config = self.trainer.config
+        return train.batch_indices(
+            (config.seed, PHASES.index(self.name)),
+            len(self.trainer.dataset.train.labels),
+            config.batch_size,
+            self.done,
+            count,
+        )
+
+    def advance(self, state: train.TrainState, chunk: train.Chunk) -> None:
+        """Takes over what a chunk gave, unless it is broken, and records it."""
+        broken = train.first_not_finite(chunk.losses)
+        # The last step may break the weights, with no loss after it that would tell.
+        if broken or not train.all_finite(state.params):
+            step = self.done + (broken or len(chunk.losses))
+            raise FloatingPointError(
+                f'the loss or a weight is not finite at step {step} of the {self.name} phase; '
+                f'{self._explain(state)}'
+            )
+        self.state, self.done = state, self.done + len(chunk.losses)
+        record = self.trainer.record(self.name, self.done, state, chunk)
+        self.progress = _progress(record, self.trainer.parameters)
+
+    def save(self) -> None:
+        """Saves a checkpoint of the step the phase is at."""
+        self.checkpoints.save(self.done, self.state)
+
+    def _explain(self, state) -> str:
         sizes = dns_jax.measure_sizes(state.params, state.masks)
         densities = ', '.join(f'{layer} {size.density:.2%}' for layer, size in sizes.layers.items())
-        step = checkpoints.latest_step()
+        step = self.checkpoints.latest_step()
         good = 'none of this phase' if step is None else f'that of step {step}'
-        return (
-            f'the densities are {densities}; the last good checkpoint is {good} in '
-            f'{self.folder / "checkpoints" / phase}'
+        return f'the densities are {densities}; the last good checkpoint is {good} in {self.folder}'
+
+
+def _train(
+    phases: Sequence[Phase], optimizer: optax.GradientTransformation, stopping: list[int]
+) -> list[train.TrainState]:
+    """Takes the same phase of some runs to its end, side by side where they are at one step."""
+    trainer, steps, name = phases[0].trainer, phases[0].steps, phases[0].name
+    config, split = trainer.config, trainer.dataset.train
+    run_chunks = train.make_chunks(train.make_step(trainer.network, optimizer))
+    images, labels = jax.device_put((split.images, split.labels))
+    with contextlib.ExitStack() as stack:
+        for phase in phases:
+            stack.enter_context(phase.checkpoints)
+        first = phases[0]
+        bar = tqdm(total=steps, initial=first.done, desc=name, unit='step', disable=None)
+        stack.enter_context(bar)
+        while (done := min(phase.done for phase in phases)) < steps:
+            # After a kill between two saves, those behind catch up first.
+            group = [phase for phase in phases if phase.done == done]
+            count = min(config.record_every, steps - done)
+            batches = tuple(phase.batches(count) for phase in group)
+            states = tuple(phase.state for phase in group)
+            results = run_chunks(states, images, labels, batches)
+            for phase, (state, chunk) in zip(group, results, strict=True):
+                phase.advance(state, chunk)
+            done += count
+            if first in group:
+                bar.update(count)
+                bar.set_postfix(first.progress)
+            if stopping or done == steps or done % config.checkpoint_every == 0:
+                for phase in group:
+                    phase.save()
+            if stopping:
+                break
+    if stopping:
+        raise Stopped(
+            f'{signal.Signals(stopping[0]).name}: saved {name} at step {first.done} in '
+            f'{trainer.folder}; continue with --resume'
         )
-
-
-def make_optimizer(
-    config: Config,
-    surgery: optax.GradientTransformation,
-    learning_rate: dns_jax.Schedule,
-    weight_decay: float,
-) -> optax.GradientTransformation:
-    """Chains surgery and Caffe's SGD.
-
-    Args:
-      config: momentum and bias_scale.
-      surgery: of the phase.
-      learning_rate: of the phase.
-      weight_decay: of the phase.
-
-    Returns:
-      The optimizer of the phase.
-    """
-    sgd = dns_jax.caffe_sgd(learning_rate, config.momentum, weight_decay, config.bias_scale)
-    return optax.chain(surgery, sgd)
-
-
-def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
-    """Joins the tables of the flags into one rule per layer.
-
-    Args:
-      config: `c_rate`, `start` and `stop` by layer pattern; a layer without `c_rate` stays dense.
-      params: the network's weights.
-
-    Returns:
-      `{layer name: rule}`.
-
-    Raises:
-      ValueError: if a pattern matches no layer, or a number is out of range.
-    """
-    layers: Iterable[str] = dns_jax.group_by_layer(params)
-    tables = {}
-    for name, number in (('c_rate', float), ('start', int), ('stop', int)):
-        try:
-            table = parse_table(getattr(config, name), number)
-            matches = dns_jax.match_patterns(table, layers)
-        except ValueError as error:
-            raise ValueError(f'--{name}: {error}') from error
-        tables[name] = {layer: value for layer, (_, value) in matches.items()}
-        # A start or stop for a layer that stays dense would be a slip.
-        layers = tables['c_rate']
-    return {
-        layer: dns_jax.Rule(
-            dns_jax.mean_std(c_rate, config.hysteresis),
-            dns_jax.update_probability(
-                config.update_gamma,
-                config.update_power,
-                stop=tables['stop'].get(layer),
-                start=tables['start'].get(layer, 0),
-            ),
-        )
-        for layer, c_rate in tables['c_rate'].items()
-    }
+    return [phase.state for phase in phases]
 
 
 @contextlib.contextmanager

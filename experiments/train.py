@@ -96,6 +96,50 @@ def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
     return run_chunk
 
 
+def make_chunks(
+    step: TrainStep,
+) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
+    """Makes the compiled call that runs many steps of several networks, each on its own batches.
+
+    Args:
+      step: from `make_step`.
+
+    Returns:
+      As `make_chunk` does, but for tuples of states and of indices; the result is a tuple of
+      pairs. Several networks are vmapped into one program; they must be at the same step.
+    """
+    run_chunk = make_chunk(step)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run_vmapped(states, images, labels, indices):
+        # Whole numbers count steps, the same for all. Kept out of the vmap, they leave a `cond` on
+        # them one branch instead of both.
+        shared = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.integer), states[0])
+        axes = jax.tree.map(lambda is_shared: None if is_shared else 0, shared)
+        stacked = jax.tree.map(
+            lambda is_shared, *leaves: leaves[0] if is_shared else jnp.stack(leaves),
+            shared,
+            *states,
+        )
+        run_all = jax.vmap(run_chunk, (axes, None, None, 0), (axes, 0))
+        state, chunk = run_all(stacked, images, labels, jnp.stack(indices))
+
+        def network(at):
+            own = jax.tree.map(
+                lambda is_shared, leaf: leaf if is_shared else leaf[at], shared, state
+            )
+            return own, jax.tree.map(lambda leaf: leaf[at], chunk)
+
+        return tuple(map(network, range(len(states))))
+
+    def run_chunks(states, images, labels, indices):
+        if len(states) == 1:
+            return (run_chunk(states[0], images, labels, indices[0]),)
+        return run_vmapped(states, images, labels, indices)
+
+    return run_chunks
+
+
 def batch_indices(
     seed: tuple[int, ...], examples: int, batch_size: int, start: int, steps: int
 ) -> np.ndarray:

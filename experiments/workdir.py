@@ -173,7 +173,7 @@ def _delete_run(folder: Path) -> None:
     """Deletes what a run writes, the flags last, so that a torn deletion can be repeated."""
     for name in ('checkpoints', 'plots', 'tensorboard'):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS_FILE, 'summary.json', 'report.md', FLAGS_FILE):
+    for name in (METRICS_FILE, 'pruned.safetensors', 'summary.json', 'report.md', FLAGS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
