@@ -19,7 +19,7 @@ import dns_jax
 from experiments import data
 
 T = TypeVar('T', int, float)
-C = TypeVar('C', 'Config', 'BenchConfig')
+C = TypeVar('C', 'Config', 'BenchConfig', 'FrontierConfig', 'SearchConfig')
 
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -46,6 +46,9 @@ class Config:
     batch_size: int = _flag(64, 'Images per step.', lower_bound=1)
     reference_steps: int = _flag(10_000, 'Steps of dense training.', lower_bound=1)
     surgery_steps: int = _flag(16_000, 'Steps of surgery.', lower_bound=1)
+    finetuning_steps: int = _flag(
+        10_000, 'Steps of training with frozen masks after surgery.', lower_bound=0
+    )
     record_every: int = _flag(500, 'Steps per record, and per compiled call.', lower_bound=1)
     checkpoint_every: int = _flag(2_000, 'Steps per checkpoint.', lower_bound=1)
 
@@ -53,8 +56,10 @@ class Config:
         'inv:0.01,1e-4,0.75', "Caffe's policy and its numbers for dense training."
     )
     learning_rate: str = _flag('inv:0.01,1e-4,0.75', 'The same for surgery.')
+    finetuning_learning_rate: str = _flag('poly:0.05,1', 'The same for fine-tuning.')
     reference_weight_decay: float = _flag(5e-4, 'Weight decay of dense training.')
     weight_decay: float = _flag(5e-4, 'Weight decay of surgery, on all dense weights.')
+    finetuning_weight_decay: float = _flag(0.0, 'Weight decay of fine-tuning.')
     momentum: float = _flag(0.9, 'Momentum.')
     bias_scale: float = _flag(2.0, 'Learning rate of biases / that of kernels.')
 
@@ -72,7 +77,7 @@ class Config:
         500, 'Steps from one choice of thresholds by density to the next.', lower_bound=1
     )
     start: str = _flag('0', 'First step, or share, with mask updates, as LAYER:STEP,…')
-    stop: str = _flag('90%', 'First step, or share, without mask updates, as LAYER:STEP,…')
+    stop: str = _flag('100%', 'First step, or share, without mask updates, as LAYER:STEP,…')
     hysteresis: float = _flag(0.1, 'Half the relative width of the band between thresholds.')
     update_gamma: float = _flag(1e-4, 'Decay of the update probability, per step.')
     update_power: float = _flag(0.0, 'Power of the update probability; 0 updates at every step.')
@@ -102,7 +107,7 @@ class Config:
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
                 f'--record_every={self.record_every}'
             )
-        for name in ('reference_learning_rate', 'learning_rate'):
+        for name in ('reference_learning_rate', 'learning_rate', 'finetuning_learning_rate'):
             try:
                 parse_learning_rate(getattr(self, name), steps=1)
             except ValueError as error:
@@ -115,6 +120,84 @@ class Config:
             for name, value in dataclasses.asdict(self).items()
             if name not in _NOT_OF_THE_RUN
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierConfig(Config):
+    """What `experiments.frontier` sweeps: the flags of its runs, and these."""
+
+    network: str = _flag('lenet300', 'Network.', choices=('lenet300', 'lenet5'))
+    workdir: str = _flag('runs/frontier', 'Folder of the sweep, with one folder for each run.')
+    compressions: str = _flag('30,60,120', 'The compressions to reach, with commas between.')
+    seeds: int = _flag(5, 'Runs of each, with the seeds from --seed on.', lower_bound=1)
+    side_by_side: int = _flag(5, 'Seeds trained in one program, at most.', lower_bound=1)
+
+    def __post_init__(self):
+        self.runs()  # each checks itself
+
+    def runs(self) -> list[Config]:
+        """Returns the configuration of every run, by compression, then seed.
+
+        The first compression trains the references, those after it start from them.
+        """
+        try:
+            compressions = [float(text) for text in self.compressions.split(',')]
+        except ValueError as error:
+            raise ValueError(
+                f'--compressions={self.compressions} must be numbers with commas between'
+            ) from error
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
+        runs = []
+        for number, compression in enumerate(compressions):
+            for seed in range(self.seed, self.seed + self.seeds):
+                first = f'{self.workdir}/{compressions[0]:g}-{seed}'
+                own = {
+                    'seed': seed,
+                    'compression': compression,
+                    'workdir': f'{self.workdir}/{compression:g}-{seed}',
+                    'reference': first if number and not self.reference else self.reference,
+                }
+                runs.append(Config(**{**fields, **own}))
+        return runs
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(Config):
+    """What `experiments.search` searches: the flags of its runs, and these."""
+
+    network: str = _flag('lenet300', 'Network.', choices=('lenet300', 'lenet5'))
+    workdir: str = _flag('runs/search', 'Folder of the search.')
+    space: str = _flag(
+        'layer_density',
+        'What is chosen: compression, one for the network, 20 to 1000; layer_density, 0.001 to 1 '
+        'each; or c_rate, 0 to 6 each. With it go the ramp, which ends after 40 to 90 % of its '
+        'steps, and factors on the learning rate, 0.3 to 3, and the weight decay, 0.1 to 4.',
+        choices=('compression', 'layer_density', 'c_rate'),
+    )
+    trials: int = _flag(100, 'Trials of the study in all, by whichever worker.', lower_bound=1)
+    tolerance: float = _flag(0.1, 'Points of validation error allowed above the reference.')
+    study: str = _flag('search', 'Name of the study; workers that give the same work together.')
+    storage: str | None = _flag(None, 'URL of the database; by default study.db in the workdir.')
+
+    # What the search chooses by itself or has no use for: fields, but no flags.
+    compression: float | None = None
+    density: float | None = None
+    layer_density: str = ''
+    c_rate: str = ''
+    ramp_end: str = '80%'
+    train_on_all: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self):
+        self.to_run(density=1.0)  # checks what runs and the search have in common
+        if not math.isfinite(self.tolerance):
+            raise ValueError(f'--tolerance={self.tolerance} must be finite')
+
+    def to_run(self, **chosen: Any) -> Config:
+        """Returns the configuration of a run with these flags and what was chosen."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
+        return Config(**{**fields, **chosen})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +218,10 @@ class BenchConfig:
             )
 
 
-_NOT_OF_THE_RUN = {'data_dir', 'manual_dir', 'workdir', 'resume', 'overwrite', 'tensorboard'}
+_NOT_OF_THE_RUN = {
+    *('data_dir', 'manual_dir', 'workdir', 'resume', 'overwrite', 'tensorboard'),
+    *('trials', 'study', 'storage'),
+}
 
 
 def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
@@ -178,7 +264,10 @@ def parse_step(text: str, steps: int) -> int:
     Raises:
       ValueError: if the text is neither.
     """
-    return round(float(text[:-1]) / 100 * steps) if text.endswith('%') else int(text)
+    try:
+        return round(float(text[:-1]) / 100 * steps) if text.endswith('%') else int(text)
+    except ValueError as error:
+        raise ValueError(f'{text!r} must be a step or a share of the steps, as 80% is') from error
 
 
 _POLICIES = {

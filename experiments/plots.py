@@ -13,6 +13,24 @@ from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from experiments.workdir import PHASES
 
+# What others published on MNIST: (who, compression, test error in percent); an error that they
+# give only as "no drop" is None.
+PUBLISHED = {
+    'lenet300': (
+        ('Han et al. 2015', 12, 1.59),
+        ('Guo et al. 2016 (the paper)', 56, 1.99),
+        ('Sparse VD 2017', 68, 1.92),
+        ('OLMP 2018', 113.5, 2.18),
+    ),
+    'lenet5': (
+        ('Han et al. 2015', 12, 0.77),
+        ('Guo et al. 2016 (the paper)', 108, 0.91),
+        ('Sparse VD 2017', 280, 0.75),
+        ('OLMP 2018', 297.7, 0.91),
+        ('AutoPrune 2019 ("no drop")', 310, None),
+    ),
+}
+
 Records = Sequence[Mapping[str, Any]]
 
 # Okabe and Ito's colours, which stay apart under every common colour blindness; without their
@@ -152,23 +170,27 @@ def surgery_figure(records: Records) -> Figure:
 
 
 def training_figure(records: Records) -> Figure:
-    """Validation error and loss over the steps of both phases, the start of surgery marked."""
+    """Validation error and loss over the steps of all phases, the start of each marked."""
     figure, panels = _new_figure('Validation error and loss', rows=2)
-    reference, surgery = (_phase(records, phase) for phase in PHASES)
-    start = reference[-1]['step'] if reference else 0
-    surgery = [{**record, 'step': start + record['step']} for record in surgery]
     for axes, key, label in zip(
         panels, ('validation_error', 'loss'), ('validation error (%)', 'training loss'), strict=True
     ):
-        shown = []
-        for part, colour, name in ((reference, BLACK, 'reference'), (surgery, BLUE, 'surgery')):
-            if part:
-                measured = [record for record in part if record.get(key) is not None]
-                values = [record[key] for record in measured]
-                _draw(axes, measured, values, color=colour, label=name)
-                shown += values
-        if reference and surgery:
-            axes.axvline(start, color=RED, linestyle='--', linewidth=1, label='surgery begins')
+        start, shown = 0, []
+        for phase, colour in zip(PHASES, (BLACK, BLUE, GREEN), strict=True):
+            part = _phase(records, phase)
+            if not part:
+                continue
+            if start:
+                axes.axvline(start, color=RED, linestyle='--', linewidth=1, label=f'{phase} begins')
+            measured = [
+                {**record, 'step': start + record['step']}
+                for record in part
+                if record.get(key) is not None
+            ]
+            values = [record[key] for record in measured]
+            _draw(axes, measured, values, color=colour, label=phase)
+            start += part[-1]['step']
+            shown += values
         _set_scale(axes, shown)
         axes.set_ylabel(label)
     return _finish(figure, panels[-1], 'steps')
@@ -192,4 +214,44 @@ def first_layer_figure(mask: np.ndarray) -> Figure:
         label=f'connections kept, of {mask.shape[1]}',
         ticks=MaxNLocator(nbins=8, integer=True),
     )
+    return figure
+
+
+def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test error over compression: every run, the median of each target, and what others have.
+
+    Args:
+      rows: of one network, with `network`, `target`, `compression` and `test_error`.
+    """
+    figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')
+    axes = figure.subplots()
+    axes.set_title('Error and compression')
+    axes.grid(color='0.9')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    targets = sorted({row['target'] for row in rows})
+    groups = [[row for row in rows if row['target'] == target] for target in targets]
+    middles = [
+        [float(np.median([row[name] for row in group])) for group in groups]
+        for name in ('compression', 'test_error')
+    ]
+    axes.plot(*middles, color=BLUE, marker='o', label='here, median over seeds')
+    each = [[row[name] for row in rows] for name in ('compression', 'test_error')]
+    axes.scatter(*each, color=BLUE, s=14, alpha=0.5, label='here, each run')
+    published = PUBLISHED.get(rows[0]['network'], ())
+    for (who, compression, error), colour, marker in zip(
+        published, (BLACK, RED, GREEN, ORANGE, PINK), 'sD^vX', strict=False
+    ):
+        if error is None:
+            axes.axvline(compression, color=colour, linestyle=':', label=who)
+        else:
+            axes.scatter([compression], [error], color=colour, marker=marker, label=who, zorder=3)
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}×'))
+    axes.xaxis.set_minor_formatter('')
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel('test error (%)')
+    axes.set_xlabel('compression: all parameters / kept parameters')
+    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
     return figure

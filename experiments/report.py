@@ -5,7 +5,9 @@ A run leaves `metrics.jsonl` in its folder and ends with a summary. This module 
 """
 
 import io
+import itertools
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,10 @@ SUMMARY_KEYS = (
 LAYER_COUNTS = ('parameters', 'kept', 'multiply_adds', 'kept_multiply_adds', 'bytes', 'kept_bytes')
 LAYER_KEYS = (*LAYER_COUNTS, 'density', 'compression')
 RESULT_HEADER = ('network', 'parameters → kept', 'error: reference → after surgery', 'compression')
+FRONTIER_HEADER = (
+    *('network', 'seeds', 'compression', 'kept'),
+    *('error of the reference', 'error after surgery'),
+)
 LAYER_HEADER = (
     'layer',
     'parameters',
@@ -132,6 +138,40 @@ def format_table(summary: Summary) -> str:
     _check_summary(summary)
     result = _table(RESULT_HEADER, [_result_cells(summary)])
     return f'{result}\n\n{_table(LAYER_HEADER, _layer_rows(summary))}'
+
+
+def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The runs of a sweep in Markdown, a row per target: medians and ranges over seeds.
+
+    Args:
+      rows: with at least `network`, `target`, `compression`, `kept`, `reference_error` and
+        `test_error`, sorted by network and target.
+    """
+    lines = []
+    for (network, _), group in itertools.groupby(rows, lambda row: (row['network'], row['target'])):
+        runs = list(group)
+        lines.append(
+            (
+                NETWORK_NAMES.get(network) or network,
+                f'{len(runs)}',
+                middle_and_range(runs, 'compression', '.1f', '×'),
+                middle_and_range(runs, 'kept', ',.0f'),
+                middle_and_range(runs, 'reference_error', '.2f', ' %'),
+                middle_and_range(runs, 'test_error', '.2f', ' %'),
+            )
+        )
+    return _table(FRONTIER_HEADER, lines)
+
+
+def middle_and_range(
+    rows: Sequence[Mapping[str, Any]], name: str, form: str, unit: str = ''
+) -> str:
+    """The median of a quantity over runs, and in brackets its range."""
+    values = [row[name] for row in rows]
+    middle, low, high = statistics.median(values), min(values), max(values)
+    if f'{low:{form}}' == f'{high:{form}}':
+        return f'{middle:{form}}{unit}'
+    return f'{middle:{form}}{unit} ({low:{form}} to {high:{form}})'
 
 
 def _markdown_report(summary: Summary, pictures: Sequence[Path]) -> str:

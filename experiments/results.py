@@ -4,10 +4,11 @@ python -m experiments.results
 """
 
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.report import middle_and_range
 
 FOLDER = Path(__file__).parents[1] / 'results'
 _HEADER = '| flagfile | seeds | error of the reference | error after surgery | kept | compression |'
@@ -45,19 +46,13 @@ def table_row(name: str, summaries: Sequence[dict[str, Any]]) -> str:
     Returns:
       The row: number of seeds, then the median of each quantity and its range.
     """
-
-    def cell(name: str, form: str, unit: str) -> str:
-        values = [summary[name] for summary in summaries]
-        middle, low, high = statistics.median(values), min(values), max(values)
-        return f'{middle:{form}}{unit} ({low:{form}} to {high:{form}})'
-
     cells = (
         name,
         f'{len(summaries)}',
-        cell('reference_error', '.2f', ' %'),
-        cell('test_error', '.2f', ' %'),
-        cell('kept', ',.0f', ''),
-        cell('compression', '.1f', '×'),
+        middle_and_range(summaries, 'reference_error', '.2f', ' %'),
+        middle_and_range(summaries, 'test_error', '.2f', ' %'),
+        middle_and_range(summaries, 'kept', ',.0f'),
+        middle_and_range(summaries, 'compression', '.1f', '×'),
     )
     return f'| {" | ".join(cells)} |'
 

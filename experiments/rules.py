@@ -31,6 +31,20 @@ def make_optimizer(
     return optax.chain(surgery, sgd)
 
 
+def frozen(surgery: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Makes a transformation with the state of another that leaves it as it is.
+
+    Args:
+      surgery: holds the masks in its state.
+
+    Returns:
+      A transformation whose masks stay those of the state.
+    """
+    return optax.GradientTransformation(
+        surgery.init, lambda updates, state, params=None: (updates, state)
+    )
+
+
 def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
     """Turns the flags into a table of rules.
 
@@ -95,15 +109,23 @@ def _rules(config, thresholds, refresh_every) -> dict[str, dns_jax.Rule]:
 
 
 def _ramp(config: Config, density: float) -> dns_jax.Schedule:
-    start, end = (
-        parse_step(text, config.surgery_steps) for text in (config.ramp_start, config.ramp_end)
-    )
-    kind, _, power = config.ramp.partition(':')
+    ends = []
+    for name in ('ramp_start', 'ramp_end'):
+        try:
+            ends.append(parse_step(getattr(config, name), config.surgery_steps))
+        except ValueError as error:
+            raise ValueError(f'--{name}: {error}') from error
+    start, end = ends
     if config.ramp == 'log':
         return dns_jax.log_linear_density(density, start, end)
-    if kind == 'poly':
-        return dns_jax.polynomial_density(density, start, end, power=float(power))
-    raise ValueError(f'--ramp must be log or poly:POWER, but is {config.ramp!r}')
+    kind, _, text = config.ramp.partition(':')
+    try:
+        power = float(text)
+    except ValueError:
+        kind = ''
+    if kind != 'poly':
+        raise ValueError(f'--ramp must be log or poly:POWER, but is {config.ramp!r}')
+    return dns_jax.polynomial_density(density, start, end, power=power)
 
 
 def _density_of_participants(config: Config, params: dns_jax.Params) -> float:

@@ -1,4 +1,4 @@
-"""A whole run: reference network, surgery, evaluation, report.
+"""A whole run: reference network, surgery, fine-tuning, evaluation, report.
 
 Every phase saves checkpoints, continues from the newest on --resume, and leaves on SIGTERM or
 Ctrl-C after saving. Numbers that choices are made on come from the validation split; the test
@@ -25,7 +25,7 @@ from dns_jax.sparse import save_sparse
 from experiments import data, models, report, train
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config, parse_learning_rate
-from experiments.rules import make_optimizer, make_rules
+from experiments.rules import frozen, make_optimizer, make_rules
 from experiments.workdir import PHASES, Records, claim, read_flags
 
 
@@ -76,7 +76,7 @@ def run_together(
     trainers = [Trainer(config, on_record) for config in configs]
     with stop_on_signals() as stopping:
         references = train_references(trainers, stopping)
-        finals = train_surgery(trainers, references, stopping)
+        finals = finetune(trainers, train_surgery(trainers, references, stopping), stopping)
     seconds = time.perf_counter() - started
     return [
         trainer.finish(reference, final, seconds)
@@ -114,11 +114,18 @@ class Trainer:
             config.reference_weight_decay,
         )
         takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
+        surgery = dns_jax.surgery(make_rules(config, self.initial), coins_key, takes_part)
         self.optimizer = make_optimizer(
             config,
-            dns_jax.surgery(make_rules(config, self.initial), coins_key, takes_part),
+            surgery,
             parse_learning_rate(config.learning_rate, config.surgery_steps),
             config.weight_decay,
+        )
+        self.finetuning_optimizer = make_optimizer(
+            config,
+            frozen(surgery),
+            parse_learning_rate(config.finetuning_learning_rate, config.finetuning_steps),
+            config.finetuning_weight_decay,
         )
         self.dataset = data.load(
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
@@ -229,6 +236,21 @@ def train_surgery(
         state = train.TrainState(jax.tree.map(jnp.copy, params), trainer.optimizer.init(params))
         phases.append(Phase('surgery', trainer, state, trainer.config.surgery_steps))
     return _train(phases, trainers[0].optimizer, stopping)
+
+
+def finetune(
+    trainers: Sequence[Trainer], states: Sequence[train.TrainState], stopping: list[int]
+) -> list[train.TrainState]:
+    """Trains the kept connections of each run on, the masks frozen as surgery left them."""
+    steps = trainers[0].config.finetuning_steps
+    if not steps:
+        return list(states)
+    phases = []
+    for trainer, state in zip(trainers, states, strict=True):
+        start = trainer.finetuning_optimizer.init(state.params)
+        start = optax.tree.set(start, masks=state.masks)
+        phases.append(Phase('finetuning', trainer, train.TrainState(state.params, start), steps))
+    return _train(phases, trainers[0].finetuning_optimizer, stopping)
 
 
 class Phase:

@@ -16,7 +16,7 @@ from experiments.flags import Config
 
 FLAGS_FILE = 'flags.json'
 METRICS_FILE = 'metrics.jsonl'
-PHASES = ('reference', 'surgery')
+PHASES = ('reference', 'surgery', 'finetuning')
 
 
 def claim(config: Config) -> Path:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from experiments import data, lenet5, lenet300, models, run
+from experiments import data, lenet5, lenet300, models, rules, run
 from experiments.flags import (
     BenchConfig,
     Config,
     define,
     parse_learning_rate,
+    parse_step,
     parse_table,
     to_config,
 )
@@ -31,7 +32,11 @@ FLAGFILES = sorted((ROOT / 'experiments' / 'flagfiles').glob('*.flags'))
 FIELDS = [field.name for field in dataclasses.fields(Config) if field.name != 'network']
 
 
-def parse(*arguments, defaults=lenet5.DEFAULTS, config_type=Config):
+# One of these must say what to keep.
+TARGETS = ('compression', 'density', 'layer_density', 'c_rate')
+
+
+def parse(*arguments, defaults=lenet5.DEFAULTS | {'c_rate': '1'}, config_type=Config):
     flag_values = absl_flags.FlagValues()
     define(config_type, defaults, flag_values)
     left = flag_values(['program', *arguments])
@@ -82,6 +87,9 @@ def make_config(data_dir, tmp_path_factory):
         fields.setdefault('workdir', str(tmp_path_factory.mktemp('run') / 'run'))
         short = {'reference_steps': 3, 'surgery_steps': 4, 'record_every': 1, 'batch_size': 16}
         short |= {'checkpoint_every': 2, 'learning_rate': 'inv:0.1,1e-4,0.75', 'dataset': 'digits'}
+        short |= {'finetuning_steps': 2}
+        if not any(name in fields for name in TARGETS):
+            short |= {'c_rate': '1'}
         return Config(**{'network': 'tiny', 'data_dir': str(data_dir), **short, **fields})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +102,8 @@ def outcome(config):
     trainer = run.Trainer(config)
     # To compile the two loops takes longer than such runs: here their operations go one by one.
     with jax.disable_jit():
-        final = trainer.train_surgery(trainer.train_reference([]), [])
+        references = run.train_references([trainer], [])
+        (final,) = run.finetune([trainer], run.train_surgery([trainer], references, []), [])
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((final.params, final.masks))]
     checkpoints = sorted(
         str(path.relative_to(config.workdir)) for path in Path(config.workdir).glob('*/*/*')
@@ -108,6 +117,12 @@ def plain(make_config):
     return config, outcome(config)
 
 
+@pytest.fixture(scope='module')
+def plain_by_density(make_config):
+    config = make_config(**BY_DENSITY)
+    return config, outcome(config)
+
+
 EFFECTIVE = {
     'train_on_all': True,
     'seed': 1,
@@ -118,6 +133,9 @@ EFFECTIVE = {
     'checkpoint_every': 1,
     'reference_learning_rate': 'inv:0.02,1e-4,0.75',
     'learning_rate': 'poly:0.1,1',
+    'finetuning_steps': 3,
+    'finetuning_learning_rate': 'fixed:0.1',
+    'finetuning_weight_decay': 0.1,
     'reference_weight_decay': 0.1,
     'momentum': 0.5,
     'weight_decay': 0.1,
@@ -126,10 +144,20 @@ EFFECTIVE = {
     'start': 'fc2:2',
     'stop': '*:1',
     'hysteresis': 0.3,
-    'update_gamma': 1e9,
     'update_power': 1e6,
     'prune_biases': False,
 }
+BY_DENSITY = {'compression': 4.0, 'refresh_every': 2}
+EFFECTIVE_BY_DENSITY = {
+    'compression': 8.0,
+    'score': 'erk',
+    'ramp': 'poly:2',
+    'ramp_start': '1',
+    'ramp_end': '50%',
+    'refresh_every': 1,
+}
+# These are tried together with others, below.
+TRIED_APART = {'density', 'layer_density', 'update_gamma'}
 # What these do is asked below, one by one.
 PLACES_AND_SWITCHES = {
     *('dataset', 'data_dir', 'manual_dir', 'workdir', 'reference'),
@@ -138,7 +166,8 @@ PLACES_AND_SWITCHES = {
 
 
 def test_every_flag_is_tried():
-    assert sorted([*EFFECTIVE, *PLACES_AND_SWITCHES]) == sorted(FIELDS)
+    tried = [*EFFECTIVE, *EFFECTIVE_BY_DENSITY, *TRIED_APART, *PLACES_AND_SWITCHES]
+    assert sorted(tried) == sorted(FIELDS)
 
 
 def test_a_run_repeats_itself(make_config, plain):
@@ -151,8 +180,52 @@ def test_a_flag_has_an_effect(make_config, plain, name, value):
     assert outcome(make_config(**{name: value})) != plain[1]
 
 
+@pytest.mark.parametrize(('name', 'value'), EFFECTIVE_BY_DENSITY.items())
+def test_a_flag_of_densities_has_an_effect(make_config, plain_by_density, name, value):
+    assert getattr(plain_by_density[0], name) != value
+    assert outcome(make_config(**{**BY_DENSITY, name: value})) != plain_by_density[1]
+
+
+def test_density_is_the_inverse_of_compression(make_config, plain_by_density):
+    fields = {'density': 0.25, 'refresh_every': BY_DENSITY['refresh_every']}
+    assert outcome(make_config(**fields)) == plain_by_density[1]
+
+
+def test_layer_density_is_reached_in_each_layer(make_config):
+    densities = {'layer_density': 'fc1:0.5,fc2:0.25', 'ramp_end': '50%', 'refresh_every': 1}
+    config = make_config(**densities)
+    outcome(config)
+    last = json.loads((Path(config.workdir) / 'metrics.jsonl').read_text().splitlines()[-1])
+    # fc1: 784 · 8 + 8 parameters; fc2: 8 · 10 + 10, of which 22.5 rounds to the even 22.
+    assert last['kept'] == {'fc1': 3_140, 'fc2': 22}
+    assert last['phase'] == 'finetuning'
+
+
+@pytest.mark.parametrize('prune_biases', [True, False])
+def test_compression_counts_all_parameters(make_config, prune_biases):
+    config = make_config(**{**BY_DENSITY, 'ramp_end': '50%'}, prune_biases=prune_biases)
+    outcome(config)
+    last = json.loads((Path(config.workdir) / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert abs(sum(last['kept'].values()) - (784 * 8 + 8 + 90) / 4) <= 1
+
+
+def test_what_takes_no_part_may_be_too_much(make_config):
+    config = make_config(density=0.001, prune_biases=False)
+    with pytest.raises(ValueError, match=r'asks to keep 0\.100% of .*0\.283% takes no part'):
+        run.Trainer(config)
+
+
+def test_update_gamma_needs_a_power(make_config):
+    power = {'update_power': 1.0}
+    outcomes = [outcome(make_config(update_gamma=gamma, **power)) for gamma in (1e-9, 1e9)]
+    assert outcomes[0] != outcomes[1]
+
+
 # Where each mark of the rate's policy, of σ and of the data enters: not only somewhere.
-@pytest.mark.parametrize(('name', 'phase'), [('reference_', 'reference'), ('', 'surgery')])
+@pytest.mark.parametrize(
+    ('name', 'phase'),
+    [('reference_', 'reference'), ('', 'surgery'), ('finetuning_', 'finetuning')],
+)
 def test_each_learning_rate_is_that_of_its_phase(make_config, plain, name, phase):
     records, _, _ = outcome(make_config(**{f'{name}learning_rate': 'fixed:0.03'}))
     changed = [
@@ -173,14 +246,15 @@ def test_start_and_stop_bound_the_updates_of_their_layers(make_config):
             pruned.setdefault(layer, []).append(count > 0)
     assert pruned['fc1'][:2] == [False, True]
     assert pruned['fc2'][0]
-    assert pruned['fc2'][2:] == [False, False]
+    assert not any(pruned['fc2'][2:])
 
 
 def test_biases_are_pruned_only_where_asked(make_config):
     for prune_biases, axes in ((True, 1), (False, 0)):
         trainer = run.Trainer(make_config(prune_biases=prune_biases))
         with jax.disable_jit():
-            masks = trainer.train_surgery(trainer.initial, []).masks
+            (state,) = run.train_surgery([trainer], [trainer.initial], [])
+            masks = state.masks
         assert masks['fc1']['bias'].ndim == axes
 
 
@@ -214,8 +288,8 @@ def test_reference_takes_the_place_of_dense_training(make_config, plain):
     new_records, new_leaves, checkpoints = outcome(again)
     assert new_leaves == leaves
     assert records.endswith(new_records)
-    assert all(json.loads(line)['phase'] == 'surgery' for line in new_records.splitlines())
-    assert all('surgery' in path for path in checkpoints)
+    assert not any(json.loads(line)['phase'] == 'reference' for line in new_records.splitlines())
+    assert not any('reference' in path for path in checkpoints)
 
 
 def test_resume_and_overwrite_do_what_they_say(make_config, plain):
@@ -247,7 +321,7 @@ def test_tensorboard_writes_events(make_config):
 
 
 def test_identity_is_all_but_places_and_switches():
-    config = Config('lenet5', resume=True)
+    config = Config('lenet5', resume=True, c_rate='1')
     left_out = PLACES_AND_SWITCHES - {'dataset', 'reference'}
     assert sorted(config.identity()) == sorted({'network', *FIELDS} - left_out)
     assert json.loads(json.dumps(config.identity())) == config.identity()
@@ -256,23 +330,26 @@ def test_identity_is_all_but_places_and_switches():
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_the_defaults_of_the_scripts(script):
     defaults = SCRIPTS[script].DEFAULTS
-    config = parse(defaults=defaults)
+    config = parse('--compression=100', defaults=defaults)
     for field in dataclasses.fields(Config):
-        assert getattr(config, field.name) == defaults.get(field.name, field.default)
+        if field.name != 'compression':
+            assert getattr(config, field.name) == defaults.get(field.name, field.default)
     assert config.network == script
-    params = shapes(script)
-    assert sorted(run.make_rules(config, params)) == sorted(params)
+    assert list(rules.make_rules(config, shapes(script))) == ['*']
 
 
 @pytest.mark.parametrize('name', FIELDS)
 def test_a_flag_given_is_the_field_of_its_name(name):
-    values = EFFECTIVE | {'dataset': 'digits', 'resume': True, 'overwrite': True}
+    values = EFFECTIVE | EFFECTIVE_BY_DENSITY
+    values |= {'density': 0.5, 'layer_density': '0.5', 'update_gamma': 1.0}
+    values |= {'dataset': 'digits', 'resume': True, 'overwrite': True}
     values |= {'tensorboard': True, 'checkpoint_every': 4_000, 'record_every': 250}
     value = values.get(name, f'some/{name}')
-    config = parse(f'--{name}={value}')
+    defaults = lenet5.DEFAULTS | ({} if name in TARGETS else {'c_rate': '1'})
+    config = parse(f'--{name}={value}', defaults=defaults)
     assert getattr(config, name) == value
     assert type(getattr(config, name)) is type(value)
-    others = {field: getattr(config, field) for field in FIELDS if field != name}
+    others = {field: getattr(config, field) for field in FIELDS if field not in (name, *TARGETS)}
     assert others == {field: getattr(parse(), field) for field in others}
 
 
@@ -329,6 +406,12 @@ def test_flags_that_do_not_parse(argument, message):
             ['--overwrite', '--workdir=a/b', '--reference=a/../a/b'],
             '--overwrite would delete --reference=a/../a/b',
         ),
+        (['--c_rate='], '--c_rate must say what to keep, as --compression=100 does, but none is'),
+        (['--density=0.1'], "but {'density': 0.1, 'c_rate': '1'} is given"),
+        (['--c_rate=', '--compression=0.9'], '--compression=0.9 must be finite and at least 1'),
+        (['--c_rate=', '--compression=nan'], '--compression=nan must be finite and at least 1'),
+        (['--c_rate=', '--density=0'], '--density=0.0 must be in (0, 1]'),
+        (['--c_rate=', '--density=1.5'], '--density=1.5 must be in (0, 1]'),
     ],
 )
 def test_flags_that_contradict_each_other(arguments, message):
@@ -376,7 +459,7 @@ def test_malformed_tables(text, number, message):
         parse_table(text, number)
 
 
-@pytest.mark.parametrize('name', ['c_rate', 'start', 'stop'])
+@pytest.mark.parametrize('name', ['c_rate', 'layer_density', 'start', 'stop'])
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
@@ -388,8 +471,9 @@ def test_malformed_tables(text, number, message):
 )
 def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message):
     params = {layer: {'kernel': jnp.ones((2, 2))} for layer in ('fc1', 'fc2')}
+    others = {} if name in TARGETS else {'c_rate': '1'}
     with pytest.raises(ValueError, match=rf'^--{name}: .*{re.escape(message)}'):
-        run.make_rules(Config('tiny', **{name: text}), params)
+        rules.make_rules(Config('tiny', **{name: text}, **others), params)
 
 
 @pytest.mark.parametrize(
@@ -401,17 +485,51 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
         ({'update_power': -1.0}, 'power must be finite and at least 0'),
         ({'start': '-1'}, 'start must be finite and at least 0'),
         ({'start': '5', 'stop': '4'}, 'stop must be finite and at least 5'),
+        ({'layer_density': '0'}, 'final must be in (0, 1], but is 0.0'),
+        ({'layer_density': '1.5'}, 'final must be in (0, 1], but is 1.5'),
+        ({'density': 0.5, 'ramp_start': '50%', 'ramp_end': '40%'}, 'end must be finite and after'),
+        ({'density': 0.5, 'ramp_start': '-1'}, 'start must be finite and at least 0'),
+        ({'density': 0.5, 'ramp': 'poly'}, "--ramp must be log or poly:POWER, but is 'poly'"),
+        ({'density': 0.5, 'ramp': 'poly:x'}, "--ramp must be log or poly:POWER, but is 'poly:x'"),
+        ({'density': 0.5, 'ramp': 'log:2'}, "--ramp must be log or poly:POWER, but is 'log:2'"),
+        ({'density': 0.5, 'ramp': 'poly:0'}, 'power must be finite and above 0, but is 0.0'),
+        ({'density': 0.5, 'ramp_end': 'soon'}, "--ramp_end: 'soon' must be a step or a share"),
+        ({'density': 0.5, 'ramp_end': 'x%'}, "--ramp_end: 'x%' must be a step or a share"),
     ],
 )
 def test_numbers_out_of_range(fields, message):
     params = {'fc1': {'kernel': jnp.ones((2, 2))}}
+    others = {} if fields.keys() & set(TARGETS) else {'c_rate': '1'}
     with pytest.raises(ValueError, match=re.escape(message)):
-        run.make_rules(Config('tiny', **fields), params)
+        rules.make_rules(Config('tiny', **fields, **others), params)
 
 
 def test_a_layer_without_c_rate_stays_dense():
     params = {layer: {'kernel': jnp.ones((2, 2))} for layer in ('fc1', 'fc2')}
-    assert list(run.make_rules(Config('tiny', c_rate='fc2:1'), params)) == ['fc2']
+    assert list(rules.make_rules(Config('tiny', c_rate='fc2:1'), params)) == ['fc2']
+
+
+@pytest.mark.parametrize(
+    ('text', 'step'), [('0', 0), ('120', 120), ('0%', 0), ('80%', 960), ('33.3%', 400)]
+)
+def test_steps_and_shares(text, step):
+    assert parse_step(text, 1_200) == step
+
+
+def test_the_last_update_of_a_density_has_fresh_thresholds():
+    params = {'fc1': {'kernel': jnp.ones((2, 2))}}
+    for stop, refresh_every, last in (
+        ('100%', 10, 90),
+        ('95', 10, 90),
+        ('91', 10, 90),
+        ('', 10, 99),
+    ):
+        config = Config(
+            'tiny', density=0.5, surgery_steps=100, stop=stop, refresh_every=refresh_every
+        )
+        (rule,) = rules.make_rules(config, params).values()
+        assert rule.refresh_every == refresh_every
+        assert max(step for step in range(100) if rule.update_probability(step) > 0) == last
 
 
 def test_bench_flags_parse():
@@ -454,7 +572,7 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
     assert re.search(r'(?i)expected|result', head), 'the head names the result to expect'
     defaults = SCRIPTS[command[1]].DEFAULTS
     config = parse(f'--flagfile={path}', defaults=defaults)
-    assert run.make_rules(config, shapes(config.network))
+    assert rules.make_rules(config, shapes(config.network))
     # A folder of one machine has no place in a committed file.
     assert not any(os.path.isabs(getattr(config, name) or '') for name in ('workdir', 'data_dir'))
 
@@ -472,4 +590,4 @@ def test_learning_rate_policies_are_those_of_the_library():
 @pytest.mark.parametrize('text', ['', 'inv', 'inv:0.1', 'poly:0.1,x', 'fixed:0.1,0.2', 'warp:9'])
 def test_malformed_learning_rates_are_refused(text):
     with pytest.raises(ValueError, match=f'--learning_rate: {text!r} must'):
-        Config(network='lenet5', learning_rate=text)
+        Config(network='lenet5', c_rate='1', learning_rate=text)

@@ -31,6 +31,7 @@ FIELDS = {
     'batch_size': 16,
     'record_every': 10,
     'checkpoint_every': 50,
+    'finetuning_steps': 0,
     'c_rate': 'fc1:1,fc2:1,fc3:0.5',
     'stop': '250',
 }

@@ -1,0 +1,247 @@
+"""Thresholds nobody has to guess: searches the smallest network whose error is allowed.
+
+python -m experiments.search --flagfile=experiments/flagfiles/search_lenet300_digits.flags
+
+A trial is surgery and fine-tuning of one reference network, the same for all. Among the trials
+whose validation error is allowed, that which keeps the fewest parameters wins; the test images are
+never looked at. Any number of processes with the same flags work on one study. One that was
+stopped or killed loses the trial it was at, which does not count, and goes on when it is started
+again.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import flags, run
+from experiments.files import write_whole
+from experiments.flags import Config, SearchConfig
+from experiments.rules import make_rules
+from experiments.space import choice_at, make_ranges, make_run, shapes
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+
+    from experiments import study as studies
+except ImportError as error:  # an extra
+    _missing = error
+else:
+    _missing = None
+
+# Shares of a trial's steps between which a trial may be given up: before, the errors of harsh
+# trials still fall fast; after, little is left to save.
+_WATCHED = (0.4, 0.8)
+
+
+def search(config: SearchConfig) -> dict[str, Any]:
+    """Takes part in a study until it has all its trials, then writes and prints what it found.
+
+    Args:
+      config: from `experiments.flags`.
+
+    Returns:
+      The best trial; the last line on standard output is the same as one JSON object. The folder
+      then holds `best.flags`, `importance.png` and `pareto.png`.
+
+    Raises:
+      ValueError: if flags do not fit each other, the network, the study or the folder, or Optuna
+        is not installed.
+      OSError: if the folder or the database cannot be read or written.
+      FloatingPointError: if the loss of the reference is not finite.
+      RuntimeError: if no trial has an allowed error.
+      Stopped: after SIGTERM or SIGINT.
+    """
+    if _missing:
+        raise ValueError('experiments.search needs Optuna, the extra `search`') from _missing
+    params = shapes(config.network)
+    for share in (0.0, 1.0):  # flags that fit no run are refused before there is a trial
+        make_rules(make_run(config, choice_at(config, share)), params)
+    if config.storage:
+        studies.check_storage(config.storage)
+    folder = Path(config.workdir)
+    url = config.storage or f'sqlite:///{folder}/study.db?timeout=60'
+    with run.stop_on_signals() as stopping:
+        try:
+            with _one_at_a_time(folder / 'lock', stopping):
+                study = studies.open_study(url, config)
+                reference = config.reference or _train_reference(config, stopping)
+            while len(_finished(study)) < config.trials:
+                if stopping:
+                    raise run.Stopped
+                study.optimize(
+                    lambda trial: _operate(trial, config, reference, stopping), n_trials=1
+                )
+        except run.Stopped as error:
+            name = signal.Signals(stopping[0]).name
+            raise run.Stopped(f'{name}: the same command goes on with the study') from error
+        except studies.STORAGE_ERRORS as error:
+            raise studies.storage_error(url, error) from error
+    return _conclude(config, study, sum(leaf.size for leaf in jax.tree.leaves(params)))
+
+
+def _operate(
+    trial: 'optuna.Trial', config: SearchConfig, reference: str, stopping: list[int]
+) -> float:
+    """Does a trial and returns how many parameters it keeps."""
+    # Workers must not draw the same numbers; one alone repeats itself.
+    seed = (10_007 * config.seed + trial.number) % 2**32
+    trial.study.sampler = optuna.samplers.TPESampler(seed=seed)
+    choice = {
+        name: trial.suggest_float(name, low, high, log=logarithmic)
+        for name, (low, high, logarithmic) in make_ranges(config).items()
+    }
+    steps = config.surgery_steps + config.finetuning_steps
+    folder = Path(config.workdir) / 'trials' / f'{config.study}-{trial.number}'
+    own = dataclasses.replace(
+        make_run(config, choice),
+        workdir=str(folder),
+        reference=reference,
+        overwrite=True,
+        # No trial is resumed: one checkpoint, at the end of a phase, is the fewest there can be.
+        checkpoint_every=config.record_every * steps,
+    )
+    records = []
+
+    def on_record(record):
+        records.append(record)
+        before = config.surgery_steps if record['phase'] == 'finetuning' else 0
+        step, error = before + record['step'], record['validation_error']
+        trial.report(error, step)
+        watched = _WATCHED[0] <= step / steps <= _WATCHED[1]
+        if watched and studies.is_hopeless(
+            studies.trials(trial.study, TrialState.COMPLETE), step, error - bound
+        ):
+            trial.set_constraint('validation error', error - bound)
+            raise optuna.TrialPruned(f'a validation error of {error:.2f} % at step {step}')
+
+    started = time.perf_counter()
+    trainer = run.Trainer(own, on_record)
+    (dense,) = run.train_references([trainer], stopping)
+    # Not bound to a device, as a restored network is: the loop would be compiled a second time.
+    dense = jax.tree.map(jnp.asarray, jax.device_get(dense))
+    reference_error = trainer.error(dense, trainer.dataset.validation)
+    bound = reference_error + config.tolerance
+    try:
+        run.finetune([trainer], run.train_surgery([trainer], [dense], stopping), stopping)
+    except (optuna.TrialPruned, FloatingPointError) as reason:
+        print(f'trial {trial.number}: given up, {reason}', flush=True)
+        if isinstance(reason, FloatingPointError):
+            trial.set_constraint('validation error', 100.0)
+        raise optuna.TrialPruned from reason
+    finally:
+        shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+    kept, error = sum(records[-1]['kept'].values()), records[-1]['validation_error']
+    # Rounded: 2.02 + 0.1 is not quite 2.12.
+    trial.set_constraint('validation error', round(error - bound, 9))
+    trial.set_user_attr('validation_error', error)
+    trial.set_user_attr('reference_validation_error', reference_error)
+    trial.set_user_attr('seconds', round(time.perf_counter() - started, 1))
+    print(
+        f'trial {trial.number}: kept {kept:,}, validation error {error:.2f} % '
+        f'({bound:.2f} % is allowed)',
+        flush=True,
+    )
+    return kept
+
+
+def _train_reference(config: SearchConfig, stopping: list[int]) -> str:
+    """Trains the network that all trials start from, goes on with it, or finds it finished."""
+    folder = str(Path(config.workdir) / 'reference')
+    own = dataclasses.replace(make_run(config, choice_at(config, 0.5)), workdir=folder, resume=True)
+    run.train_references([run.Trainer(own)], stopping)
+    return folder
+
+
+def _conclude(config: SearchConfig, study: 'optuna.Study', parameters: int) -> dict[str, Any]:
+    """Writes the flagfile and the pictures, and prints the result."""
+    folder, completed = Path(config.workdir), studies.trials(study, TrialState.COMPLETE)
+    given_up = len(_finished(study)) - len(completed)
+    best, path = studies.find_best(completed), folder / 'best.flags'
+    if best is None:
+        path.unlink(missing_ok=True)  # another study's
+        raise RuntimeError(
+            f'none of {len(completed)} trials, with {given_up} more given up, has a validation '
+            f'error of at most {config.tolerance} points above the reference: raise --tolerance '
+            'or --trials'
+        )
+    kept = round(best.values[0])
+    result = {
+        'study': config.study,
+        'completed': len(completed),
+        'given_up': given_up,
+        'trial': best.number,
+        'kept': kept,
+        'compression': parameters / max(kept, 1),
+        **best.user_attrs,
+        'tolerance': config.tolerance,
+        'flagfile': str(path),
+    }
+    allowed = best.user_attrs['reference_validation_error'] + config.tolerance
+    studies.draw(folder, completed, allowed)
+    write_whole(path, _format_flagfile(config, make_run(config, best.params), result))
+    print(f'Flagfile and pictures: {path}, {folder / "importance.png"}, {folder / "pareto.png"}')
+    print(json.dumps(result))
+    return result
+
+
+def _format_flagfile(config: SearchConfig, best: Config, result: Mapping[str, Any]) -> str:
+    head = f"""\
+# {config.network} on {config.dataset}: {result['compression']:.1f}×, found by experiments.search.
+# Command: python -m experiments.{config.network} --flagfile={result['flagfile']}
+# Time of surgery where it was found: {result['seconds']:.0f} seconds
+# Expected result: {result['kept']:,} parameters kept, validation error \
+{result['validation_error']:.2f} %
+# from {result['reference_validation_error']:.2f} % of the reference, seed {config.seed}
+#
+# Trial {result['trial']} of the study {config.study!r}: {result['completed']} trials, \
+{result['given_up']} more given up. The choice was
+# made on the validation images; a final run may train on them too, with --train_on_all.
+"""
+    places = {'data_dir': config.data_dir, 'manual_dir': config.manual_dir}
+    values = {**best.identity(), **places, 'workdir': str(Path(config.workdir) / 'best')}
+    del values['network']  # which the script stands for
+    # All of them, as scripts have defaults of their own; None is a flag left out.
+    lines = [f'--{name}={value}\n' for name, value in values.items() if value is not None]
+    return head + ''.join(lines)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path, stopping: list[int]) -> Iterator[None]:
+    """Lets the workers of a folder in one by one, by a lock that dies with its holder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open('w')
+    except OSError as error:
+        raise OSError(
+            f'--workdir={path.parent} must be a folder that can be written: {error}'
+        ) from error
+    with file:
+        while True:
+            if stopping:
+                raise run.Stopped
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
+
+
+def _finished(study: 'optuna.Study') -> list['optuna.trial.FrozenTrial']:
+    """The trials that count: not those that run, were stopped or were killed."""
+    return studies.trials(study, TrialState.COMPLETE, TrialState.PRUNED)
+
+
+if __name__ == '__main__':
+    flags.launch({}, search, SearchConfig)

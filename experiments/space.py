@@ -1,0 +1,78 @@
+"""What a search chooses: the numbers of a trial, and the run that they stand for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import models
+from experiments.flags import Config, SearchConfig, parse_step
+
+_SPACES = {  # low, high, and whether on a logarithmic scale
+    'compression': (20.0, 1000.0, True),
+    'layer_density': (1e-3, 1.0, True),
+    'c_rate': (0.0, 6.0, False),
+}
+
+
+def make_ranges(config: SearchConfig) -> dict[str, tuple[float, float, bool]]:
+    """Says what a trial chooses.
+
+    Args:
+      config: of the search; `space` decides.
+
+    Returns:
+      `{name: (low, high, whether on a logarithmic scale)}`.
+    """
+    names = [config.space]
+    if config.space != 'compression':
+        names = [f'{config.space} {layer}' for layer in shapes(config.network)]
+    ranges = dict.fromkeys(names, _SPACES[config.space])
+    if config.space != 'c_rate':  # which has no ramp
+        ranges['ramp'] = (0.4, 0.9, False)
+    return {**ranges, 'learning rate': (0.3, 3.0, True), 'weight decay': (0.1, 4.0, True)}
+
+
+def choice_at(config: SearchConfig, share: float) -> dict[str, float]:
+    """Returns the choice at a share, 0 to 1, of the way through all ranges."""
+    return {
+        name: low * (high / low) ** share if logarithmic else low + share * (high - low)
+        for name, (low, high, logarithmic) in make_ranges(config).items()
+    }
+
+
+def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
+    """Makes the configuration of the run that a choice stands for.
+
+    Args:
+      config: of the search.
+      choice: a number for each name in `make_ranges`. Those of learning rate and weight decay are
+        factors; that of the ramp is the share that it takes of the steps after its start.
+
+    Returns:
+      The configuration, with the numbers chosen as a flagfile shows them, of four digits.
+    """
+    policy, _, numbers = config.learning_rate.partition(':')
+    base, *others = numbers.split(',')
+    rate = f'{float(base) * choice["learning rate"]:.4g}'
+    chosen: dict[str, Any] = {
+        'learning_rate': f'{policy}:{",".join([rate, *others])}',
+        'weight_decay': float(f'{config.weight_decay * choice["weight decay"]:.4g}'),
+    }
+    if 'ramp' in choice:
+        start = parse_step(config.ramp_start, config.surgery_steps) / config.surgery_steps
+        chosen['ramp_end'] = f'{100 * (start + choice["ramp"] * (1 - start)):.4g}%'
+    if config.space == 'compression':
+        chosen['compression'] = float(f'{choice["compression"]:.4g}')
+    else:
+        chosen[config.space] = ','.join(
+            f'{layer}:{choice[f"{config.space} {layer}"]:.4g}' for layer in shapes(config.network)
+        )
+    return config.to_run(**chosen)
+
+
+def shapes(network: str) -> Any:
+    """Returns the shapes of a network's parameters, by layer, without making them."""
+    images, key = jnp.zeros((1, 28, 28, 1)), jax.random.key(0)
+    return jax.eval_shape(lambda: models.NETWORKS[network]().init(key, images))['params']
