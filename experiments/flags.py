@@ -19,7 +19,7 @@ import dns_jax
 from experiments import data
 
 T = TypeVar('T', int, float)
-C = TypeVar('C', 'Config', 'BenchConfig', 'FrontierConfig', 'SearchConfig')
+C = TypeVar('C', 'Config', 'BenchConfig', 'FrontierConfig', 'SearchConfig', 'ZooConfig')
 
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -198,6 +198,18 @@ class SearchConfig(Config):
         """Returns the configuration of a run with these flags and what was chosen."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
         return Config(**{**fields, **chosen})
+
+
+@dataclasses.dataclass(frozen=True)
+class ZooConfig:
+    """What `experiments.zoo` publishes."""
+
+    workdir: str = _flag('runs/latest', 'Folder of a finished run.')
+    name: str = _flag('', 'Name of the network in the zoo.')
+
+    def __post_init__(self):
+        if not self.name.isidentifier():
+            raise ValueError(f'--name={self.name!r} must be letters, digits and underscores')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,7 +174,13 @@ def middle_and_range(
     return f'{middle:{form}}{unit} ({low:{form}} to {high:{form}})'
 
 
-def _markdown_report(summary: Summary, pictures: Sequence[Path]) -> str:
+def markdown(summary: Summary, pictures: Sequence[Path] = ()) -> str:
+    """A run's report in Markdown: result, layers, pictures, flags and environment.
+
+    Args:
+      summary: the run's summary.
+      pictures: files in the report's folder `plots`.
+    """
     network, *_ = _result_cells(summary)
     flags = summary.get('flags', {})
     seen = ', of images that it was trained on' if flags.get('train_on_all') else ''
@@ -185,9 +191,10 @@ def _markdown_report(summary: Summary, pictures: Sequence[Path]) -> str:
         f'{summary["validation_error"]:.2f} %{seen}.',
         '## Layers',
         _table(LAYER_HEADER, _layer_rows(summary)),
-        '## Course of the run',
-        *(f'![{path.stem.replace("_", " ")}](plots/{path.name})' for path in pictures),
     ]
+    if pictures:
+        parts.append('## Course of the run')
+        parts += [f'![{path.stem.replace("_", " ")}](plots/{path.name})' for path in pictures]
     if flags:
         # The network is no flag, but the choice of the script; None is a flag left out.
         lines = [
@@ -250,5 +257,5 @@ def write(
         paths.append(workdir / 'plots' / f'{name}.png')
         write_whole(paths[-1], content.getvalue())
     paths.append(workdir / 'report.md')
-    write_whole(paths[-1], _markdown_report(summary, paths[1:-1]))
+    write_whole(paths[-1], markdown(summary, paths[1:-1]))
     return paths

@@ -31,7 +31,7 @@ FIELDS = {
     'batch_size': 16,
     'record_every': 10,
     'checkpoint_every': 50,
-    'finetuning_steps': 0,
+    'finetuning_steps': 100,
     'c_rate': 'fc1:1,fc2:1,fc3:0.5',
     'stop': '250',
 }
@@ -126,10 +126,11 @@ def steps_of(folder, phase):
 
 
 def final_states(make_config, folder):
-    """Reads the last checkpoints of both phases of a run that is done."""
+    """Reads the last checkpoints of all phases of a run that is done."""
     trainer = run.Trainer(make_config(folder, resume=True))
-    reference = trainer.train_reference([])
-    return reference, trainer.train_surgery(reference, [])
+    references = run.train_references([trainer], [])
+    states = run.train_surgery([trainer], references, [])
+    return *references, *run.finetune([trainer], states, [])
 
 
 def test_a_run_ends_well_and_says_its_result_on_stdout_alone(whole):
@@ -193,14 +194,16 @@ def test_the_errors_of_the_summary_are_those_of_the_networks(whole, whole_states
 def test_the_records_tell_every_change_of_the_masks(whole):
     records = [json.loads(line) for line in (whole[0] / 'metrics.jsonl').read_text().splitlines()]
     assert [(one['phase'], one['step']) for one in records] == [
-        (phase, step) for phase in ('reference', 'surgery') for step in range(10, 310, 10)
+        (phase, step)
+        for phase, steps in (('reference', 300), ('surgery', 300), ('finetuning', 100))
+        for step in range(10, steps + 10, 10)
     ]
     kept = {'fc1': 235_500, 'fc2': 30_100, 'fc3': 1_010}
     for record in records:
         for layer in record['pruned']:
             kept[layer] += record['spliced'][layer] - record['pruned'][layer]
         assert record['kept'] == kept
-    last = records[-5:]
+    last = records[-15:]  # five of surgery after its stop, ten of fine-tuning
     assert all(sum(one['pruned'].values()) + sum(one['spliced'].values()) == 0 for one in last)
     summary = json.loads((whole[0] / 'summary.json').read_text())
     assert kept == {layer: size['kept'] for layer, size in summary['per_layer'].items()}
@@ -222,6 +225,7 @@ def test_the_report_and_its_pictures_are_there(whole):
 def test_the_newest_checkpoints_are_kept(whole):
     assert steps_of(whole[0], 'reference') == [250, 300]
     assert steps_of(whole[0], 'surgery') == [250, 300]
+    assert steps_of(whole[0], 'finetuning') == [50, 100]
 
 
 def test_sigterm_saves_and_leaves(broken):
@@ -260,10 +264,10 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_the_unbroken_one(
 
 def test_a_signal_before_surgery_saves_its_first_records(make_config, whole, tmp_path):
     trainer = run.Trainer(make_config(tmp_path / 'run', reference=str(whole[0])))
-    reference = trainer.train_reference([])
+    references = run.train_references([trainer], [])
     stopped = pytest.raises(run.Stopped, match=r'SIGINT: saved surgery at step 10 in .*; continue')
     with stopped, jax.disable_jit():  # faster than compiling for so few steps
-        trainer.train_surgery(reference, [signal.SIGINT])
+        run.train_surgery([trainer], references, [signal.SIGINT])
     assert steps_of(tmp_path / 'run', 'surgery') == [10]
 
 
@@ -382,10 +386,10 @@ def test_weights_that_break_after_the_last_loss_are_not_saved(make_config, whole
     every_step = {'surgery_steps': 2, 'record_every': 1, 'checkpoint_every': 1, 'stop': ''}
     rates = {'learning_rate': 'fixed:1e38', 'bias_scale': 1e9, 'reference': str(whole[0])}
     trainer = run.Trainer(make_config(tmp_path / 'run', **every_step, **rates))
-    reference = trainer.train_reference([])
+    references = run.train_references([trainer], [])
     broken = pytest.raises(FloatingPointError, match='a weight is not finite at step 1 of the sur')
     with broken, jax.disable_jit():  # faster than compiling for so few steps
-        trainer.train_surgery(reference, [])
+        run.train_surgery([trainer], references, [])
     assert steps_of(tmp_path / 'run', 'surgery') == []
 
 
@@ -395,7 +399,7 @@ def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
     rate = {'learning_rate': 'fixed:30', 'reference': str(whole[0]), 'stop': ''}
     trainer = run.Trainer(make_config(tmp_path / 'run', **short, **rate))
     with pytest.raises(FloatingPointError) as caught:
-        trainer.train_surgery(trainer.train_reference([]), [])
+        run.train_surgery([trainer], run.train_references([trainer], []), [])
     step = int(re.search(r'not finite at step (\d+)', str(caught.value))[1])
     good = int(re.search(r'last good checkpoint is that of step (\d+)', str(caught.value))[1])
     assert good == steps_of(tmp_path / 'run', 'surgery')[-1]
@@ -405,7 +409,7 @@ def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
     resumed = run.Trainer(config)
     shutil.copytree(tmp_path / 'run' / 'checkpoints', tmp_path / 'other' / 'checkpoints')
     resumed.config = dataclasses.replace(config, resume=True)
-    state = resumed.train_surgery(resumed.initial, [])
+    (state,) = run.train_surgery([resumed], [resumed.initial], [])
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
     assert last_record(tmp_path / 'run')['step'] == good
 

@@ -1,0 +1,49 @@
+"""Puts the pruned network of a finished run into the zoo, with its model card.
+
+python -m experiments.zoo --workdir=runs/frontier_lenet300/120-0 --name=lenet300
+"""
+
+import json
+from pathlib import Path
+
+from dns_jax.sparse import load_sparse
+from experiments import flags, report
+from experiments.files import write_whole
+from experiments.flags import ZooConfig
+
+FOLDER = Path(__file__).parents[1] / 'zoo'
+
+
+def publish(config: ZooConfig) -> list[Path]:
+    """Writes `NAME.safetensors`, `NAME.json`, the run's summary, and `NAME.md`, its card.
+
+    Args:
+      config: from `experiments.flags`.
+
+    Returns:
+      The paths of the three.
+
+    Raises:
+      ValueError: if the run's network or summary is damaged, or they are of different runs.
+      OSError: if the run is not finished, or the zoo cannot be written.
+    """
+    run = Path(config.workdir)
+    summary = json.loads((run / 'summary.json').read_text())
+    network = load_sparse(run / 'pruned.safetensors')
+    kept = sum(int(mask.sum()) for layer in network.masks.values() for mask in layer.values())
+    if kept != summary['kept']:
+        raise ValueError(
+            f'--workdir={run}: pruned.safetensors keeps {kept} parameters, summary.json says '
+            f'{summary["kept"]}'
+        )
+    paths = [FOLDER / f'{config.name}.{end}' for end in ('safetensors', 'json', 'md')]
+    FOLDER.mkdir(exist_ok=True)
+    write_whole(paths[0], (run / 'pruned.safetensors').read_bytes())
+    write_whole(paths[1], json.dumps(summary, indent=2) + '\n')
+    write_whole(paths[2], report.markdown(summary))
+    print(json.dumps([str(path) for path in paths]))
+    return paths
+
+
+if __name__ == '__main__':
+    flags.launch({}, publish, ZooConfig)
