@@ -146,6 +146,10 @@ class FrontierConfig(Config):
             raise ValueError(
                 f'--compressions={self.compressions} must be numbers with commas between'
             ) from error
+        if len(set(compressions)) < len(compressions):
+            raise ValueError(f'--compressions={self.compressions} names one twice')
+        if self.compression is not None:
+            raise ValueError(f'--compression={self.compression} has no place beside --compressions')
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
         runs = []
         for number, compression in enumerate(compressions):

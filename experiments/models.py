@@ -14,6 +14,8 @@ import jax.numpy as jnp
 # Caffe's filler `xavier` is uniform in ±√(3 / fan-in).
 _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 
+_THIN = 32  # columns of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
+
 
 class LeNet300(nn.Module):
     """LeNet-300-100: 784 pixels, two hidden layers, 266,610 parameters."""
@@ -76,18 +78,20 @@ def _convolution(features: int, name: str) -> nn.Conv:
         padding='VALID',
         kernel_init=_XAVIER,
         name=name,
-        conv_general_dilated=convolution_by_rows if slow_in_loops else None,
+        conv_general_dilated=convolution_by_products if slow_in_loops else None,
     )
 
 
-def convolution_by_rows(
+def convolution_by_products(
     images: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     **options: Any,
 ) -> jax.Array:
-    """Convolves without padding or stride, as a sum of one matrix product per kernel row.
+    """Convolves without padding or stride, as a sum of matrix products.
+
+    One for each row of the kernel or, where a row is too thin for that to be fast, one for all.
 
     Stands in for `jax.lax.conv_general_dilated` in `flax.linen.Conv`.
 
@@ -115,15 +119,21 @@ def convolution_by_rows(
         )
     rows, columns, channels, features = kernel.shape
     height, width = images.shape[1] - rows + 1, images.shape[2] - columns + 1
-    # (batch, image height, width, columns · channels): the patches of one kernel row each.
+    together = rows if columns * channels < _THIN else 1
+    # (batch, image height − together + 1, width, together · columns · channels)
     patches = jnp.concatenate(
-        [images[:, :, column : column + width] for column in range(columns)], axis=-1
+        [
+            images[:, row : images.shape[1] - together + 1 + row, column : column + width]
+            for row in range(together)
+            for column in range(columns)
+        ],
+        axis=-1,
     )
     # Flat matrices: XLA multiplies them in half the time of arrays with a batch of rows.
     products = [
-        patches[:, row : row + height].reshape(-1, columns * channels)
-        @ kernel[row].reshape(columns * channels, features)
-        for row in range(rows)
+        patches[:, row : row + height].reshape(-1, together * columns * channels)
+        @ kernel[row : row + together].reshape(-1, features)
+        for row in range(0, rows, together)
     ]
     return functools.reduce(jnp.add, products).reshape(-1, height, width, features)
 

@@ -144,7 +144,8 @@ def draw(folder: Path, completed: Sequence[FrozenTrial], allowed: float) -> None
     """
     with warnings.catch_warnings(), plt.rc_context():
         warnings.simplefilter('ignore', ExperimentalWarning)
-        warnings.filterwarnings('ignore', 'PedAnovaImportanceEvaluator computes')  # what we want
+        # That low values count as good, and that few trials say little.
+        warnings.filterwarnings('ignore', 'PedAnova|.*importances will be equal', UserWarning)
         # Optuna draws them for a study of two objectives.
         both = optuna.create_study(directions=['minimize', 'minimize'])
         both.set_metric_names(['kept parameters', 'validation error (%)'])

@@ -19,6 +19,8 @@ from experiments import data, lenet5, lenet300, models, rules, run
 from experiments.flags import (
     BenchConfig,
     Config,
+    FrontierConfig,
+    SearchConfig,
     define,
     parse_learning_rate,
     parse_step,
@@ -565,14 +567,18 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
         line for line in path.read_text().split('\n--')[0].splitlines() if line.startswith('#')
     )
     command = re.search(
-        rf'python -m experiments\.(\w+) .*--flagfile=\S*{re.escape(path.name)}', head
+        rf'python -m experiments\.(\w+) .*--flagfile=\S*{re.escape(path.name)}.*', head
     )
     assert command, 'the head names the command'
     assert re.search(r'(?i)\btime\b|\bminutes?\b|\bseconds?\b', head), 'the head names the run time'
     assert re.search(r'(?i)expected|result', head), 'the head names the result to expect'
-    defaults = SCRIPTS[command[1]].DEFAULTS
-    config = parse(f'--flagfile={path}', defaults=defaults)
-    assert rules.make_rules(config, shapes(config.network))
+    given = re.findall(r'--(?!flagfile)\S+', command[0])
+    if command[1] in SCRIPTS:
+        config = parse(f'--flagfile={path}', *given, defaults=SCRIPTS[command[1]].DEFAULTS)
+        assert rules.make_rules(config, shapes(config.network))
+    else:
+        config_type = {'frontier': FrontierConfig, 'search': SearchConfig}[command[1]]
+        config = parse(f'--flagfile={path}', *given, defaults={}, config_type=config_type)
     # A folder of one machine has no place in a committed file.
     assert not any(os.path.isabs(getattr(config, name) or '') for name in ('workdir', 'data_dir'))
 

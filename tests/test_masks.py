@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from dns_jax import Thresholds, apply_masks, count_events, count_kept, init_masks, update_masks
 from dns_jax.layers import is_kernel
-from dns_jax.masks import check_parallel
+from dns_jax.masks import check_parallel, count_true, discriminate
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -61,6 +61,19 @@ def test_update_masks_is_h(dtype, network, seed):
             assert got[above & ~below].all()
             inside = ~below & ~above
             np.testing.assert_array_equal(got[inside], old[inside])
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_discriminate_at_the_ends_of_the_band(dtype):
+    # Below a; at it; between; at b; above. Pruned and kept, and of either sign.
+    weights = jnp.array([[0.25, 0.5, 0.75, 1.0, 2.0]] * 2, dtype) * jnp.array([[1], [-1]], dtype)
+    for mask, want in [(False, [0, 0, 0, 1, 1]), (True, [0, 1, 1, 1, 1])]:
+        new = discriminate(weights, jnp.full((2, 5), mask), Thresholds(0.5, jnp.float32(1.0)))
+        assert new.dtype == bool
+        assert new.tolist() == [[bool(kept) for kept in want]] * 2
+    # At an empty band there is nothing between.
+    new = discriminate(weights, jnp.zeros((2, 5), bool), Thresholds(0.75, 0.75))
+    assert new.tolist() == [[False, False, True, True, True]] * 2
 
 
 @given(network=networks(), seed=seeds)
@@ -290,6 +303,14 @@ def test_counts(size, density):
     assert int(events.pruned) == (before & ~after).sum()
     assert int(events.spliced) == (~before & after).sum()
     assert {events.pruned.dtype, events.spliced.dtype} == {jnp.dtype('int32')}
+
+
+@pytest.mark.parametrize('shape', [(), (0, 3), (3, 43), (4, 64), (5, 7, 3, 11)])
+def test_count_true_of_all_shapes(shape):
+    mask = np.random.default_rng(0).random((2, *shape)) < 0.7
+    counts = jax.jit(jax.vmap(count_true))(mask)
+    assert counts.tolist() == [np.count_nonzero(part) for part in mask]
+    assert counts.dtype == jnp.int32
 
 
 def test_counts_of_all_at_once():

@@ -111,8 +111,8 @@ def test_positions_follow_the_size_of_the_image():
     assert models.positions(network, (36, 28, 1)) == {'conv1': 32 * 24, 'conv2': 12 * 8}
 
 
-def convolve_by_rows(images, kernel):
-    return models.convolution_by_rows(images, kernel, (1, 1), 'VALID')
+def convolve_by_products(images, kernel):
+    return models.convolution_by_products(images, kernel, (1, 1), 'VALID')
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def convolve_by_rows(images, kernel):
 )
 def test_other_convolutions_are_refused(strides, padding, options):
     with pytest.raises(ValueError, match='only a plain VALID convolution'):
-        models.convolution_by_rows(
+        models.convolution_by_products(
             random((1, 8, 8, 1)), random((5, 5, 1, 2)), strides, padding, **options
         )
 
@@ -153,13 +153,13 @@ def convolve(images, kernel):
         ((2, 4, 5, 3), (1, 1, 3, 4)),
     ],
 )
-def test_convolution_by_rows_is_that_of_xla(image_shape, kernel_shape):
+def test_convolution_by_products_is_that_of_xla(image_shape, kernel_shape):
     images, kernel = random(image_shape), random(kernel_shape, 1) / 10
     height, width = (image_shape[axis] - kernel_shape[axis - 1] + 1 for axis in (1, 2))
     cotangent = random((image_shape[0], height, width, kernel_shape[3]), 2) / 10
     expected, found = (
         value_and_gradients(function, (images, kernel), cotangent)
-        for function in (convolve, convolve_by_rows)
+        for function in (convolve, convolve_by_products)
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -182,24 +182,24 @@ def test_pooling_is_that_of_flax(shape):
 def test_lenet5_gives_the_same_with_the_convolution_of_either_backend(
     all_params, backend, monkeypatch
 ):
-    by_rows = []
+    by_products = []
 
     def spy(*arguments, **options):
-        by_rows.append(arguments)
-        return convolution_by_rows(*arguments, **options)
+        by_products.append(arguments)
+        return convolution_by_products(*arguments, **options)
 
-    convolution_by_rows = models.convolution_by_rows
+    convolution_by_products = models.convolution_by_products
     params, images = all_params['lenet5'], random((4, *IMAGE_SHAPE))
     hidden = nn.max_pool(convolve(images, params['conv1']['kernel']), (2, 2), (2, 2))
     hidden = nn.max_pool(convolve(hidden, params['conv2']['kernel']), (2, 2), (2, 2))
     hidden = nn.relu(hidden.reshape(4, -1) @ params['fc1']['kernel'])
     expected = hidden @ params['fc2']['kernel']
 
-    monkeypatch.setattr(models, 'convolution_by_rows', spy)
+    monkeypatch.setattr(models, 'convolution_by_products', spy)
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     # Compiled by a function of its own, so that no trace with the other backend is used again.
     logits = jax.jit(lambda x: models.NETWORKS['lenet5']().apply({'params': params}, x))(images)
-    assert len(by_rows) == (2 if backend == 'cpu' else 0)
+    assert len(by_products) == (2 if backend == 'cpu' else 0)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -14,8 +14,16 @@ from dns_jax import (
     caffe_poly,
     caffe_sigmoid,
     caffe_step,
+    log_linear_density,
+    polynomial_density,
     update_probability,
 )
+
+
+def ramp(step, start, end):
+    """How much of a ramp is done."""
+    return min(max((step - start) / (end - start), 0), 1)
+
 
 STEPS = [0, 1, 2, 9, 10, 11, 99, 100, 101, 999, 1000, 13_999, 14_000, 14_001]
 
@@ -33,6 +41,23 @@ CASES = {
     'σ one step': (update_probability(stop=11, start=10), lambda i: 1 if i == 10 else 0),
     'σ power 0': (update_probability(power=0), lambda i: 1),
     'σ gamma 0': (update_probability(gamma=0, power=3), lambda i: 1),
+    'polynomial': (
+        polynomial_density(0.05, 10, 1000),
+        lambda i: 0.05 + 0.95 * (1 - ramp(i, 10, 1000)) ** 3,
+    ),
+    'polynomial from below 1': (
+        polynomial_density(0.2, 0, 100, initial=0.7, power=0.5),
+        lambda i: 0.2 + 0.5 * (1 - ramp(i, 0, 100)) ** 0.5,
+    ),
+    'polynomial of one step': (polynomial_density(1e-3, 10, 11), lambda i: 1 if i <= 10 else 1e-3),
+    'log-linear': (log_linear_density(0.01, 9, 1000), lambda i: 0.01 ** ramp(i, 9, 1000)),
+    'log-linear from below 1': (
+        log_linear_density(0.001, 100, 14_000, initial=0.3),
+        lambda i: math.exp(
+            math.log(0.3) + ramp(i, 100, 14_000) * (math.log(0.001) - math.log(0.3))
+        ),
+    ),
+    'log-linear of 1': (log_linear_density(1, 0, 1), lambda i: 1),
     'step': (caffe_step(0.1, 0.5, 10), lambda i: 0.1 * 0.5 ** (i // 10)),
     'exp': (caffe_exp(0.1, 0.99), lambda i: 0.1 * 0.99**i),
     'inv': (caffe_inv(0.01, 1e-4, 0.75), lambda i: 0.01 * (1 + 1e-4 * i) ** -0.75),
@@ -91,6 +116,22 @@ def test_step_changes_exactly_at_multiples_for_all_sizes():
         )
 
 
+def test_densities_never_leave_their_range():
+    # A density of 1 must keep all, and the end of a ramp is the density that was asked for.
+    steps = np.arange(0, 60, dtype=np.int32)
+    finals = np.random.default_rng(0).uniform(1e-3, 1, 40)
+    for factory in (polynomial_density, log_linear_density):
+        schedules = [factory(float(final), 5, 50) for final in finals]
+        together = jax.jit(
+            jax.vmap(lambda step, all_=schedules: jnp.stack([f(step) for f in all_]))
+        )
+        densities = np.asarray(together(steps))
+        assert densities.max() <= 1
+        assert np.all(np.diff(densities, axis=0) <= 0)
+        np.testing.assert_allclose(densities[:6], 1, rtol=1e-7)
+        np.testing.assert_allclose(densities[50:], np.tile(finals, (10, 1)), rtol=3e-7)
+
+
 def test_poly_ends_exactly_at_0_for_all_lengths():
     lengths = np.arange(1, 64)
     schedules = [caffe_poly(1.0, 0.5, int(length)) for length in lengths]
@@ -115,6 +156,10 @@ def test_boundaries_are_exact(first):
     start = jax.jit(update_probability(start=first))
     assert float(start(jnp.int32(first - 1))) == 0.0
     assert float(start(jnp.int32(first))) == 1.0
+    for factory, middle in [(polynomial_density, 0.25 + 0.75 / 8), (log_linear_density, 0.5)]:
+        density = jax.jit(factory(0.25, first, first + 2))
+        got = [density(jnp.int32(first + shift)) for shift in (-1, 0, 1, 2, 3)]
+        np.testing.assert_allclose(got, [1, 1, middle, 0.25, 0.25], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +183,31 @@ def test_boundaries_are_exact(first):
             {'stop': 9, 'start': 10},
             'stop must be finite and at least 10, but is 9',
         ),
+        *(
+            (factory, {'final': 0.5, 'start': 1, 'end': 9, **bad}, message)
+            for factory in (polynomial_density, log_linear_density)
+            for bad, message in [
+                *(
+                    ({name: value}, rf'{name} must be in \(0, 1\], but is {value}')
+                    for name in ('final', 'initial')
+                    for value in (0, -0.5, 1.5, math.nan)
+                ),
+                ({'start': -1}, 'start must be finite and at least 0, but is -1'),
+                ({'start': math.nan}, 'start must be finite and at least 0, but is nan'),
+                ({'end': 1}, 'end must be finite and after start=1, but is 1'),
+                ({'end': 0}, 'end must be finite and after start=1, but is 0'),
+                ({'end': math.inf}, 'end must be finite and after start=1, but is inf'),
+                ({'end': math.nan}, 'end must be finite and after start=1, but is nan'),
+            ]
+        ),
+        *(
+            (
+                polynomial_density,
+                {'final': 0.5, 'start': 1, 'end': 9, 'power': power},
+                f'power must be finite and above 0, but is {power}',
+            )
+            for power in (0, -1.0, math.inf, math.nan)
+        ),
         (caffe_step, {'base': 1, 'gamma': 1, 'step_size': 0}, 'step_size .* at least 1.* is 0'),
         (caffe_inv, {'base': 1, 'gamma': -1, 'power': 1}, 'gamma .* at least 0.* is -1'),
         (caffe_poly, {'base': 1, 'power': 1, 'steps': 0}, 'steps .* at least 1.* is 0'),
@@ -149,5 +219,5 @@ def test_boundaries_are_exact(first):
     ],
 )
 def test_bad_arguments(factory, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f'^{message}'):
         factory(**arguments)

@@ -1,0 +1,143 @@
+"""Tests of experiments.frontier: a sweep end to end on the digits, and its table and picture."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import data, frontier, plots, report
+from experiments.flags import Config, FrontierConfig
+
+SHORT = {
+    'dataset': 'digits',
+    'reference_steps': 100,
+    'surgery_steps': 100,
+    'finetuning_steps': 50,
+    'refresh_every': 20,
+    'record_every': 50,
+    'checkpoint_every': 50,
+    'batch_size': 16,
+    'compressions': '5,20',
+    'seeds': 2,
+}
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('frontier')
+    data.load('digits', folder / 'tfds')
+    return FrontierConfig(
+        **SHORT, data_dir=str(folder / 'tfds'), workdir=str(folder / 'sweep'), side_by_side=2
+    )
+
+
+@pytest.fixture(scope='module')
+def rows(config):
+    return frontier.sweep(config)
+
+
+def test_every_run_reaches_its_target(rows):
+    assert [(row['target'], row['seed']) for row in rows] == [(5, 0), (5, 1), (20, 0), (20, 1)]
+    for row in rows:
+        assert row['kept'] == round(266_610 / row['target'])
+        assert row['compression'] == pytest.approx(266_610 / row['kept'])
+
+
+def test_the_csv_is_the_rows(config, rows):
+    with (Path(config.workdir) / 'frontier.csv').open() as file:
+        read = list(csv.DictReader(file))
+    assert [list(row) for row in read] == [list(frontier.COLUMNS)] * 4
+    assert read == [{name: str(value) for name, value in row.items()} for row in rows]
+    assert (Path(config.workdir) / 'frontier.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_targets_share_the_reference_of_their_seed(config, rows):
+    assert rows[0]['reference_error'] == rows[2]['reference_error']
+    assert rows[1]['reference_error'] == rows[3]['reference_error']
+    checkpoints = {path.parent.parent.name for path in Path(config.workdir).glob('*/*/reference')}
+    assert checkpoints == {'5-0', '5-1'}
+
+
+def test_side_by_side_each_seed_is_the_run_alone(config, rows, tmp_path):
+    """As far as sums in another order allow: the same references, all but the same networks."""
+    first = dataclasses.replace(
+        config, workdir=str(tmp_path), compressions='5', seeds=1, seed=1, side_by_side=1
+    )
+    (alone,) = frontier.sweep(first)
+    assert alone['kept'] == rows[1]['kept']
+    assert alone['reference_error'] == pytest.approx(rows[1]['reference_error'], abs=0.6)
+    assert alone['test_error'] == pytest.approx(rows[1]['test_error'], abs=2)
+
+
+def test_a_finished_sweep_is_read_again(config, rows, capsys):
+    again = frontier.sweep(dataclasses.replace(config, resume=True))
+    timeless = [{**row, 'seconds': 0, 'commit': ''} for row in rows]
+    assert [{**row, 'seconds': 0, 'commit': ''} for row in again] == timeless
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == again
+    assert '\n'.join(table).startswith(report.frontier_table(again))
+
+
+def test_runs_are_those_of_the_flags():
+    config = FrontierConfig('lenet5', workdir='w', compressions='10,20.5', seeds=2, seed=3)
+    runs = config.runs()
+    assert all(type(run) is Config and run.network == 'lenet5' for run in runs)
+    assert [(run.compression, run.seed, run.workdir, run.reference) for run in runs] == [
+        (10.0, 3, 'w/10-3', None),
+        (10.0, 4, 'w/10-4', None),
+        (20.5, 3, 'w/20.5-3', 'w/10-3'),
+        (20.5, 4, 'w/20.5-4', 'w/10-4'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'compressions': ''}, '--compressions= must be numbers with commas between'),
+        ({'compressions': '10;20'}, '--compressions=10;20 must be numbers'),
+        ({'compressions': '10,0.5'}, '--compression=0.5 must be finite and at least 1'),
+        ({'compressions': '10,10'}, '--compressions=10,10 names one twice'),
+        ({'c_rate': '1'}, 'one of --compression'),
+        ({'compression': 9.0}, '--compression=9.0 has no place beside --compressions'),
+        ({'learning_rate': 'warp:9'}, '--learning_rate'),
+    ],
+)
+def test_bad_flags(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FrontierConfig(**fields)
+
+
+def test_table_gives_medians_and_ranges():
+    row = {'network': 'lenet5', 'compression': 100.0, 'kept': 4311, 'reference_error': 0.9}
+    rows = [{**row, 'target': 100, 'test_error': error} for error in (0.8, 1.1, 0.9)]
+    rows.append({**row, 'target': 200, 'test_error': 1.25})
+    lines = report.frontier_table(rows).splitlines()
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]]
+    assert cells == [
+        ['LeNet-5', '3', '100.0×', '4,311', '0.90 %', '0.90 % (0.80 to 1.10)'],
+        ['LeNet-5', '1', '100.0×', '4,311', '0.90 %', '1.25 %'],
+    ]
+
+
+@pytest.mark.parametrize('network', ['lenet300', 'lenet5', 'another'])
+def test_figure_shows_runs_medians_and_published_points(network):
+    errors = {50: (2.0, 1.8, 2.4), 100: (2.5, 2.6, 3.0)}
+    rows = [
+        {'network': network, 'target': target, 'compression': target + 1.0, 'test_error': error}
+        for target, group in errors.items()
+        for error in group
+    ]
+    (axes,) = plots.frontier_figure(rows).axes
+    line = axes.get_lines()[0]
+    assert (*line.get_xdata(), *line.get_ydata()) == (51.0, 101.0, 2.0, 2.6)
+    dots = axes.collections[0].get_offsets()
+    np.testing.assert_allclose(dots, [(r['compression'], r['test_error']) for r in rows])
+    labels = axes.get_legend_handles_labels()[1]
+    published = plots.PUBLISHED.get(network, ())
+    assert {who for who, _, _ in published} <= set(labels)
+    places = [tuple(*collection.get_offsets()) for collection in axes.collections[1:]]
+    wanted = [(x, error) for _, x, error in published if error is not None]
+    np.testing.assert_allclose(np.array(places).reshape(-1, 2), np.array(wanted).reshape(-1, 2))

@@ -1,0 +1,96 @@
+"""Tests of experiments.zoo, and of the networks in the zoo."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dns_jax.sparse import load_sparse, save_sparse
+from experiments import data, models, report, train, zoo
+from experiments.flags import ZooConfig
+
+ZOO = sorted((Path(__file__).parents[1] / 'zoo').glob('*.safetensors'))
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+def test_a_card_is_that_of_its_network(path):
+    network = load_sparse(path)
+    summary = json.loads(path.with_suffix('.json').read_text())
+    assert path.with_suffix('.md').read_text() == report.markdown(summary)
+    kept = {
+        layer: sum(int(mask.sum()) for mask in masks.values())
+        for layer, masks in network.masks.items()
+    }
+    assert kept == {layer: size['kept'] for layer, size in summary['per_layer'].items()}
+    assert network.metadata['network'] == summary['network']
+    assert float(network.metadata['input_scale']) == train.INPUT_SCALE
+    shapes = jax.eval_shape(
+        lambda: models.NETWORKS[summary['network']]().init(
+            jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32)
+        )
+    )['params']
+    assert jax.tree.map(np.shape, network.params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    # A few kilobytes: a value and a position for each kept weight, and a header.
+    assert path.stat().st_size < 8 * summary['kept'] + 2_000
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+def test_a_network_makes_the_errors_of_its_card(path, tmp_path_factory):
+    """The network runs as a user would run it: scaled images, masked weights, linen."""
+    folder = os.environ.get('DNS_JAX_MNIST')
+    if not folder:
+        pytest.skip('needs the published MNIST files in the folder DNS_JAX_MNIST')
+    summary = json.loads(path.with_suffix('.json').read_text())
+    network = load_sparse(path)
+    mnist = data.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
+    error = train.make_error(models.NETWORKS[network.metadata['network']]())
+    assert error(network.params, mnist.test) == pytest.approx(summary['test_error'], abs=0.011)
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A finished run, and an empty zoo."""
+    monkeypatch.setattr(zoo, 'FOLDER', tmp_path / 'zoo')
+    run = tmp_path / 'run'
+    run.mkdir()
+    results = Path(__file__).parents[1] / 'results'
+    summary = json.loads((results / 'lenet300_mnist-0.json').read_text())
+    weights = {'fc1': {'kernel': np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    masks = {'fc1': {'kernel': np.arange(6).reshape(2, 3) > 2}}
+    save_sparse(run / 'pruned.safetensors', weights, masks, {'network': 'lenet300'})
+    (run / 'summary.json').write_text(json.dumps({**summary, 'kept': 3}))
+    return run
+
+
+def test_publish_copies_the_network_and_writes_its_card(finished):
+    paths = zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert [path.name for path in paths] == ['small.safetensors', 'small.json', 'small.md']
+    assert paths[0].read_bytes() == (finished / 'pruned.safetensors').read_bytes()
+    summary = json.loads((finished / 'summary.json').read_text())
+    assert json.loads(paths[1].read_text()) == summary
+    assert paths[2].read_text() == report.markdown(summary)
+
+
+def test_what_is_of_another_run_is_refused(finished):
+    summary = json.loads((finished / 'summary.json').read_text())
+    (finished / 'summary.json').write_text(json.dumps({**summary, 'kept': 4}))
+    with pytest.raises(ValueError, match=r'safetensors keeps 3 parameters, summary.json says 4'):
+        zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert not zoo.FOLDER.exists()
+
+
+@pytest.mark.parametrize('missing', ['summary.json', 'pruned.safetensors'])
+def test_a_run_that_is_not_finished_is_refused(finished, missing):
+    (finished / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert not zoo.FOLDER.exists()
+
+
+@pytest.mark.parametrize('name', ['', '../else', 'a b'])
+def test_bad_names(name):
+    with pytest.raises(ValueError, match='must be letters, digits and underscores'):
+        ZooConfig(name=name)
