@@ -1,10 +1,11 @@
-"""What surgery costs: the time and memory of a training step, dense and under surgery.
+"""What surgery costs: time and memory of a training step, and time of new thresholds.
 
 python -m experiments.bench [--peer=PYTHON]
 
 Every program runs many steps per call, as training does but for the counts of its records, and all
 take turns in one process; medians are reported, and ratios of neighbours in time. Surgery updates
-its masks at every step (σ = 1), its dearest. Memory is what the compiler plans. A peer is a script
+its masks at every step (σ = 1), its dearest. A refresh is what a density rule adds once every
+`refresh_every` steps. Memory is what the compiler plans. A peer is a script
 that prints one JSON object, `{network: {"dense": {"median_ms": …}, "surgery": {"median_ms": …}}}`,
 for the same steps.
 """
@@ -27,6 +28,12 @@ _BATCH_SIZE = 64
 _EXAMPLES = 10_000
 # A call takes long enough to be timed, and short enough for the machine to stay the same.
 _STEPS_PER_CALL = {'lenet300': 250, 'lenet5': 25}
+_LARGE_LAYER = (9_216, 4_096)  # the largest of AlexNet, 38 million weights
+_KINDS = {
+    'dense': None,
+    'surgery': dns_jax.mean_std(c_rate=1.0),
+    'density': dns_jax.global_density(0.02),
+}
 
 
 class Program(NamedTuple):
@@ -48,20 +55,24 @@ class Program(NamedTuple):
         return analysis.peak_memory_in_bytes / 2**20
 
 
-def make_program(name: str, surgery: bool) -> Program:
+def make_program(name: str, kind: str) -> Program:
     """Compiles the training of a network on random images.
 
     Args:
       name: of the network.
-      surgery: whether its masks are updated, or it has none.
+      kind: 'dense', without masks; 'surgery', with thresholds from the start; or 'density', with
+        thresholds refreshed once in the call.
 
     Returns:
       The program.
     """
     network, steps = models.NETWORKS[name](), _STEPS_PER_CALL[name]
-    rule = dns_jax.Rule(dns_jax.mean_std(c_rate=1.0), dns_jax.update_probability(gamma=0.0))
+    rules, thresholds = {}, _KINDS[kind]
+    if thresholds:
+        refresh_every = steps if kind == 'density' else 0
+        rules['*'] = dns_jax.Rule(thresholds, dns_jax.update_probability(power=0), refresh_every)
     optimizer = optax.chain(
-        dns_jax.surgery({'*': rule} if surgery else {}, jax.random.key(0)),
+        dns_jax.surgery(rules, jax.random.key(0)),
         dns_jax.caffe_sgd(dns_jax.caffe_inv(0.01, 1e-4, 0.75)),
     )
     random = np.random.default_rng(0)
@@ -92,18 +103,16 @@ def measure(config: BenchConfig) -> dict[str, Any]:
       config: how often, and which peer.
 
     Returns:
-      `{network: {dense_ms, surgery_ms, ratio, steps_per_s, dense_mib, surgery_mib}, peer: …}`.
+      `{network: {dense_ms, surgery_ms, ratio, refresh_ms, steps_per_s, dense_mib, surgery_mib},
+      large: {weights, refresh_ms, sort_ms}, peer: …}`.
 
     Raises:
       ValueError: if the peer's answer is not JSON.
       OSError: if the peer cannot be started.
       RuntimeError: if the peer fails.
     """
-    kinds = ('dense', 'surgery')
     programs = {
-        (name, kind): make_program(name, kind == 'surgery')
-        for name in _STEPS_PER_CALL
-        for kind in kinds
+        (name, kind): make_program(name, kind) for name in _STEPS_PER_CALL for kind in _KINDS
     }
     for program in programs.values():
         program.milliseconds()
@@ -117,24 +126,48 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
     table: dict[str, Any] = {}
     for name in _STEPS_PER_CALL:
-        dense, surgery = (np.array(times[name, kind]) for kind in kinds)
+        dense, surgery, density = (np.array(times[name, kind]) for kind in _KINDS)
         table[name] = {
             'dense_ms': float(np.median(dense)),
             'surgery_ms': float(np.median(surgery)),
             'ratio': float(np.median(surgery / dense)),
+            'refresh_ms': float(np.median(density - surgery)) * _STEPS_PER_CALL[name],
             'steps_per_s': float(1e3 / np.median(surgery)),
             'dense_mib': programs[name, 'dense'].peak_mebibytes(),
             'surgery_mib': programs[name, 'surgery'].peak_mebibytes(),
         }
+    table['large'] = measure_large_layer()
     if peer_rows:
         table['peer'] = {
             name: {
                 f'{kind}_ms': float(np.median([row[name][kind]['median_ms'] for row in peer_rows]))
-                for kind in kinds
+                for kind in ('dense', 'surgery')
             }
             for name in _STEPS_PER_CALL
         }
     return table
+
+
+def measure_large_layer() -> dict[str, float]:
+    """Times the threshold of one large layer, beside a sort of its weights: one call of each.
+
+    Returns:
+      `{weights, refresh_ms, sort_ms}`.
+    """
+    weights = jax.random.normal(jax.random.key(0), _LARGE_LAYER)
+    masks = jnp.ones(_LARGE_LAYER, bool)
+    rule = dns_jax.layer_density(0.05)
+    programs = {
+        'refresh_ms': lambda weights: rule({'fc6': [weights]}, {'fc6': [masks]}, 0),
+        'sort_ms': lambda weights: jnp.sort(jnp.abs(weights), axis=None),
+    }
+    row: dict[str, float] = {'weights': weights.size}
+    for name, program in programs.items():
+        compiled = jax.jit(program).lower(weights).compile()
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(weights))
+        row[name] = 1e3 * (time.perf_counter() - started)
+    return row
 
 
 def _run_peer(python: str, script: str) -> dict[str, Any]:
@@ -154,7 +187,8 @@ def bench(config: BenchConfig) -> None:
         print(
             f'{name:9} dense {row["dense_ms"]:.3f} ms, surgery {row["surgery_ms"]:.3f} ms '
             f'(×{row["ratio"]:.3f}), {row["steps_per_s"]:.0f} steps/s, peak memory '
-            f'{row["dense_mib"]:.1f} → {row["surgery_mib"]:.1f} MiB'
+            f'{row["dense_mib"]:.1f} → {row["surgery_mib"]:.1f} MiB, a refresh '
+            f'{row["refresh_ms"]:.2f} ms'
         )
         if peer:
             surgery_ms = peer[name]['surgery_ms']
@@ -162,6 +196,11 @@ def bench(config: BenchConfig) -> None:
                 f'{"":9} peer: dense {peer[name]["dense_ms"]:.3f} ms, surgery {surgery_ms:.3f} ms; '
                 f'we are {surgery_ms / row["surgery_ms"]:.2f}× as fast'
             )
+    large = table['large']
+    print(
+        f'thresholds of {large["weights"]:,} weights: {large["refresh_ms"]:.0f} ms, their sort '
+        f'{large["sort_ms"]:.0f} ms'
+    )
     print(json.dumps(table))
 
 

@@ -19,6 +19,7 @@ print(json.dumps({'lenet300': row, 'lenet5': row}))
 def small(monkeypatch):
     """One network, few steps: what it prints is tested, not how fast it is."""
     monkeypatch.setattr(bench, '_STEPS_PER_CALL', {'lenet300': 3})
+    monkeypatch.setattr(bench, '_LARGE_LAYER', (30, 20))
 
 
 @pytest.fixture
@@ -35,6 +36,9 @@ def test_bench_measures_and_prints(small, peer, capsys):
     row = table['lenet300']
     assert min(row['dense_ms'], row['surgery_ms']) > 0
     assert row['steps_per_s'] == pytest.approx(1e3 / row['surgery_ms'])
+    assert isinstance(row['refresh_ms'], float)
+    assert table['large']['weights'] == 600
+    assert min(table['large'].values()) > 0
     # Masks are a byte per parameter; the masked weights four at the most.
     assert 0.2 < row['surgery_mib'] - row['dense_mib'] < 2
     assert table['peer'] == {'lenet300': {'dense_ms': 1000.0, 'surgery_ms': 2000.0}}
@@ -45,7 +49,7 @@ def test_rounds_are_the_timed_calls(small, monkeypatch):
     calls = []
     monkeypatch.setattr(bench.Program, 'milliseconds', lambda program: calls.append(1) or 1.0)
     bench.measure(BenchConfig(rounds=5))
-    assert len(calls) == 2 * (1 + 5)
+    assert len(calls) == 3 * (1 + 5)
 
 
 def test_peer_rounds_are_its_runs(small, peer, monkeypatch):

@@ -15,9 +15,23 @@ import optax
 import pytest
 from flax import nnx
 
-from dns_jax import Rule, apply_masks, is_kernel, mean_std, surgery, update_probability
+from dns_jax import (
+    Rule,
+    apply_masks,
+    global_density,
+    is_kernel,
+    layer_density,
+    log_linear_density,
+    mean_std,
+    polynomial_density,
+    surgery,
+    update_probability,
+)
 
-RULE = Rule(mean_std(0.2), update_probability(gamma=0.3, stop=12))
+SIGMA = update_probability(gamma=0.3, stop=12)
+RULE = Rule(mean_std(0.2), SIGMA)
+BY_LAYER = Rule(layer_density(polynomial_density(0.2, 0, 9, initial=0.8)), SIGMA, refresh_every=3)
+GLOBAL = Rule(global_density(log_linear_density(0.1, 2, 10, initial=0.7)), SIGMA, refresh_every=2)
 
 
 def one_layer(path):
@@ -29,6 +43,8 @@ TRANSFORMATIONS = {
     'surgery': lambda key: surgery(RULE, key),
     'surgery of kernels as one': lambda key: surgery({'*': RULE}, key, is_kernel, one_layer),
     'surgery of nothing': lambda key: surgery({}, key),
+    'a density per layer': lambda key: surgery({'*': BY_LAYER}, key),
+    'a density over all': lambda key: surgery(GLOBAL, key),
 }
 # Those that change masks at all.
 ACTIVE = [name for name in TRANSFORMATIONS if name != 'surgery of nothing']

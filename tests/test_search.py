@@ -95,3 +95,540 @@ def searched(make_config):
         # Whoever measures on the test images fails.
         patch.setattr(data, 'load', lambda *args: dataclasses.replace(load(*args), test=None))
         return config, do(config)
+
+
+def test_the_best_flagfile_repeats_the_best_trial(searched, make_config):
+    """A run of it trains the reference anew, and on."""
+    config, result = searched
+    script = {'network': 'tiny', 'surgery_steps': 7, 'workdir': 'elsewhere', 'stop': '1'}
+    path = f'{config.workdir}/best.flags'
+    assert result['flagfile'] == path
+    best = parse(f'--flagfile={path}', defaults=script, config_type=Config)
+    assert best.workdir == f'{config.workdir}/best'
+    with jax.disable_jit():
+        (summary,) = run.run_together([best])
+    for name in ('kept', 'compression', 'validation_error', 'reference_validation_error'):
+        assert summary[name] == result[name]
+
+
+def test_a_trial_leaves_its_records_but_no_checkpoints(searched):
+    config, result = searched
+    folder = Path(config.workdir, 'trials', f'search-{result["trial"]}')
+    assert {path.name for path in folder.iterdir()} == {'flags.json', 'metrics.jsonl'}
+    last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert (last['phase'], last['step']) == ('finetuning', 1)
+    assert sum(last['kept'].values()) == result['kept']
+    assert last['validation_error'] == result['validation_error']
+    (trial,) = (one for one in trials_of(config) if one.number == result['trial'])
+    # Its steps are those of both phases.
+    assert list(trial.intermediate_values) == [1, 2, 3, 4, 5]
+
+
+REFERENCE_ERROR = 60.0
+
+
+def error_of(config):
+    """What a played training ends with: errors come below some density of each layer."""
+    densities = parse_table(config.layer_density)
+    lacking = [np.log10(least / densities[layer]) for layer, least in (('fc1', 0.03), ('fc2', 0.3))]
+    return REFERENCE_ERROR + 10 * sum(max(0.0, lack) for lack in lacking)
+
+
+def number_of(config):
+    return int(config.workdir.rpartition('-')[2])
+
+
+@pytest.fixture
+def make_played(make_config, searched, monkeypatch):
+    """Makes the configuration of a search whose surgery is played.
+
+    The course it takes is a function of the trial's run and of the step that returns the error.
+    """
+    reference = f'{searched[0].workdir}/reference'
+    monkeypatch.setattr(run.train, 'make_error', lambda network: lambda *args: REFERENCE_ERROR)
+    monkeypatch.setattr(run, 'finetune', lambda trainers, states, stopping: states)
+
+    def make(course=lambda config, step: error_of(config), **fields):
+        def train_surgery(trainers, references, stopping):
+            (trainer,) = trainers
+            densities = parse_table(trainer.config.layer_density)
+            kept = {layer: round(densities[layer] * SIZES[layer]) for layer in SIZES}
+            for step in range(1, 1 + trainer.config.surgery_steps):
+                error = course(trainer.config, step)
+                if stopping:
+                    raise run.Stopped('saved')
+                record = {'phase': 'surgery', 'step': step, 'validation_error': error}
+                trainer.on_record({**record, 'kept': kept})
+
+        monkeypatch.setattr(run, 'train_surgery', train_surgery)
+        fields = {'tolerance': 5.0, 'finetuning_steps': 0, 'surgery_steps': 5, **fields}
+        fields = {'finetuning_learning_rate': 'fixed:0.1', **fields}
+        return make_config(reference=reference, **fields)
+
+    return make
+
+
+def test_the_smallest_network_of_allowed_error_wins(make_played, capsys):
+    config = make_played(trials=14)
+    result = search.search(config)
+    found = {}
+    for trial in trials_of(config):
+        own = space.make_run(config, trial.params)
+        densities = parse_table(own.layer_density)
+        kept = sum(round(densities[layer] * SIZES[layer]) for layer in SIZES)
+        assert trial.state != TrialState.COMPLETE or trial.values == [kept]
+        found[trial.number] = (kept, error_of(own))
+    allowed = {number for number, (_, error) in found.items() if error <= REFERENCE_ERROR + 5}
+    assert len(found) == 14
+    # The rule decides something: there are smaller ones, and larger ones.
+    best = min(allowed, key=lambda number: found[number])
+    assert min(found.values()) < found[best] < max(found[number] for number in allowed)
+    assert (result['trial'], (result['kept'], result['validation_error'])) == (best, found[best])
+    assert result['compression'] == sum(SIZES.values()) / result['kept']
+    assert result['reference_validation_error'] == REFERENCE_ERROR
+    assert result['completed'] + result['given_up'] == 14
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == result
+    assert [line for line in lines if line.startswith(f'trial {best}: kept {result["kept"]:,}, ')]
+
+
+def test_the_pictures_are_there(make_played):
+    config = make_played(trials=1, tolerance=1000.0)
+    search.search(config)
+    for name in ('importance', 'pareto'):
+        with Image.open(Path(config.workdir, f'{name}.png')) as image:
+            image.load()
+            assert min(image.size) > 300
+
+
+def test_the_seed_decides_a_search(make_played):
+    choices = []
+    for seed in (3, 3, 4):
+        config = make_played(seed=seed, trials=12, tolerance=1000.0)
+        search.search(config)
+        choices.append([trial.params for trial in trials_of(config)])
+    assert choices[0] == choices[1]
+    assert all(one != other for one, other in zip(choices[1], choices[2], strict=True))
+
+
+def test_a_study_goes_on_to_its_trials_in_all_and_no_further(make_played, capsys):
+    config = make_played(trials=2, tolerance=1000.0)
+    results = [search.search(config)]
+    results.append(search.search(dataclasses.replace(config, trials=3)))
+    assert [result['completed'] for result in results] == [2, 3]
+    capsys.readouterr()
+    assert search.search(config) == results[1]
+    assert 'trial 3' not in capsys.readouterr().out
+    assert len(trials_of(config)) == 3
+
+
+def test_a_study_of_other_flags_is_refused(make_played):
+    config = make_played(trials=1, tolerance=1000.0)
+    search.search(config)
+    before = (Path(config.workdir) / 'best.flags').read_text()
+    for fields, message in (
+        ({'surgery_steps': 6}, 'surgery_steps was 5, is 6'),
+        ({'space': 'c_rate'}, "space was 'layer_density', is 'c_rate'"),
+        ({'tolerance': 1.0}, 'tolerance was 1000.0, is 1.0'),
+    ):
+        with pytest.raises(ValueError, match=f'^--study=search has other flags: {message}$'):
+            search.search(dataclasses.replace(config, **fields))
+    assert (Path(config.workdir) / 'best.flags').read_text() == before
+    # Another study in the same folder is another matter.
+    search.search(dataclasses.replace(config, study='other', tolerance=900.0))
+    names = {path.name for path in Path(config.workdir, 'trials').iterdir()}
+    assert names == {'search-0', 'other-0'}
+
+
+def test_no_allowed_trial_is_an_error_and_leaves_no_flagfile(make_played):
+    config = make_played(trials=2, tolerance=-1.0)
+    Path(config.workdir).mkdir(parents=True)
+    (Path(config.workdir) / 'best.flags').write_text('of another study')
+    message = 'none of 2 trials, with 0 more given up, has a validation error of at most -1.0'
+    with pytest.raises(RuntimeError, match=message):
+        search.search(config)
+    names = {path.name for path in Path(config.workdir).iterdir()}
+    assert names == {'lock', 'study.db', 'trials'}
+
+
+def test_a_hopeless_trial_is_given_up(make_played, capsys):
+    """The error of the sixth is high early, of the seventh in the middle, of the eighth late."""
+    high = {(5, 1), (6, 2), (6, 3), (6, 4), (6, 5), (7, 5)}
+
+    def course(config, step):
+        return 80.0 if (number_of(config), step) in high else 62.0
+
+    config = make_played(course, trials=8)
+    result = search.search(config)
+    assert (result['completed'], result['given_up']) == (7, 1)
+    states = [trial.state for trial in trials_of(config)]
+    assert states[6] == TrialState.PRUNED
+    assert states.count(TrialState.COMPLETE) == 7
+    trial = trials_of(config)[6]
+    assert trial.intermediate_values == {1: 62.0, 2: 80.0}
+    # The sampler learns from it what is not allowed.
+    assert trial.constraints == {'validation error': 15.0}
+    assert 'trial 6: given up, a validation error of 80.00 % at step 2\n' in capsys.readouterr().out
+    assert trials_of(config)[7].constraints == {'validation error': 15.0}
+
+
+def test_a_trial_that_breaks_is_given_up(make_played, capsys):
+    def course(config, step):
+        if number_of(config) == 0:
+            raise FloatingPointError('the loss is not finite')
+        return 62.0
+
+    config = make_played(course, trials=2)
+    result = search.search(config)
+    assert (result['completed'], result['given_up'], result['trial']) == (1, 1, 1)
+    assert trials_of(config)[0].constraints == {'validation error': 100.0}
+    assert 'trial 0: given up, the loss is not finite\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_costs_the_trial_alone(make_played, number):
+    def course(config, step):
+        if number_of(config) == 1 and step == 3:
+            signal.raise_signal(number)
+        return 62.0
+
+    config = make_played(course, trials=3)
+    message = f'^{number.name}: the same command goes on with the study$'
+    with pytest.raises(run.Stopped, match=message):
+        search.search(config)
+    assert search.search(config)['completed'] == 3
+    states = [trial.state.name for trial in trials_of(config)]
+    assert states == ['COMPLETE', 'FAIL', 'COMPLETE', 'COMPLETE']
+
+
+def test_a_database_that_breaks_is_named(make_played):
+    def course(config, step):
+        with contextlib.closing(sqlite3.connect(Path(config.workdir, '../../study.db'))) as base:
+            base.execute('DROP TABLE trial_intermediate_values')
+        return 62.0
+
+    config = make_played(course)
+    message = rf'^--storage=sqlite:///{config.workdir}/study.db: no such table: trial_inter'
+    with pytest.raises(OSError, match=message):
+        search.search(config)
+
+
+def test_the_storage_is_where_the_study_lies(make_played, tmp_path):
+    config = make_played(storage=f'sqlite:///{tmp_path}/shared.db', trials=1, tolerance=1000.0)
+    search.search(config)
+    # A worker on another machine, with a folder of its own.
+    other = dataclasses.replace(config, workdir=f'{tmp_path}/other', trials=2)
+    assert search.search(other)['completed'] == 2
+    assert not Path(config.workdir, 'study.db').exists()
+    assert {path.name for path in Path(other.workdir, 'trials').iterdir()} == {'search-1'}
+    text = Path(other.workdir, 'best.flags').read_text()
+    assert 'shared.db' not in text
+
+
+@pytest.mark.parametrize(
+    ('url', 'error', 'message'),
+    [
+        ('secret', ValueError, 'must be the URL of a database, such as postgresql://'),
+        ('oracles://me:secret@host/name', ValueError, r'=oracles://\*\*\*@host/name must be the'),
+        ('postgresql://me:secret@host:secret/name', ValueError, 'must be the URL of a database'),
+        ('postgresql+none://me:secret@host/name?password=secret', ValueError, 'host/name must be'),
+        ('sqlite:///missing/study.db', OSError, 'study.db: unable to open database file'),
+    ],
+)
+def test_a_storage_that_is_none_is_refused(make_played, url, error, message):
+    config = make_played(storage=url)
+    with pytest.raises(error, match=f'^--storage=.*{message}') as caught:
+        search.search(config)
+    assert 'secret' not in str(caught.value).removeprefix('--storage=secret')
+    assert not Path(config.workdir).exists()
+
+
+def test_a_database_without_its_driver_or_server_is_refused_without_the_password(make_played):
+    # Whether a driver is installed or not, nobody listens there.
+    config = make_played(storage='mysql+pymysql://me:s3cr@t/word@localhost:1/name?password=s3cr')
+    with pytest.raises((ValueError, OSError), match='^--storage=mysql.*localhost:1/name') as caught:
+        search.search(config)
+    assert not re.search('s3cr|word', str(caught.value))
+    assert not Path(config.workdir).exists()
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'ramp': 'steep'}, '--ramp must be log'),
+        ({'ramp_start': '100%'}, 'end'),
+        ({'stop': 'conv:3'}, "--stop: pattern 'conv'"),
+        ({'space': 'compression', 'prune_biases': False, 'network': 'lenet300'}, 'takes no part'),
+    ],
+)
+def test_flags_that_fit_no_trial_are_refused_before_any(make_config, fields, message):
+    config = make_config(**fields)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        search.search(config)
+    assert not Path(config.workdir).exists()
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'tolerance': float('nan')}, '--tolerance=nan must be finite'),
+        ({'learning_rate': 'warp:9'}, '--learning_rate: '),
+        ({'checkpoint_every': 3, 'record_every': 2}, '--checkpoint_every=3 must be a multiple'),
+    ],
+)
+def test_bad_flags(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**fields)
+
+
+def test_a_folder_that_is_none_is_refused(make_config, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match=rf'^--workdir={tmp_path}/file must be a folder'):
+        search.search(make_config(workdir=str(tmp_path / 'file')))
+
+
+def test_without_optuna_the_extra_is_named(tmp_path):
+    code = (
+        'import runpy, sys; sys.modules["optuna"] = None; '
+        f'sys.argv[1:] = ["--workdir={tmp_path}/run"]; '
+        'runpy.run_module("experiments.search", run_name="__main__")'
+    )
+    command = [sys.executable, '-c', code]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert answer.stderr == 'ValueError: experiments.search needs Optuna, the extra `search`\n'
+    assert not (tmp_path / 'run').exists()
+
+
+def test_workers_of_a_folder_go_in_one_by_one(tmp_path):
+    stopping = []
+    with search._one_at_a_time(tmp_path / 'lock', []):
+        threading.Timer(0.3, stopping.append, [signal.SIGTERM]).start()
+        with pytest.raises(run.Stopped), search._one_at_a_time(tmp_path / 'lock', stopping):
+            pytest.fail('there were two')
+        assert stopping
+    with search._one_at_a_time(tmp_path / 'lock', []), (tmp_path / 'lock').open() as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def trial_like(number=0, value=0.0, constraint=0.0, course=()):
+    trial = optuna.create_trial(
+        value=value,
+        constraints={'validation error': constraint},
+        intermediate_values=dict(enumerate(course, start=1)),
+    )
+    trial.number = number
+    return trial
+
+
+def test_the_best_is_the_smallest_allowed_and_of_these_the_first():
+    rows = [(0, 5.0, 0.1), (1, 9.0, -3.0), (2, 7.0, 0.0), (3, 7.0, -1.0), (4, 8.0, -1.0)]
+    trials = [trial_like(*row) for row in rows]
+    assert study.find_best(trials).number == 2
+    assert study.find_best(trials[::-1]).number == 2
+    assert study.find_best(trials[:1]) is None
+    assert study.find_best([]) is None
+
+
+def test_hopeless_is_what_would_have_to_recover_more_than_any():
+    # From step 2 to their ends they fall by 4, 3, 1, −2 and −5 points.
+    others = [trial_like(course=(9, 6 + fall, 7, 6)) for fall in (4, 3, 1, -2, -5)]
+    assert not study.is_hopeless(others, 2, 4.0)
+    assert study.is_hopeless(others, 2, 4.1)
+    assert not study.is_hopeless(others[:4], 2, 50.0)
+    assert not study.is_hopeless(others, 5, 50.0)
+    # What is allowed already is never hopeless, even if all others got worse.
+    worse = [trial_like(course=(1, 2))] * 5
+    assert not study.is_hopeless(worse, 1, 0.0)
+    assert not study.is_hopeless(worse, 1, -0.5)
+    assert study.is_hopeless(worse, 1, 0.1)
+
+
+def test_what_is_chosen():
+    config = parse('--space=compression', '--learning_rate=inv:0.01,1e-4,0.75')
+    assert space.make_ranges(config) == {
+        'compression': (20, 1000, True),
+        'ramp': (0.4, 0.9, False),
+        'learning rate': (0.3, 3, True),
+        'weight decay': (0.1, 4, True),
+    }
+    choice = {'compression': 123.456, 'ramp': 0.5, 'learning rate': 2.0, 'weight decay': 0.33333}
+    own = space.make_run(config, choice)
+    assert (own.compression, own.ramp_end) == (123.5, '50%')
+    assert (own.learning_rate, own.weight_decay) == ('inv:0.02,1e-4,0.75', 0.0001667)
+    late = dataclasses.replace(config, ramp_start='50%')
+    assert space.make_run(late, choice).ramp_end == '75%'
+    late = dataclasses.replace(config, ramp_start=str(config.surgery_steps // 4))
+    assert space.make_run(late, choice).ramp_end == '62.5%'
+
+
+@pytest.mark.parametrize('name', ['layer_density', 'c_rate'])
+@pytest.mark.parametrize(
+    ('network', 'layers'),
+    [('lenet300', ['fc1', 'fc2', 'fc3']), ('lenet5', ['conv1', 'conv2', 'fc1', 'fc2'])],
+)
+def test_what_is_chosen_for_each_layer(name, network, layers):
+    config = parse(f'--space={name}', f'--network={network}')
+    ranges = space.make_ranges(config)
+    low, high, logarithmic = {'layer_density': (1e-3, 1, True), 'c_rate': (0, 6, False)}[name]
+    assert all(ranges[f'{name} {layer}'] == (low, high, logarithmic) for layer in layers)
+    assert ('ramp' in ranges) == (name == 'layer_density')
+    assert len(ranges) == len(layers) + 2 + ('ramp' in ranges)
+    choice = {**space.choice_at(config, 0.5), f'{name} {layers[1]}': 0.123456}
+    own = space.make_run(config, choice)
+    middle = (low * high) ** 0.5 if logarithmic else 3
+    expected = {layer: pytest.approx(middle, rel=1e-3) for layer in layers}
+    assert parse_table(getattr(own, name)) == {**expected, layers[1]: 0.1235}
+    assert own.network == network
+    ends = [
+        parse_table(getattr(space.make_run(config, space.choice_at(config, at)), name))
+        for at in (0, 1)
+    ]
+    assert ends == [dict.fromkeys(layers, low), dict.fromkeys(layers, high)]
+
+
+# Flags of runs that trials have as well, and values that are not their defaults.
+HANDED_ON = {
+    'dataset': 'digits',
+    'data_dir': 'some',
+    'manual_dir': 'some',
+    'reference': 'some',
+    'tensorboard': True,
+    'seed': 1,
+    'batch_size': 8,
+    'reference_steps': 2,
+    'surgery_steps': 3,
+    'finetuning_steps': 3,
+    'record_every': 250,
+    'checkpoint_every': 4_000,
+    'reference_learning_rate': 'fixed:0.1',
+    'finetuning_learning_rate': 'fixed:0.1',
+    'reference_weight_decay': 0.1,
+    'finetuning_weight_decay': 0.1,
+    'momentum': 0.5,
+    'bias_scale': 1.0,
+    'score': 'erk',
+    'ramp': 'poly:3',
+    'ramp_start': '10%',
+    'refresh_every': 100,
+    'start': '10',
+    'stop': '80%',
+    'hysteresis': 0.3,
+    'update_gamma': 0.5,
+    'update_power': 0.5,
+    'prune_biases': False,
+}
+# What these do is asked above, one by one.
+OWN = ('network', 'workdir', 'space', 'trials', 'tolerance', 'study', 'storage')
+SCALED = {'learning_rate': 'fixed:0.1', 'weight_decay': 0.1}
+CHOSEN = ('compression', 'density', 'layer_density', 'c_rate', 'ramp_end')
+NO_FLAGS = (*CHOSEN, 'train_on_all', 'resume', 'overwrite')
+
+
+def test_every_flag_is_tried():
+    flag_values = absl_flags.FlagValues()
+    define(SearchConfig, {}, flag_values)
+    assert sorted(flag_values) == sorted([*HANDED_ON, *SCALED, *OWN])
+    names = {field.name for field in dataclasses.fields(SearchConfig)}
+    assert names - set(flag_values) == set(NO_FLAGS)
+
+
+@pytest.mark.parametrize(('name', 'value'), (HANDED_ON | SCALED).items())
+def test_trials_have_the_flags_of_the_search(name, value):
+    plain, config = parse(), parse(f'--{name}={value}')
+    choice = space.choice_at(plain, 0.4)
+    own = space.make_run(config, choice)
+    assert getattr(own, name) != getattr(space.make_run(plain, choice), name)
+    if name in HANDED_ON:
+        assert getattr(own, name) == value
+
+
+@pytest.mark.parametrize('name', NO_FLAGS)
+def test_what_the_search_chooses_is_no_flag(name):
+    with pytest.raises(absl_flags.UnrecognizedFlagError):
+        parse(f'--{name}=1')
+
+
+@pytest.fixture(scope='module')
+def workers(tmp_path_factory):
+    """A study on the digits: a worker that is killed in its first trial, then two at once."""
+    folder, digits = tmp_path_factory.mktemp('workers') / 'search', tmp_path_factory.mktemp('tfds')
+    data.load('digits', digits)
+    fields = {'workdir': folder, 'dataset': 'digits', 'data_dir': digits, 'space': 'compression'}
+    fields |= {'reference_steps': 100, 'surgery_steps': 400, 'batch_size': 32, 'tolerance': 20}
+    fields |= {'finetuning_steps': 0, 'finetuning_learning_rate': 'fixed:0.1'}
+    fields |= {'record_every': 10, 'checkpoint_every': 100, 'refresh_every': 20, 'trials': 3}
+    flags = [f'--{name}={value}' for name, value in fields.items()]
+    command, pipe = [sys.executable, '-m', 'experiments.search', *flags], subprocess.PIPE
+
+    def start():
+        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+    killed, records = start(), folder / 'trials' / 'search-0' / 'metrics.jsonl'
+    deadline = time.monotonic() + 240
+    while killed.poll() is None and time.monotonic() < deadline:
+        if records.exists() and records.stat().st_size:
+            break
+        time.sleep(0.002)
+    killed.kill()
+    said = killed.communicate(timeout=60)
+    (trial,) = optuna.load_study(study_name='search', storage=f'sqlite:///{folder}/study.db').trials
+    assert (trial.state, killed.returncode) == (TrialState.RUNNING, -signal.SIGKILL), said
+    with contextlib.closing(sqlite3.connect(folder / 'study.db')) as base:
+        base.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+        base.commit()
+    both = [start(), start()]
+    answers = [(*process.communicate(timeout=240), process.returncode) for process in both]
+    return parse(*flags), answers
+
+
+def test_two_workers_share_a_study(workers):
+    config, answers = workers
+    shares = []
+    for stdout, stderr, code in answers:
+        # No progress bar where nobody watches, and nothing that Optuna says by itself.
+        assert (code, stderr) == (0, '')
+        assert json.loads(stdout.splitlines()[-1])['completed'] >= 3
+        shares.append({int(number) for number in re.findall(r'^trial (\d+): kept', stdout, re.M)})
+    trials = trials_of(config)
+    finished = {trial.number for trial in trials if trial.state == TrialState.COMPLETE}
+    assert all(shares)
+    assert not shares[0] & shares[1]
+    assert shares[0] | shares[1] == finished
+    # One more than asked for at most, by the worker that was not the last to begin.
+    assert len(finished) in (3, 4)
+    assert len({tuple(trial.params.values()) for trial in trials}) == len(trials)
+
+
+def test_a_killed_worker_loses_its_trial_alone(workers):
+    states = [trial.state for trial in trials_of(workers[0])]
+    assert states[0] == TrialState.FAIL
+    assert set(states[1:]) == {TrialState.COMPLETE}
+
+
+def test_the_reference_is_trained_once(workers):
+    """Two workers that start from the killed one's find it finished."""
+    lines = Path(workers[0].workdir, 'reference', 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == list(range(10, 110, 10))
+
+
+def test_the_flagfile_is_that_of_the_best_trial(workers):
+    config, answers = workers
+    found = {}
+    for trial in trials_of(config)[1:]:
+        path = Path(config.workdir, 'trials', f'search-{trial.number}', 'metrics.jsonl')
+        last = json.loads(path.read_text().splitlines()[-1])
+        found[sum(last['kept'].values())] = (trial, last['validation_error'])
+    reference = trial.user_attrs['reference_validation_error']
+    kept = min(kept for kept, (_, error) in found.items() if error <= reference + 20)
+    trial, error = found[kept]
+    path = f'{config.workdir}/best.flags'
+    best = parse(f'--flagfile={path}', defaults=lenet300.DEFAULTS, config_type=Config)
+    expected = space.make_run(config, trial.params)
+    assert best == dataclasses.replace(expected, workdir=f'{config.workdir}/best')
+    head = Path(path).read_text().partition('\n--')[0]
+    assert f'python -m experiments.lenet300 --flagfile={path}\n' in head
+    assert f'{kept:,} parameters kept, validation error {error:.2f} %\n' in head
+    results = [json.loads(stdout.splitlines()[-1]) for stdout, _, _ in answers]
+    assert kept in [result['kept'] for result in results]

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 
 import chex
 import jax
@@ -12,13 +13,19 @@ import pytest
 
 from dns_jax import (
     Rule,
+    SurgeryState,
     Thresholds,
     apply_masks,
     count_kept,
+    global_density,
+    group_by_layer,
     init_masks,
     is_kernel,
+    layer_density,
+    log_linear_density,
     masked_value_and_grad,
     mean_std,
+    polynomial_density,
     surgery,
     update_masks,
     update_probability,
@@ -30,6 +37,19 @@ RULES = {
     'fc*': Rule(mean_std(-0.3, 0.3), update_probability(gamma=0.5, stop=15)),
 }
 STEPS = 20
+# Rules that are asked again: the first at steps 4, 6, 8 …, the second at 0, 3 and 6.
+REFRESHED = {
+    'fc1': Rule(
+        layer_density(polynomial_density(0.1, 1, 9, initial=0.8)),
+        update_probability(gamma=0, start=3),
+        refresh_every=2,
+    ),
+    'fc*': Rule(
+        global_density(log_linear_density(0.2, 0, 8, initial=0.9), hysteresis=0.2),
+        update_probability(gamma=0.1, stop=8),
+        refresh_every=3,
+    ),
+}
 
 
 def network(dtype=jnp.float32):
@@ -48,15 +68,31 @@ def drift(params, count):
     return jax.tree.map(lambda leaf: leaf * factors.astype(leaf.dtype), params)
 
 
-def masks_of_run(how, params, key=None, steps=STEPS):
+def wander(params, count):
+    """Moves every weight on a wave of its own, so that other weights are the largest."""
+
+    def move(leaf):
+        phases = jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape) ** 2
+        return (leaf.astype(jnp.float32) + jnp.sin(phases + jnp.float32(count))).astype(leaf.dtype)
+
+    return jax.tree.map(move, params)
+
+
+def masks_of_run(how, params, key=None, steps=STEPS, rules=RULES, move=drift):
     """Runs some updates and returns the masks after each, stacked."""
-    transform = surgery(RULES, jax.random.key(4) if key is None else key)
+    return states_of_run(how, params, key, steps, rules, move).masks
+
+
+def states_of_run(how, params, key=None, steps=STEPS, rules=RULES, move=drift):
+    """Runs some updates and returns the states after each, stacked."""
+    transform = surgery(rules, jax.random.key(4) if key is None else key)
     state = transform.init(params)
 
     def step(state, count):
-        moved = drift(params, count)
-        _, state = transform.update(moved, state, moved)
-        return state, state.masks
+        moved = move(params, count)
+        # The updates are not the weights, nor of their size.
+        _, state = transform.update(jax.tree.map(jnp.ones_like, moved), state, moved)
+        return state, state
 
     counts = jnp.arange(steps)
     if how == 'scan':
@@ -65,8 +101,8 @@ def masks_of_run(how, params, key=None, steps=STEPS):
         step = jax.jit(step)
     seen = []
     for count in counts:
-        state, masks = step(state, count)
-        seen.append(masks)
+        state, _ = step(state, count)
+        seen.append(state)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
 
 
@@ -95,18 +131,23 @@ def test_vmap_over_keys():
     assert any(jnp.any(leaf[0] != leaf[1]) for leaf in jax.tree.leaves(masks))
 
 
-def test_mesh_of_eight_devices(mesh):
+@pytest.mark.parametrize(('rules', 'move'), [(RULES, drift), (REFRESHED, wander)])
+def test_mesh_of_eight_devices(mesh, rules, move):
     params = network()
     spec = jax.sharding.PartitionSpec
     placed = jax.tree.map(
         lambda leaf: jax.device_put(leaf, jax.NamedSharding(mesh, spec('x'))), params
     )
-    whole, parts = masks_of_run('jit', params), masks_of_run('jit', placed)
-    chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(parts))
-    transform = surgery(RULES, jax.random.key(4))
+    whole, parts = (
+        jax.device_get(masks_of_run('jit', tree, steps=8, rules=rules, move=move))
+        for tree in (params, placed)
+    )
+    chex.assert_trees_all_equal(whole, parts)
+    transform = surgery(rules, jax.random.key(4))
     state = transform.init(placed)
+    update = jax.jit(transform.update)
     for _ in range(3):
-        _, state = jax.jit(transform.update)(placed, state, placed)
+        _, state = update(placed, state, placed)
         for mask, weights in zip(
             jax.tree.leaves(state.masks), jax.tree.leaves(placed), strict=True
         ):
@@ -181,6 +222,165 @@ def test_thresholds_stay_those_of_the_reference():
     chex.assert_trees_all_equal(after.thresholds, state.thresholds)
 
 
+@pytest.mark.parametrize('how', ['jit', 'vmap of scan', 'plain'])
+def test_thresholds_are_asked_for_again_when_they_should_be(how):
+    params, key = three_layers(), jax.random.key(4)
+    steps = 4 if how == 'plain' else 12  # without jit every refresh is compiled anew
+    if how == 'vmap of scan':
+        keys = jnp.stack([jax.random.key(3), key])
+        run = jax.vmap(lambda key: states_of_run('scan', params, key, steps, REFRESHED, wander))
+        states = jax.tree.map(lambda leaf: leaf[1], run(keys))
+    else:
+        states = states_of_run(how, params, key, steps, REFRESHED, wander)
+
+    masks, bands = init_masks(params), {}
+    for pattern, rule in ASK.items():
+        bands |= rule(*groups(params, masks)[pattern], jnp.int32(0))
+    for count in range(steps):
+        moved, before = wander(params, jnp.int32(count)), bands
+        weights_and_masks = groups(moved, masks)
+        due = {'fc1': count >= 3 and count % 2 == 0, 'fc*': count < 8 and count % 3 == 0}
+        for pattern, again in due.items():
+            if again:
+                bands = bands | ASK[pattern](*weights_and_masks[pattern], jnp.int32(count))
+        state = jax.tree.map(lambda leaf, count=count: leaf[count], states)
+        # A norm may be summed up in another order; else it is to the last bit.
+        chex.assert_trees_all_close(state.thresholds, bands, rtol=1e-6)
+        for layer in bands:
+            pattern = 'fc1' if layer == 'fc1' else 'fc*'
+            assert (bands[layer] == before[layer]) == (not due[pattern])
+        sigma = dict.fromkeys(('fc2', 'fc3'), 1 / (1 + 0.1 * count) if count < 8 else 0.0)
+        sigma['fc1'] = float(count >= 3)
+        after = update_masks(jax.random.fold_in(key, count), moved, masks, bands, sigma)
+        chex.assert_trees_all_equal(state.masks, after)
+        masks = after
+    kept = count_kept(masks)
+    assert all(0 < kept[layer] < sum(map(jnp.size, params[layer].values())) for layer in kept)
+
+
+ASK = {pattern: jax.jit(rule.thresholds) for pattern, rule in REFRESHED.items()}
+
+
+def groups(params, masks):
+    """What each rule of REFRESHED is asked about."""
+    names = {'fc1': ['fc1'], 'fc*': ['fc2', 'fc3']}
+    both = group_by_layer(params), group_by_layer(masks)
+    return {
+        pattern: [{layer: tree[layer] for layer in layers} for tree in both]
+        for pattern, layers in names.items()
+    }
+
+
+def three_layers(dtype=jnp.float32):
+    params = network(dtype)
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=(8, 16)), dtype)
+    return params | {'fc3': {'kernel': 5 * kernel}}
+
+
+@pytest.mark.parametrize(('factory', 'hysteresis'), [(layer_density, 0.3), (global_density, 0.1)])
+def test_every_refresh_reaches_the_density(factory, hysteresis):
+    # However far the weights went; the band is counted in, by the masks that were.
+    random = np.random.default_rng(0)
+    params = {
+        'a': {'kernel': random.normal(size=(40, 25)), 'bias': random.normal(size=25)},
+        'b': {'kernel': 3 * random.normal(size=(3, 3, 10, 20))},
+    }
+    params = jax.tree.map(jnp.float32, params)
+    density = polynomial_density(0.06, 5, 20)
+    rule = factory(density, hysteresis=hysteresis)
+    table = Rule(rule, update_probability(power=0), refresh_every=4)
+    states = states_of_run('scan', params, steps=26, rules=table, move=wander)
+    kept = jax.vmap(count_kept)(states.masks)
+    kept, sizes = np.stack([kept['a'], kept['b']], axis=1), np.array([40 * 25 + 25, 3 * 3 * 200])
+    if factory is global_density:
+        kept, sizes = kept.sum(axis=1, keepdims=True), sizes.sum(keepdims=True)
+    for count in range(0, 26, 4):
+        wanted = (0.06 + 0.94 * (1 - np.clip((count - 5) / 15, 0, 1)) ** 3) * sizes
+        assert np.all(np.abs(kept[count] - wanted) < 0.501)
+        assert np.all(np.abs(kept[count] / wanted - 1) < 0.01)
+    # Between, the masks follow the weights over the thresholds that there are.
+    assert np.all(kept[21:24] != kept[20])
+
+
+@pytest.mark.parametrize('rule', REFRESHED.values())
+def test_without_refresh_thresholds_stay_those_of_the_start(rule):
+    params = three_layers()
+    once = Rule(rule.thresholds, rule.update_probability)
+    states = states_of_run('scan', params, steps=8, rules=once, move=wander)
+    start = surgery(once, jax.random.key(0)).init(params).thresholds
+    for layer, band in start.items():
+        for got, want in zip(states.thresholds[layer], band, strict=True):
+            np.testing.assert_allclose(got, [want] * 8, rtol=1e-6)
+
+
+def test_nothing_is_refreshed_or_updated_once_sigma_is_0():
+    rule = Rule(layer_density(0.5), update_probability(power=0, stop=5), refresh_every=1)
+    states = states_of_run('scan', network(), steps=9, rules=rule, move=wander)
+    for leaf in map(np.asarray, jax.tree.leaves((states.masks, states.thresholds))):
+        assert np.all(leaf[4:] == leaf[4])
+        assert np.all([np.any(leaf[at] != leaf[at + 1]) for at in range(4)])
+
+
+@pytest.mark.parametrize('how', ['scan', 'plain'])
+def test_own_rule_may_give_numbers_of_python(how):
+    # Asked in a branch of a `cond`, it must agree with the state in the type of the thresholds.
+    def rule(layers, masks, step):
+        return {layer: Thresholds(step, 2 * len(leaves)) for layer, leaves in layers.items()}
+
+    table = Rule(rule, update_probability(), refresh_every=2)
+    states = states_of_run(how, network(), steps=5, rules=table)
+    for low, high in states.thresholds.values():
+        assert low.dtype == high.dtype == jnp.float32
+        assert (low.tolist(), high.tolist()) == ([0, 0, 2, 2, 4], [4] * 5)
+
+
+def primitives(jaxpr):
+    """Names the primitives of a jaxpr that always run, and those in the branches of a `cond`."""
+    always, sometimes = set(), set()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        always.add(name)
+        for value in jax.tree.leaves([*equation.params.values()]):
+            inner = getattr(value, 'jaxpr', value)
+            if hasattr(inner, 'eqns'):
+                inner_always, inner_sometimes = primitives(inner)
+                sometimes |= inner_sometimes
+                (sometimes if name == 'cond' else always).update(inner_always)
+    return always, sometimes
+
+
+@pytest.mark.parametrize('runs', [1, 3])
+def test_step_without_refresh_does_not_look_for_thresholds(runs):
+    params = network()
+    transform = surgery(REFRESHED, jax.random.key(0))
+    state = transform.init(params)
+
+    def update(state, params):
+        return transform.update(params, state, params)[1]
+
+    if runs > 1:
+        # One count for all runs: of one for each, vmap would make a `select` of both branches.
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), state)
+        state = stacked._replace(count=state.count)
+        update = jax.vmap(update, (SurgeryState(None, 0, 0, 0), None))
+    always, sometimes = primitives(jax.make_jaxpr(update)(state, params).jaxpr)
+    assert 'cond' in always
+    assert not {'while', 'scan'} & always
+    assert {'while', 'scan'} & sometimes
+    assert not {'sort', 'top_k', 'approx_top_k', 'cumsum'} & (always | sometimes)
+
+
+@pytest.mark.parametrize('every', [-1, -250])
+def test_refresh_every_negative_number_of_steps(every):
+    for rules, pattern in [
+        (ONE._replace(refresh_every=every), '*'),
+        ({'fc2': ONE, 'fc1': ONE._replace(refresh_every=every)}, 'fc1'),
+    ]:
+        message = f'refresh_every of {pattern!r} must be at least 0, but is {every}'
+        with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+            surgery(rules, jax.random.key(0))
+
+
 def test_masks_follow_the_weights_of_the_gradient_not_the_updated_ones():
     always = Rule(
         lambda layers, masks, step: dict.fromkeys(layers, Thresholds(1.0, 1.0)),
@@ -239,8 +439,8 @@ def test_empty_table_costs_nothing():
     assert all(bool(leaf) for leaf in jax.tree.leaves(state.masks))
 
 
-def train_step():
-    optimizer = optax.chain(surgery(RULES, jax.random.key(4)), optax.sgd(0.1, 0.9))
+def train_step(rules):
+    optimizer = optax.chain(surgery(rules, jax.random.key(4)), optax.sgd(0.1, 0.9))
 
     def loss(params, images):
         for layer in ('fc1', 'fc2'):
@@ -257,8 +457,9 @@ def train_step():
     return optimizer.init, step
 
 
-def test_step_is_traced_and_compiled_once_and_stays_on_the_device():
-    init, step = train_step()
+@pytest.mark.parametrize('rules', [RULES, REFRESHED], ids=['asked once', 'refreshed'])
+def test_step_is_traced_and_compiled_once_and_stays_on_the_device(rules):
+    init, step = train_step(rules)
     params, images = network(), jnp.ones((4, 16))
     state = init(params)
     traces, compiled = [], collections.Counter()
@@ -286,8 +487,9 @@ def test_step_is_traced_and_compiled_once_and_stays_on_the_device():
     assert int(optax.tree.get(state, 'count')) == 30
 
 
-def test_step_lowers_to_one_program_without_callbacks():
-    init, step = train_step()
+@pytest.mark.parametrize('rules', [RULES, REFRESHED], ids=['asked once', 'refreshed'])
+def test_step_lowers_to_one_program_without_callbacks(rules):
+    init, step = train_step(rules)
     params = network()
     lowered = jax.jit(step).lower(params, init(params), jnp.ones((4, 16)))
     text = lowered.as_text()
