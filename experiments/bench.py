@@ -156,9 +156,9 @@ def measure_large_layer() -> dict[str, float]:
     """
     weights = jax.random.normal(jax.random.key(0), _LARGE_LAYER)
     masks = jnp.ones(_LARGE_LAYER, bool)
-    rule = dns_jax.layer_density(0.05)
+    rule, step = dns_jax.layer_density(0.05), jnp.int32(0)
     programs = {
-        'refresh_ms': lambda weights: rule({'fc6': [weights]}, {'fc6': [masks]}, 0),
+        'refresh_ms': lambda weights: rule({'fc6': [weights]}, {'fc6': [masks]}, step),
         'sort_ms': lambda weights: jnp.sort(jnp.abs(weights), axis=None),
     }
     row: dict[str, float] = {'weights': weights.size}

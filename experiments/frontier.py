@@ -21,7 +21,7 @@ from experiments.run import run_together
 
 COLUMNS = (
     *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
-    *('test_error', 'reference_validation_error', 'validation_error', 'seconds'),
+    *('test_error', 'reference_validation_error', 'validation_error'),
     *('commit', 'jax', 'device'),
 )
 

@@ -1,14 +1,15 @@
-"""The table of the README from the summaries in results/: medians and ranges over seeds.
+"""The tables of the README from the files in results/: medians and ranges over seeds.
 
 python -m experiments.results
 """
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.report import middle_and_range
+from experiments.report import frontier_table, middle_and_range
 
 FOLDER = Path(__file__).parents[1] / 'results'
 _HEADER = '| flagfile | seeds | error of the reference | error after surgery | kept | compression |'
@@ -34,6 +35,23 @@ def read_summaries(folder: Path = FOLDER) -> dict[str, list[dict[str, Any]]]:
         flagfile = path.stem.rpartition('-')[0]
         flagfiles.setdefault(flagfile, []).append(json.loads(path.read_text()))
     return flagfiles
+
+
+def read_frontiers(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """Reads the sweeps of `experiments.frontier`.
+
+    Args:
+      folder: with files named frontier_NETWORK.csv.
+
+    Returns:
+      Their rows, sorted by network.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob('frontier_*.csv')):
+        with path.open(newline='') as file:
+            rows += csv.DictReader(file)
+    numbers = ('target', 'compression', 'kept', 'reference_error', 'test_error')
+    return [{**row, **{name: float(row[name]) for name in numbers}} for row in rows]
 
 
 def table_row(name: str, summaries: Sequence[dict[str, Any]]) -> str:
@@ -65,5 +83,5 @@ def table(flagfiles: dict[str, list[dict[str, Any]]]) -> str:
 
 if __name__ == '__main__':
     summaries = read_summaries()
-    print(table(summaries))
+    print(table(summaries), frontier_table(read_frontiers()), sep='\n\n')
     print(json.dumps(summaries))

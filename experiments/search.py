@@ -71,7 +71,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         studies.check_storage(config.storage)
     folder = Path(config.workdir)
     url = config.storage or f'sqlite:///{folder}/study.db?timeout=60'
-    with run.stop_on_signals() as stopping:
+    with studies.named_errors(url), run.stop_on_signals() as stopping:
         try:
             with _one_at_a_time(folder / 'lock', stopping):
                 study = studies.open_study(url, config)
@@ -85,9 +85,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         except run.Stopped as error:
             name = signal.Signals(stopping[0]).name
             raise run.Stopped(f'{name}: the same command goes on with the study') from error
-        except studies.STORAGE_ERRORS as error:
-            raise studies.storage_error(url, error) from error
-    return _conclude(config, study, sum(leaf.size for leaf in jax.tree.leaves(params)))
+        return _conclude(config, study, sum(leaf.size for leaf in jax.tree.leaves(params)))
 
 
 def _operate(
@@ -181,8 +179,9 @@ def _conclude(config: SearchConfig, study: 'optuna.Study', parameters: int) -> d
         'completed': len(completed),
         'given_up': given_up,
         'trial': best.number,
+        'parameters': parameters,
         'kept': kept,
-        'compression': parameters / max(kept, 1),
+        'compression': parameters / kept if kept else None,
         **best.user_attrs,
         'tolerance': config.tolerance,
         'flagfile': str(path),
@@ -197,12 +196,12 @@ def _conclude(config: SearchConfig, study: 'optuna.Study', parameters: int) -> d
 
 def _format_flagfile(config: SearchConfig, best: Config, result: Mapping[str, Any]) -> str:
     head = f"""\
-# {config.network} on {config.dataset}: {result['compression']:.1f}×, found by experiments.search.
+# {config.network} on {config.dataset}, found by experiments.search.
 # Command: python -m experiments.{config.network} --flagfile={result['flagfile']}
 # Time of surgery where it was found: {result['seconds']:.0f} seconds
-# Expected result: {result['kept']:,} parameters kept, validation error \
-{result['validation_error']:.2f} %
-# from {result['reference_validation_error']:.2f} % of the reference, seed {config.seed}
+# Expected result, seed {config.seed}: {result['kept']:,} of {result['parameters']:,} parameters kept,
+# validation error {result['validation_error']:.2f} %, that of the reference \
+{result['reference_validation_error']:.2f} %
 #
 # Trial {result['trial']} of the study {config.study!r}: {result['completed']} trials, \
 {result['given_up']} more given up. The choice was

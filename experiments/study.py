@@ -8,14 +8,14 @@ import io
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import optuna
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawing
 from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
@@ -23,8 +23,6 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
 from experiments.files import write_whole
 from experiments.flags import SearchConfig
 
-# What a database raises while a study goes on.
-STORAGE_ERRORS = (SQLAlchemyError, StorageInternalError)
 _HEARTBEAT = 60  # seconds; a trial that misses two was killed
 _JUDGES = 5  # completed trials before any is given up
 
@@ -50,17 +48,39 @@ def check_storage(url: str) -> None:
     except ImportError as error:
         raise ValueError(f'--storage={_hide_password(url)} needs a package: {error}') from error
     except SQLAlchemyError as error:
-        raise storage_error(url, error) from error
+        raise _storage_error(url, error) from error
 
 
-def storage_error(url: str, error: Exception) -> OSError:
-    """Makes the error to show for one of `STORAGE_ERRORS`: what the database itself said."""
-    reason = getattr(error.__cause__ or error, 'orig', None) or error
-    return OSError(f'--storage={_hide_password(url)}: {reason}')
+@contextlib.contextmanager
+def named_errors(url: str) -> Iterator[None]:
+    """Turns what a database raises into an `OSError` that names it.
+
+    Args:
+      url: of the database.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Optuna may stumble over such an error, and raise another that hides it.
+        at: BaseException | None = error
+        while at and not isinstance(at, SQLAlchemyError):
+            at = at.__context__
+        if at is None:
+            raise
+        raise _storage_error(url, at) from error
+
+
+def _storage_error(url: str, error: SQLAlchemyError) -> OSError:
+    """Says what the database itself said, if it did."""
+    return OSError(f'--storage={_hide_password(url)}: {getattr(error, "orig", None) or error}')
 
 
 def _hide_password(url: str) -> str:
-    return re.sub(r'//.*@', '//***@', url).partition('?')[0]
+    scheme, slashes, rest = url.partition('://')
+    user, at, address = rest.rpartition('@')
+    # Where the @ was forgotten, what stands in the place of the port may be the password.
+    address = re.sub(r'^([^/:]*):(?!\d+(/|$))[^/]*', r'\1:***', address.partition('?')[0])
+    return f'{scheme}{slashes}{user and "***"}{at}{address}'
 
 
 def open_study(url: str, config: SearchConfig) -> optuna.Study:

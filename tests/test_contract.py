@@ -5,6 +5,7 @@ transformation. It is asked to work on every tree of TREES, so its patterns must
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -118,8 +119,8 @@ def gradients_at(params, count):
     return jax.tree.map(lambda leaf: (leaf * sign).astype(leaf.dtype), params)
 
 
-def run(optimizer, params, steps=14, state=None, first=0, how=lambda step: step):
-    """Trains, by default without jit, for then nothing but the masks is compiled anew.
+def run(optimizer, params, steps=14, state=None, first=0, how=jax.jit):
+    """Trains for some steps.
 
     Returns the params and the state at the end, and the masks after every step.
     """
@@ -134,6 +135,16 @@ def run(optimizer, params, steps=14, state=None, first=0, how=lambda step: step)
         params, state = step(params, state, jnp.int32(count))
         seen.append(get_masks(state))
     return params, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
+
+
+def before(transform):
+    return optax.chain(transform, optax.sgd(0.1))
+
+
+@functools.cache
+def whole_run(name):
+    """What others are compared with."""
+    return run(before(make(name)), linen())
 
 
 @pytest.mark.parametrize('tree', TREES)
@@ -182,11 +193,11 @@ def test_params_are_needed(name):
 @each_transformation
 def test_scan_over_steps_and_vmap_over_keys(name):
     params = linen()
-    keys = jax.random.split(jax.random.key(1), 3)
+    keys = jax.random.split(jax.random.key(1), 2)
 
     def masks_of_run(key):
         # A scan holds the state to its structure, shapes and dtypes.
-        optimizer = optax.chain(TRANSFORMATIONS[name](key), optax.sgd(0.1))
+        optimizer = before(TRANSFORMATIONS[name](key))
 
         def step(carry, count):
             params, state = carry
@@ -197,8 +208,7 @@ def test_scan_over_steps_and_vmap_over_keys(name):
 
     together = jax.jit(jax.vmap(masks_of_run))(keys)
     for at, key in enumerate(keys):
-        optimizer = optax.chain(TRANSFORMATIONS[name](key), optax.sgd(0.1))
-        _, _, alone = run(optimizer, params)
+        _, _, alone = run(before(TRANSFORMATIONS[name](key)), params)
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf, at=at: leaf[at], together), alone)
     if name in ACTIVE:  # other keys, other coins
         assert any(jnp.any(leaf != leaf[:1]) for leaf in jax.tree.leaves(together))
@@ -233,13 +243,15 @@ def test_extra_arguments_pass(name):
 
 @each_transformation
 def test_same_key_same_masks(name):
-    params = linen()
-    masks, again = (run(optax.chain(make(name), optax.sgd(0.1)), params)[2] for _ in range(2))
-    chex.assert_trees_all_equal(masks, again)
+    _, _, again = run(before(make(name)), linen())
+    chex.assert_trees_all_equal(whole_run(name)[2], again)
 
 
-def before(transform):
-    return optax.chain(transform, optax.sgd(0.1))
+@each_transformation
+def test_same_masks_without_jit(name):
+    _, _, masks = run(before(make(name)), linen(), 4, how=lambda step: step)
+    whole = jax.tree.map(lambda leaf: leaf[:4], whole_run(name)[2])
+    chex.assert_trees_all_equal(whole, masks)
 
 
 def save(tree):
@@ -260,9 +272,8 @@ def save(tree):
 
 @each_transformation
 def test_resumed_run_continues_equally(name):
-    params = linen()
-    *whole, masks = run(before(make(name)), params, 14)
-    *half, first = run(before(make(name)), params, 6)
+    *whole, masks = whole_run(name)
+    *half, first = run(before(make(name)), linen(), 6)
     # The process that resumes builds its own transformation, here even with another key: the
     # coins come from the state.
     weights, state = save(half)
@@ -294,11 +305,10 @@ COMPANY = {
 @pytest.mark.parametrize('company', COMPANY)
 @each_transformation
 def test_masks_do_not_depend_on_company(name, company):
-    params = linen()
-    weights, _, masks = run(before(make(name)), params)
+    weights, _, masks = whole_run(name)
     # MultiSteps and its like mix int32 and float32 inside optax.
     with jax.numpy_dtype_promotion('standard'):
-        other_weights, _, other = run(COMPANY[company](make(name)), params, how=jax.jit)
+        other_weights, _, other = run(COMPANY[company](make(name)), linen())
     chex.assert_trees_all_equal(masks, other)
     chex.assert_trees_all_close(weights, other_weights, atol=1e-6)
 

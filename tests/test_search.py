@@ -6,7 +6,6 @@ errors and sizes follow from the flags of the run, so that it is known what must
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import re
 import signal
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -89,7 +89,7 @@ def trials_of(config):
 @pytest.fixture(scope='module')
 def searched(make_config):
     """A search in which nothing is played, and what it returned."""
-    config = make_config(space='c_rate', trials=2)
+    config = make_config(trials=2, refresh_every=1)
     with pytest.MonkeyPatch.context() as patch:
         load = data.load
         # Whoever measures on the test images fails.
@@ -127,6 +127,17 @@ def test_a_trial_leaves_its_records_but_no_checkpoints(searched):
 REFERENCE_ERROR = 60.0
 
 
+class PlayedTrainer:
+    """What a search asks of a trainer, without the seconds that it takes to make one."""
+
+    def __init__(self, config, on_record):
+        self.config, self.on_record = config, on_record
+        self.dataset = types.SimpleNamespace(validation=None)
+
+    def error(self, params, split):
+        return REFERENCE_ERROR
+
+
 def error_of(config):
     """What a played training ends with: errors come below some density of each layer."""
     densities = parse_table(config.layer_density)
@@ -139,13 +150,13 @@ def number_of(config):
 
 
 @pytest.fixture
-def make_played(make_config, searched, monkeypatch):
+def make_played(make_config, monkeypatch):
     """Makes the configuration of a search whose surgery is played.
 
-    The course it takes is a function of the trial's run and of the step that returns the error.
+    Its course is a function of the trial's run and of the step that returns the error.
     """
-    reference = f'{searched[0].workdir}/reference'
-    monkeypatch.setattr(run.train, 'make_error', lambda network: lambda *args: REFERENCE_ERROR)
+    monkeypatch.setattr(run, 'Trainer', PlayedTrainer)
+    monkeypatch.setattr(run, 'train_references', lambda trainers, stopping: [{}])
     monkeypatch.setattr(run, 'finetune', lambda trainers, states, stopping: states)
 
     def make(course=lambda config, step: error_of(config), **fields):
@@ -162,8 +173,7 @@ def make_played(make_config, searched, monkeypatch):
 
         monkeypatch.setattr(run, 'train_surgery', train_surgery)
         fields = {'tolerance': 5.0, 'finetuning_steps': 0, 'surgery_steps': 5, **fields}
-        fields = {'finetuning_learning_rate': 'fixed:0.1', **fields}
-        return make_config(reference=reference, **fields)
+        return make_config(reference='elsewhere', **fields)
 
     return make
 
@@ -203,12 +213,13 @@ def test_the_pictures_are_there(make_played):
 
 def test_the_seed_decides_a_search(make_played):
     choices = []
-    for seed in (3, 3, 4):
-        config = make_played(seed=seed, trials=12, tolerance=1000.0)
+    # The first ten are drawn at random, those after them by what came of these.
+    for seed, trials in ((3, 12), (3, 12), (4, 1)):
+        config = make_played(seed=seed, trials=trials, surgery_steps=1, tolerance=1000.0)
         search.search(config)
         choices.append([trial.params for trial in trials_of(config)])
     assert choices[0] == choices[1]
-    assert all(one != other for one, other in zip(choices[1], choices[2], strict=True))
+    assert choices[0][0] != choices[2][0]
 
 
 def test_a_study_goes_on_to_its_trials_in_all_and_no_further(make_played, capsys):
@@ -235,9 +246,9 @@ def test_a_study_of_other_flags_is_refused(make_played):
             search.search(dataclasses.replace(config, **fields))
     assert (Path(config.workdir) / 'best.flags').read_text() == before
     # Another study in the same folder is another matter.
-    search.search(dataclasses.replace(config, study='other', tolerance=900.0))
-    names = {path.name for path in Path(config.workdir, 'trials').iterdir()}
-    assert names == {'search-0', 'other-0'}
+    other = dataclasses.replace(config, study='other', tolerance=900.0)
+    assert search.search(other)['study'] == 'other'
+    assert len(trials_of(other)) == len(trials_of(config)) == 1
 
 
 def test_no_allowed_trial_is_an_error_and_leaves_no_flagfile(make_played):
@@ -248,7 +259,7 @@ def test_no_allowed_trial_is_an_error_and_leaves_no_flagfile(make_played):
     with pytest.raises(RuntimeError, match=message):
         search.search(config)
     names = {path.name for path in Path(config.workdir).iterdir()}
-    assert names == {'lock', 'study.db', 'trials'}
+    assert names == {'lock', 'study.db'}
 
 
 def test_a_hopeless_trial_is_given_up(make_played, capsys):
@@ -303,7 +314,7 @@ def test_a_signal_costs_the_trial_alone(make_played, number):
 
 def test_a_database_that_breaks_is_named(make_played):
     def course(config, step):
-        with contextlib.closing(sqlite3.connect(Path(config.workdir, '../../study.db'))) as base:
+        with contextlib.closing(sqlite3.connect(f'{config.workdir}/../../study.db')) as base:
             base.execute('DROP TABLE trial_intermediate_values')
         return 62.0
 
@@ -320,7 +331,6 @@ def test_the_storage_is_where_the_study_lies(make_played, tmp_path):
     other = dataclasses.replace(config, workdir=f'{tmp_path}/other', trials=2)
     assert search.search(other)['completed'] == 2
     assert not Path(config.workdir, 'study.db').exists()
-    assert {path.name for path in Path(other.workdir, 'trials').iterdir()} == {'search-1'}
     text = Path(other.workdir, 'best.flags').read_text()
     assert 'shared.db' not in text
 
@@ -328,25 +338,28 @@ def test_the_storage_is_where_the_study_lies(make_played, tmp_path):
 @pytest.mark.parametrize(
     ('url', 'error', 'message'),
     [
-        ('secret', ValueError, 'must be the URL of a database, such as postgresql://'),
-        ('oracles://me:secret@host/name', ValueError, r'=oracles://\*\*\*@host/name must be the'),
-        ('postgresql://me:secret@host:secret/name', ValueError, 'must be the URL of a database'),
-        ('postgresql+none://me:secret@host/name?password=secret', ValueError, 'host/name must be'),
-        ('sqlite:///missing/study.db', OSError, 'study.db: unable to open database file'),
+        ('oracles', ValueError, 'oracles must be the URL of a database, such as postgresql://'),
+        ('oracles://me:secret@host/name', ValueError, r'oracles://\*\*\*@host/name must be the'),
+        ('postgresql://me:secret@host:1x/name', ValueError, r'//\*\*\*@host:\*\*\*/name must be'),
+        ('postgresql://me:secret/name', ValueError, r'postgresql://me:\*\*\*/name must be'),
+        ('mysql+none://me:secret@host:1/name?password=secret', ValueError, '@host:1/name must be'),
+        ('sqlite:///missing/study.db', OSError, r'sqlite:///missing/study.db: unable to open'),
     ],
 )
 def test_a_storage_that_is_none_is_refused(make_played, url, error, message):
     config = make_played(storage=url)
     with pytest.raises(error, match=f'^--storage=.*{message}') as caught:
         search.search(config)
-    assert 'secret' not in str(caught.value).removeprefix('--storage=secret')
+    assert 'secret' not in str(caught.value)
     assert not Path(config.workdir).exists()
 
 
 def test_a_database_without_its_driver_or_server_is_refused_without_the_password(make_played):
     # Whether a driver is installed or not, nobody listens there.
     config = make_played(storage='mysql+pymysql://me:s3cr@t/word@localhost:1/name?password=s3cr')
-    with pytest.raises((ValueError, OSError), match='^--storage=mysql.*localhost:1/name') as caught:
+    with pytest.raises(
+        (ValueError, OSError), match=r'^--storage=mysql.*localhost:1/name'
+    ) as caught:
         search.search(config)
     assert not re.search('s3cr|word', str(caught.value))
     assert not Path(config.workdir).exists()
@@ -407,9 +420,8 @@ def test_workers_of_a_folder_go_in_one_by_one(tmp_path):
         with pytest.raises(run.Stopped), search._one_at_a_time(tmp_path / 'lock', stopping):
             pytest.fail('there were two')
         assert stopping
-    with search._one_at_a_time(tmp_path / 'lock', []), (tmp_path / 'lock').open() as file:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with search._one_at_a_time(tmp_path / 'lock', []):
+        pass
 
 
 def trial_like(number=0, value=0.0, constraint=0.0, course=()):
@@ -555,10 +567,10 @@ def workers(tmp_path_factory):
     """A study on the digits: a worker that is killed in its first trial, then two at once."""
     folder, digits = tmp_path_factory.mktemp('workers') / 'search', tmp_path_factory.mktemp('tfds')
     data.load('digits', digits)
-    fields = {'workdir': folder, 'dataset': 'digits', 'data_dir': digits, 'space': 'compression'}
-    fields |= {'reference_steps': 100, 'surgery_steps': 400, 'batch_size': 32, 'tolerance': 20}
+    fields = {'workdir': folder, 'dataset': 'digits', 'data_dir': digits, 'space': 'c_rate'}
+    fields |= {'reference_steps': 100, 'surgery_steps': 400, 'batch_size': 32, 'tolerance': 90}
     fields |= {'finetuning_steps': 0, 'finetuning_learning_rate': 'fixed:0.1'}
-    fields |= {'record_every': 10, 'checkpoint_every': 100, 'refresh_every': 20, 'trials': 3}
+    fields |= {'record_every': 10, 'checkpoint_every': 100, 'trials': 3}
     flags = [f'--{name}={value}' for name, value in fields.items()]
     command, pipe = [sys.executable, '-m', 'experiments.search', *flags], subprocess.PIPE
 
@@ -621,7 +633,7 @@ def test_the_flagfile_is_that_of_the_best_trial(workers):
         last = json.loads(path.read_text().splitlines()[-1])
         found[sum(last['kept'].values())] = (trial, last['validation_error'])
     reference = trial.user_attrs['reference_validation_error']
-    kept = min(kept for kept, (_, error) in found.items() if error <= reference + 20)
+    kept = min(kept for kept, (_, error) in found.items() if error <= reference + 90)
     trial, error = found[kept]
     path = f'{config.workdir}/best.flags'
     best = parse(f'--flagfile={path}', defaults=lenet300.DEFAULTS, config_type=Config)
@@ -629,6 +641,7 @@ def test_the_flagfile_is_that_of_the_best_trial(workers):
     assert best == dataclasses.replace(expected, workdir=f'{config.workdir}/best')
     head = Path(path).read_text().partition('\n--')[0]
     assert f'python -m experiments.lenet300 --flagfile={path}\n' in head
-    assert f'{kept:,} parameters kept, validation error {error:.2f} %\n' in head
+    assert f'Expected result, seed 0: {kept:,} of 266,610 parameters kept,\n' in head
+    assert f'validation error {error:.2f} %, that of the reference {reference:.2f} %\n' in head
     results = [json.loads(stdout.splitlines()[-1]) for stdout, _, _ in answers]
     assert kept in [result['kept'] for result in results]
