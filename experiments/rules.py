@@ -1,5 +1,6 @@
 """From flags to the rules of surgery and the optimizer around them."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -130,14 +131,18 @@ def _ramp(config: Config, density: float) -> dns_jax.Schedule:
 
 def _density_of_participants(config: Config, params: dns_jax.Params) -> float:
     """The density of what takes part with which the whole network reaches the one wanted."""
-    wanted = 1 / config.compression if config.compression else config.density or 1.0
     takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
     groups = dns_jax.group_by_layer(params, takes_part=takes_part).values()
     part = sum(leaf.size for leaves in groups for leaf in leaves)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    if wanted * total <= total - part:
+    # Rounded down: a network as small as asked for, or smaller.
+    if config.compression:
+        wanted = math.floor(total / config.compression)
+    else:
+        wanted = math.floor(total * (config.density or 1.0))
+    if wanted <= total - part:
         raise ValueError(
-            f'--compression or --density asks to keep {wanted:.3%} of the network, but '
-            f'{(total - part) / total:.3%} takes no part in surgery'
+            f'--compression or --density asks to keep {wanted} of {total} parameters, but '
+            f'{total - part} take no part in surgery'
         )
-    return (wanted * total - (total - part)) / part
+    return (wanted - (total - part)) / part

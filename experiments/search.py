@@ -195,16 +195,17 @@ def _conclude(config: SearchConfig, study: 'optuna.Study', parameters: int) -> d
 
 
 def _format_flagfile(config: SearchConfig, best: Config, result: Mapping[str, Any]) -> str:
+    sizes = f'{result["kept"]:,} of {result["parameters"]:,}'
+    error, reference = result['validation_error'], result['reference_validation_error']
+    trials = f'{result["completed"]} trials, {result["given_up"]} more given up'
     head = f"""\
 # {config.network} on {config.dataset}, found by experiments.search.
 # Command: python -m experiments.{config.network} --flagfile={result['flagfile']}
 # Time of surgery where it was found: {result['seconds']:.0f} seconds
-# Expected result, seed {config.seed}: {result['kept']:,} of {result['parameters']:,} parameters kept,
-# validation error {result['validation_error']:.2f} %, that of the reference \
-{result['reference_validation_error']:.2f} %
+# Expected result, seed {config.seed}: {sizes} parameters kept,
+# validation error {error:.2f} %, that of the reference {reference:.2f} %
 #
-# Trial {result['trial']} of the study {config.study!r}: {result['completed']} trials, \
-{result['given_up']} more given up. The choice was
+# Trial {result['trial']} of the study {config.study!r}: {trials}. The choice was
 # made on the validation images; a final run may train on them too, with --train_on_all.
 """
     places = {'data_dir': config.data_dir, 'manual_dir': config.manual_dir}

@@ -39,7 +39,7 @@ def check_storage(url: str) -> None:
     """
     try:
         sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect().close()
-    except (ArgumentError, ValueError):
+    except (ArgumentError, ValueError, TypeError):
         # Their own messages may quote what stands where a password does.
         raise ValueError(
             f'--storage={_hide_password(url)} must be the URL of a database, such as '

@@ -343,6 +343,7 @@ def test_the_storage_is_where_the_study_lies(make_played, tmp_path):
         ('postgresql://me:secret@host:1x/name', ValueError, r'//\*\*\*@host:\*\*\*/name must be'),
         ('postgresql://me:secret/name', ValueError, r'postgresql://me:\*\*\*/name must be'),
         ('mysql+none://me:secret@host:1/name?password=secret', ValueError, '@host:1/name must be'),
+        ('sqlite:///study.db?secret=1', ValueError, r'sqlite:///study.db must be'),
         ('sqlite:///missing/study.db', OSError, r'sqlite:///missing/study.db: unable to open'),
     ],
 )
