@@ -48,7 +48,7 @@ def surgery(
     the masks T_k are updated from the weights W_k that the gradient was taken at, then the
     optimizer moves W_k. Thresholds are computed from the params given to `init` and, where the
     rule has `refresh_every` = N, again at steps 0, N, 2N and so on while σ > 0, just before the
-    masks are updated.
+    masks are updated; jit the step then, as XLA compiles the choice anew at every step otherwise.
 
     Args:
       rules: one rule for all layers, or `{pattern: rule}`: a layer follows the first pattern

@@ -65,13 +65,13 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
 
     Args:
       c_rate: the paper's c, in standard deviations; the larger, the fewer connections are kept.
-      hysteresis: half the relative width η of the band, in [0, 1].
+      hysteresis: half the relative width η of the band, in [0, 1).
 
     Returns:
       A threshold rule; it ignores the masks and the step.
 
     Raises:
-      ValueError: if `c_rate` is not finite or `hysteresis` is outside [0, 1].
+      ValueError: if `c_rate` is not finite or `hysteresis` is outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,20 +106,20 @@ def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> Thresho
 
     with |h_k| the connections that h_k keeps and n_k all those of the layer. The band is part of
     the count, so an update with these thresholds keeps exactly the wanted number, at least one,
-    unless weights of the same magnitude tie for the last place: then all of them are kept. The
-    threshold is found by bisection over the bits of a float32, exact to the last: 31 passes over
+    unless weights tie for the last place to the last bit of a float32: then all of them are
+    kept. The threshold is found by bisection over those bits, exact to the last: 31 passes over
     weights and masks, without a sort or a copy.
 
     Args:
       density: kept / all connections, in (0, 1], or a schedule of it, as in
         `dns_jax.schedules`.
-      hysteresis: half the relative width η of the band, in [0, 1].
+      hysteresis: half the relative width η of the band, in [0, 1).
 
     Returns:
       A threshold rule, to be refreshed as weights move (`Rule.refresh_every`).
 
     Raises:
-      ValueError: if `density` is a number outside (0, 1] or `hysteresis` is outside [0, 1].
+      ValueError: if `density` is a number outside (0, 1] or `hysteresis` is outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,8 +155,9 @@ def global_density(
 
     The unit u_k in which a layer's weights are measured is its score:
 
-    - `norm`: the Euclidean norm of W_k⊙T_k. A weight counts by its share in what its layer
-      computes with; LAMP's score, but for the weights kept now in place of those at least as large.
+    - `norm`: the Euclidean norm of W_k⊙T_k, or the largest |W_k| where that is more. A weight
+      counts by its share in what its layer computes with; LAMP's score, but for the weights kept
+      now in place of those at least as large.
     - `std`: the root mean square of W_k.
     - `erk`: none; layers are given connections in proportion to the sum of their kernel's
       axes (Erdős-Rényi kernel), at most all, and each keeps its largest.
@@ -167,14 +168,14 @@ def global_density(
       density: kept / all connections, in (0, 1], or a schedule of it, as in
         `dns_jax.schedules`.
       score: `norm`, `std` or `erk`.
-      hysteresis: half the relative width η of the band, in [0, 1].
+      hysteresis: half the relative width η of the band, in [0, 1).
 
     Returns:
       A threshold rule, to be refreshed as weights move (`Rule.refresh_every`).
 
     Raises:
       ValueError: if `density` is a number outside (0, 1], `score` is none of the three or
-        `hysteresis` is outside [0, 1].
+        `hysteresis` is outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp
@@ -286,5 +287,6 @@ def _band(middle, hysteresis) -> Thresholds:
 
 
 def _check_hysteresis(hysteresis: float) -> None:
-    if not 0 <= hysteresis <= 1:
-        raise ValueError(f'hysteresis must be in [0, 1], but is {hysteresis!r}')
+    # At 1 a kept connection would never be pruned, and no threshold reach a density.
+    if not 0 <= hysteresis < 1:
+        raise ValueError(f'hysteresis must be in [0, 1), but is {hysteresis!r}')

@@ -482,7 +482,7 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
     ('fields', 'message'),
     [
         ({'c_rate': 'nan'}, 'c_rate must be finite'),
-        ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1]'),
+        ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1)'),
         ({'update_gamma': -1.0}, 'gamma must be finite and at least 0'),
         ({'update_power': -1.0}, 'power must be finite and at least 0'),
         ({'start': '-1'}, 'start must be finite and at least 0'),
