@@ -285,6 +285,8 @@ def count_true(mask: jax.Array) -> jax.Array:
       >>> int(count_true(jnp.array([True, False, True])))
       2
     """
+    if any(jax.typeof(mask).sharding.spec):
+        return mask.sum(dtype=jnp.int32)  # explicitly sharded axes cannot be flattened
     # Sums of 128 at a time fit a byte, which XLA on CPU adds up five times faster than int32.
     whole = mask.size // 128 * 128
     flat = mask.reshape(-1).astype(jnp.uint8)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dns_jax.layers import group_by_layer, has_axes, match_patterns, parent
+from dns_jax.layers import group_by_layer, has_axes, leaf_path, match_patterns, parent
 from dns_jax.masks import apply_masks, init_masks, update_masks
 from dns_jax.typing import LayerOf, Masks, Predicate, Schedule, ThresholdRule, Thresholds
 
@@ -97,16 +97,17 @@ def surgery(
 
     def groups_of(params, masks):
         """Gives for each pattern the weights and the masks of its layers."""
-        layers = group_by_layer(params, layer_of, takes_part)
-        matches = match_patterns(table, layers)
-        mask_layers = group_by_layer(masks, layer_of)
-        return {
-            pattern: tuple(
-                {layer: tree[layer] for layer in matches if matches[layer][0] == pattern}
-                for tree in (layers, mask_layers)
-            )
-            for pattern in table
-        }
+        layers = {}
+        leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True)
+        for (path, weights), mask in leaves:
+            if jnp.ndim(mask):
+                pair = layers.setdefault(layer_of(leaf_path(path)), ([], []))
+                pair[0].append(weights)
+                pair[1].append(mask)
+        groups = {pattern: ({}, {}) for pattern in table}
+        for layer, (pattern, _) in match_patterns(table, sorted(layers)).items():
+            groups[pattern][0][layer], groups[pattern][1][layer] = layers[layer]
+        return groups
 
     def init_fn(params):
         layers = group_by_layer(params, layer_of, takes_part)

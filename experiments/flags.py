@@ -67,7 +67,9 @@ class Config:
         None, 'All parameters / kept parameters to reach; the layers share by themselves.'
     )
     density: float | None = _flag(None, 'The same, as kept / all parameters.')
-    layer_density: str = _flag('', 'Kept / all parameters to reach, as LAYER:NUMBER,…')
+    layer_density: str = _flag(
+        '', 'Kept / all to reach, of what takes part in a layer, as LAYER:NUMBER,…'
+    )
     c_rate: str = _flag('', 'c of the thresholds mean + c · std, as LAYER:NUMBER,…')
     score: str = _flag('norm', 'How layers share one density.', choices=('norm', 'std', 'erk'))
     ramp: str = _flag('log', 'How densities fall: log, or poly:POWER.')
@@ -174,8 +176,8 @@ class SearchConfig(Config):
     space: str = _flag(
         'layer_density',
         'What is chosen: compression, one for the network, 20 to 1000; layer_density, 0.001 to 1 '
-        'each; or c_rate, 0 to 6 each. With it go the ramp, which ends after 40 to 90 % of its '
-        'steps, and factors on the learning rate, 0.3 to 3, and the weight decay, 0.1 to 4.',
+        'each; or c_rate, 0 to 6 each. With it go the end of the ramp, at 40 to 90 % of the way to '
+        '--stop, and factors on the learning rate, 0.3 to 3, and the weight decay, 0.1 to 4.',
         choices=('compression', 'layer_density', 'c_rate'),
     )
     trials: int = _flag(100, 'Trials of the study in all, by whichever worker.', lower_bound=1)
@@ -282,7 +284,7 @@ def parse_step(text: str, steps: int) -> int:
     """
     try:
         return round(float(text[:-1]) / 100 * steps) if text.endswith('%') else int(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f'{text!r} must be a step or a share of the steps, as 80% is') from error
 
 
@@ -326,7 +328,7 @@ def define(
     """Defines every flag of a configuration.
 
     Args:
-      config_type: `Config` or `BenchConfig`.
+      config_type: `Config`, or one of those of the other commands.
       defaults: the fields that are no flags, and those with other defaults in this script.
       flag_values: where the flags go.
 

@@ -3,7 +3,8 @@
 python -m experiments.frontier --flagfile=experiments/flagfiles/frontier_lenet300.flags
 
 Seeds are vmapped into one program. Each run has a folder of its own in the workdir and goes on
-with --resume as any run does; one that is finished costs no more than its evaluation.
+with --resume as any run does; one that is finished is read. So processes with seeds of their own
+may share a workdir, and one with all seeds and --resume joins their tables.
 """
 
 import csv
@@ -16,7 +17,7 @@ from typing import Any
 
 from experiments import flags, plots, report
 from experiments.files import write_whole
-from experiments.flags import FrontierConfig
+from experiments.flags import Config, FrontierConfig
 from experiments.run import run_together
 
 COLUMNS = (
@@ -39,29 +40,48 @@ def sweep(config: FrontierConfig) -> list[dict[str, Any]]:
     Raises:
       As `experiments.run.run` does.
     """
-    folder, rows = Path(config.workdir), []
-    for target, group in itertools.groupby(config.runs(), lambda run: run.compression):
-        runs = list(group)
-        for begin in range(0, len(runs), config.side_by_side):
-            for summary in run_together(runs[begin : begin + config.side_by_side]):
-                rows.append({name: {**summary, 'target': target}[name] for name in COLUMNS})
+    folder, runs = Path(config.workdir), config.runs()
+    summaries = {run: _finished(run) for run in runs if config.resume}
+    for _, group in itertools.groupby(runs, lambda run: run.compression):
+        left = [run for run in group if not summaries.get(run)]
+        for begin in range(0, len(left), config.side_by_side):
+            batch = left[begin : begin + config.side_by_side]
+            summaries |= zip(batch, run_together(batch), strict=True)
             # After every batch, so that a sweep can be looked at while it goes on.
-            write_whole(folder / 'frontier.csv', _to_csv(rows))
-            picture = io.BytesIO()
-            plots.frontier_figure(rows).savefig(picture, format='png')
-            write_whole(folder / 'frontier.png', picture.getvalue())
+            _write(folder, _to_rows(runs, summaries))
+    rows = _to_rows(runs, summaries)
+    _write(folder, rows)
     print(report.frontier_table(rows))
     print(f'\nTable and picture: {folder / "frontier.csv"}, {folder / "frontier.png"}')
     print(json.dumps(rows))
     return rows
 
 
-def _to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+def _finished(run: Config) -> Mapping[str, Any] | None:
+    """Reads the summary of a run that was finished with these flags, so as not to repeat it."""
+    path = Path(run.workdir) / 'summary.json'
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    return summary if summary.get('flags') == run.identity() else None
+
+
+def _to_rows(
+    runs: Sequence[Config], summaries: Mapping[Config, Mapping[str, Any] | None]
+) -> list[dict[str, Any]]:
+    done = [(run, summary) for run in runs if (summary := summaries.get(run))]
+    return [
+        {name: {**summary, 'target': run.compression}[name] for name in COLUMNS}
+        for run, summary in done
+    ]
+
+
+def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    table, picture = io.StringIO(), io.BytesIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    plots.frontier_figure(rows).savefig(picture, format='png')
+    write_whole(folder / 'frontier.csv', table.getvalue())
+    write_whole(folder / 'frontier.png', picture.getvalue())
 
 
 if __name__ == '__main__':

@@ -15,10 +15,11 @@ from experiments.workdir import PHASES
 
 # What others published on MNIST: (who, compression, test error in percent); an error that they
 # give only as "no drop" is None.
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[tuple[str, float, float | None], ...]] = {
     'lenet300': (
         ('Han et al. 2015', 12, 1.59),
         ('Guo et al. 2016 (the paper)', 56, 1.99),
+        ('Guo et al. 2016 (their file)', 53.45, 1.99),
         ('Sparse VD 2017', 68, 1.92),
         ('OLMP 2018', 113.5, 2.18),
     ),
@@ -221,7 +222,8 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Test error over compression: every run, the median of each target, and what others have.
 
     Args:
-      rows: of one network, with `network`, `target`, `compression` and `test_error`.
+      rows: of one network and data set, with `network`, `dataset`, `target`, `compression` and
+        `test_error`.
     """
     figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')
     axes = figure.subplots()
@@ -238,10 +240,10 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.plot(*middles, color=BLUE, marker='o', label='here, median over seeds')
     each = [[row[name] for row in rows] for name in ('compression', 'test_error')]
     axes.scatter(*each, color=BLUE, s=14, alpha=0.5, label='here, each run')
-    published = PUBLISHED.get(rows[0]['network'], ())
-    for (who, compression, error), colour, marker in zip(
-        published, (BLACK, RED, GREEN, ORANGE, PINK), 'sD^vX', strict=False
-    ):
+    network = rows[0]['network'] if rows[0]['dataset'] == 'mnist' else ''
+    published = PUBLISHED.get(network, ())
+    for number, (who, compression, error) in enumerate(published):
+        colour, marker = (BLACK, RED, GREEN, ORANGE, PINK)[number], 'sD^vX'[number]
         if error is None:
             axes.axvline(compression, color=colour, linestyle=':', label=who)
         else:

@@ -180,7 +180,11 @@ def markdown(summary: Summary, pictures: Sequence[Path] = ()) -> str:
     Args:
       summary: the run's summary.
       pictures: files in the report's folder `plots`.
+
+    Raises:
+      ValueError: the summary lacks a key.
     """
+    _check_summary(summary)
     network, *_ = _result_cells(summary)
     flags = summary.get('flags', {})
     seen = ', of images that it was trained on' if flags.get('train_on_all') else ''

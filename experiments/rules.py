@@ -98,12 +98,21 @@ def _rules(config, thresholds, refresh_every) -> dict[str, dns_jax.Rule]:
     stops = _by_layer(config, 'stop', thresholds, step)
     rules = {}
     for layer, rule in thresholds.items():
-        stop = stops.get(layer)
-        if stop and refresh_every:
-            # The last update is one with fresh thresholds, so that the density wanted is kept.
-            stop = (stop - 1) // refresh_every * refresh_every + 1
+        start, stop = starts.get(layer, 0), stops.get(layer)
+        if refresh_every:
+            end = config.surgery_steps if stop is None else min(stop, config.surgery_steps)
+            last = (end - 1) // refresh_every * refresh_every
+            if last < max(start, step(config.ramp_end)):
+                raise ValueError(
+                    f'the last thresholds, with --refresh_every={refresh_every} those of step '
+                    f'{last} of {config.surgery_steps}, come before the end of the ramp, '
+                    f'--ramp_end={config.ramp_end}, or before --start={config.start}'
+                )
+            if not config.update_power:
+                # The last update is the one with fresh thresholds: it keeps the density wanted.
+                stop = last + 1
         probability = dns_jax.update_probability(
-            config.update_gamma, config.update_power, stop, starts.get(layer, 0)
+            config.update_gamma, config.update_power, stop, start
         )
         rules[layer] = dns_jax.Rule(rule, probability, refresh_every)
     return rules
@@ -117,6 +126,13 @@ def _ramp(config: Config, density: float) -> dns_jax.Schedule:
         except ValueError as error:
             raise ValueError(f'--{name}: {error}') from error
     start, end = ends
+    if not 0 < density <= 1:
+        raise ValueError(f'--layer_density: a density must be in (0, 1], but is {density!r}')
+    if not 0 <= start < end:
+        raise ValueError(
+            f'--ramp_end={config.ramp_end} must come after --ramp_start={config.ramp_start}, and '
+            'that not before step 0'
+        )
     if config.ramp == 'log':
         return dns_jax.log_linear_density(density, start, end)
     kind, _, text = config.ramp.partition(':')
@@ -142,7 +158,7 @@ def _density_of_participants(config: Config, params: dns_jax.Params) -> float:
         wanted = math.floor(total * (config.density or 1.0))
     if wanted <= total - part:
         raise ValueError(
-            f'--compression or --density asks to keep {wanted} of {total} parameters, but '
-            f'{total - part} take no part in surgery'
+            f'--compression or --density asks to keep {wanted} of {total} parameters, of which '
+            f'{total - part} take no part in surgery and one more must be kept'
         )
     return (wanted - (total - part)) / part

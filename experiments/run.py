@@ -114,19 +114,15 @@ class Trainer:
             config.reference_weight_decay,
         )
         takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
-        surgery = dns_jax.surgery(make_rules(config, self.initial), coins_key, takes_part)
+        self.surgery = dns_jax.surgery(make_rules(config, self.initial), coins_key, takes_part)
         self.optimizer = make_optimizer(
             config,
-            surgery,
+            self.surgery,
             parse_learning_rate(config.learning_rate, config.surgery_steps),
             config.weight_decay,
         )
-        self.finetuning_optimizer = make_optimizer(
-            config,
-            frozen(surgery),
-            parse_learning_rate(config.finetuning_learning_rate, config.finetuning_steps),
-            config.finetuning_weight_decay,
-        )
+        # Of the code that runs, which may be changed on disk before the end.
+        self.commit = _commit()
         self.dataset = data.load(
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
         )
@@ -168,7 +164,7 @@ class Trainer:
             **_size_summary(sizes.total),
             'per_layer': {layer: _size_summary(size) for layer, size in sizes.layers.items()},
             'seconds': round(seconds, 1),
-            'commit': _commit(),
+            'commit': self.commit,
             'jax': jax.__version__,
             'device': jax.devices()[0].device_kind,
             'flags': config.identity(),
@@ -242,15 +238,21 @@ def finetune(
     trainers: Sequence[Trainer], states: Sequence[train.TrainState], stopping: list[int]
 ) -> list[train.TrainState]:
     """Trains the kept connections of each run on, the masks frozen as surgery left them."""
-    steps = trainers[0].config.finetuning_steps
+    config = trainers[0].config
+    steps = config.finetuning_steps
     if not steps:
         return list(states)
+    optimizer = make_optimizer(
+        config,
+        frozen(trainers[0].surgery),
+        parse_learning_rate(config.finetuning_learning_rate, steps),
+        config.finetuning_weight_decay,
+    )
     phases = []
     for trainer, state in zip(trainers, states, strict=True):
-        start = trainer.finetuning_optimizer.init(state.params)
-        start = optax.tree.set(start, masks=state.masks)
+        start = optax.tree.set(optimizer.init(state.params), masks=state.masks)
         phases.append(Phase('finetuning', trainer, train.TrainState(state.params, start), steps))
-    return _train(phases, trainers[0].finetuning_optimizer, stopping)
+    return _train(phases, optimizer, stopping)
 
 
 class Phase:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import models
-from experiments.flags import Config, SearchConfig, parse_step
+from experiments.flags import Config, SearchConfig, parse_step, parse_table
 
 _SPACES = {  # low, high, and whether on a logarithmic scale
     'compression': (20.0, 1000.0, True),
@@ -48,7 +48,7 @@ def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
     Args:
       config: of the search.
       choice: a number for each name in `make_ranges`. Those of learning rate and weight decay are
-        factors; that of the ramp is the share that it takes of the steps after its start.
+        factors; that of the ramp is the share that it takes of the way from its start to `stop`.
 
     Returns:
       The configuration, with the numbers chosen as a flagfile shows them, of four digits.
@@ -61,8 +61,8 @@ def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
         'weight_decay': float(f'{config.weight_decay * choice["weight decay"]:.4g}'),
     }
     if 'ramp' in choice:
-        start = parse_step(config.ramp_start, config.surgery_steps) / config.surgery_steps
-        chosen['ramp_end'] = f'{100 * (start + choice["ramp"] * (1 - start)):.4g}%'
+        start, stop = _updates(config)
+        chosen['ramp_end'] = str(int(start + choice['ramp'] * (stop - start)))
     if config.space == 'compression':
         chosen['compression'] = float(f'{choice["compression"]:.4g}')
     else:
@@ -70,6 +70,16 @@ def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
             f'{layer}:{choice[f"{config.space} {layer}"]:.4g}' for layer in shapes(config.network)
         )
     return config.to_run(**chosen)
+
+
+def _updates(config: SearchConfig) -> tuple[int, int]:
+    """The step at which ramps start, and the first at which the masks of a layer are frozen."""
+    steps = config.surgery_steps
+    try:
+        stops = parse_table(config.stop, lambda text: parse_step(text, steps))
+        return parse_step(config.ramp_start, steps), min([*stops.values(), steps])
+    except ValueError as error:
+        raise ValueError(f'--ramp_start or --stop: {error}') from error
 
 
 def shapes(network: str) -> Any:

@@ -28,7 +28,13 @@ def publish(config: ZooConfig) -> list[Path]:
       OSError: if the run is not finished, or the zoo cannot be written.
     """
     run = Path(config.workdir)
-    summary = json.loads((run / 'summary.json').read_text())
+    try:
+        summary = json.loads((run / 'summary.json').read_text())
+    except ValueError as error:
+        raise ValueError(f'{run / "summary.json"} is damaged: {error}') from error
+    # Whose reference it was is a matter of folders, not of the network.
+    summary.get('flags', {}).pop('reference', None)
+    card = report.markdown(summary)
     network = load_sparse(run / 'pruned.safetensors')
     kept = sum(int(mask.sum()) for layer in network.masks.values() for mask in layer.values())
     if kept != summary['kept']:
@@ -36,11 +42,11 @@ def publish(config: ZooConfig) -> list[Path]:
             f'--workdir={run}: pruned.safetensors keeps {kept} parameters, summary.json says '
             f'{summary["kept"]}'
         )
-    paths = [FOLDER / f'{config.name}.{end}' for end in ('safetensors', 'json', 'md')]
     FOLDER.mkdir(exist_ok=True)
+    paths = [FOLDER / f'{config.name}.{end}' for end in ('safetensors', 'json', 'md')]
     write_whole(paths[0], (run / 'pruned.safetensors').read_bytes())
     write_whole(paths[1], json.dumps(summary, indent=2) + '\n')
-    write_whole(paths[2], report.markdown(summary))
+    write_whole(paths[2], card)
     print(json.dumps([str(path) for path in paths]))
     return paths
 

@@ -154,6 +154,22 @@ def test_mesh_of_eight_devices(mesh, rules, move):
             assert mask.sharding.is_equivalent_to(weights.sharding, weights.ndim)
 
 
+@pytest.mark.parametrize('axes', [('x',), (None, 'x')])
+@pytest.mark.parametrize('axis_type', list(jax.sharding.AxisType)[:2])
+def test_density_on_meshes_of_both_kinds(axis_type, axes):
+    mesh = jax.make_mesh((8,), ('x',), (axis_type,), devices=jax.devices('cpu')[:8])
+    rule = Rule(global_density(0.1), update_probability(power=0), 2)
+    transform = surgery(rule, jax.random.key(0))
+    weights = jax.random.normal(jax.random.key(1), (16, 24))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(weights, jax.NamedSharding(mesh, jax.P(*axes)))
+        _, state = jax.jit(transform.update)(placed, transform.init(placed), placed)
+        assert state.masks.sharding.is_equivalent_to(placed.sharding, 2)
+    _, whole = transform.update(weights, transform.init(weights), weights)
+    assert int(jnp.sum(whole.masks)) == 38
+    chex.assert_trees_all_equal(jax.device_get(state.masks), jax.device_get(whole.masks))
+
+
 def test_state_at_the_start():
     params, key = network(), jax.random.key(4)
     state = surgery(RULES, key).init(params)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,32 @@ def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
         for name, gradient in leaves.items():
             expected = dense[layer][name] - 0.5 * gradient
             np.testing.assert_allclose(new.params[layer][name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
+    """Each has weights, coins and batches of its own, and all the same number of steps done."""
+    run_chunks = train.make_chunks(train.make_step(Small(), make_optimizer()))
+
+    def states():
+        other = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+        for number, weights in enumerate((params, other)):
+            state = initial_state(jax.tree.map(jnp.copy, weights))
+            yield state._replace(
+                opt_state=optax.tree.set(state.opt_state, key=jax.random.key(number))
+            )
+
+    batches = tuple(train.batch_indices((seed,), len(split.labels), 8, 0, 6) for seed in (3, 4))
+    together = run_chunks(tuple(states()), split.images, split.labels, batches)
+    for (state, chunk), start, indices in zip(together, states(), batches, strict=True):
+        alone, alone_chunk = run_chunk(start, split.images, split.labels, indices)
+        np.testing.assert_allclose(chunk.losses, alone_chunk.losses, rtol=1e-5)
+        chex.assert_trees_all_equal(chunk.events, alone_chunk.events)
+        chex.assert_trees_all_equal(state.masks, alone.masks)
+        chex.assert_trees_all_close(state.params, alone.params, rtol=1e-5, atol=1e-6)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, alone)
+        counts = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32]
+        assert counts
+        assert all(int(count) == 6 for count in counts)
 
 
 def test_one_trace_for_all_chunks_of_one_length(params, split):

@@ -70,6 +70,7 @@ def test_publish_copies_the_network_and_writes_its_card(finished):
     assert [path.name for path in paths] == ['small.safetensors', 'small.json', 'small.md']
     assert paths[0].read_bytes() == (finished / 'pruned.safetensors').read_bytes()
     summary = json.loads((finished / 'summary.json').read_text())
+    del summary['flags']['reference']  # a folder of the machine it was made on
     assert json.loads(paths[1].read_text()) == summary
     assert paths[2].read_text() == report.markdown(summary)
 
@@ -86,6 +87,17 @@ def test_what_is_of_another_run_is_refused(finished):
 def test_a_run_that_is_not_finished_is_refused(finished, missing):
     (finished / missing).unlink()
     with pytest.raises(FileNotFoundError, match=missing):
+        zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert not zoo.FOLDER.exists()
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [('{', r'summary.json is damaged'), ('{"kept": 3}', "the summary lacks the key 'network'")],
+)
+def test_a_damaged_summary_is_refused(finished, text, message):
+    (finished / 'summary.json').write_text(text)
+    with pytest.raises(ValueError, match=message):
         zoo.publish(ZooConfig(workdir=str(finished), name='small'))
     assert not zoo.FOLDER.exists()
 
