@@ -149,13 +149,13 @@ EFFECTIVE = {
     'update_power': 1e6,
     'prune_biases': False,
 }
-BY_DENSITY = {'compression': 4.0, 'refresh_every': 2}
+BY_DENSITY = {'compression': 4.0, 'refresh_every': 2, 'ramp_end': '50%'}
 EFFECTIVE_BY_DENSITY = {
     'compression': 8.0,
     'score': 'erk',
     'ramp': 'poly:2',
     'ramp_start': '1',
-    'ramp_end': '50%',
+    'ramp_end': '25%',
     'refresh_every': 1,
 }
 # These are tried together with others, below.
@@ -189,7 +189,7 @@ def test_a_flag_of_densities_has_an_effect(make_config, plain_by_density, name, 
 
 
 def test_density_is_the_inverse_of_compression(make_config, plain_by_density):
-    fields = {'density': 0.25, 'refresh_every': BY_DENSITY['refresh_every']}
+    fields = {**BY_DENSITY, 'compression': None, 'density': 0.25}
     assert outcome(make_config(**fields)) == plain_by_density[1]
 
 
@@ -205,7 +205,7 @@ def test_layer_density_is_reached_in_each_layer(make_config):
 
 @pytest.mark.parametrize('prune_biases', [True, False])
 def test_compression_counts_all_parameters(make_config, prune_biases):
-    config = make_config(**{**BY_DENSITY, 'ramp_end': '50%'}, prune_biases=prune_biases)
+    config = make_config(**BY_DENSITY, prune_biases=prune_biases)
     outcome(config)
     last = json.loads((Path(config.workdir) / 'metrics.jsonl').read_text().splitlines()[-1])
     assert sum(last['kept'].values()) == (784 * 8 + 8 + 90) // 4
@@ -213,7 +213,7 @@ def test_compression_counts_all_parameters(make_config, prune_biases):
 
 def test_what_takes_no_part_may_be_too_much(make_config):
     config = make_config(density=0.001, prune_biases=False)
-    with pytest.raises(ValueError, match=r'asks to keep 6 of 6370 parameters, but 18 take no'):
+    with pytest.raises(ValueError, match=r'asks to keep 6 of 6370 parameters, of which 18 take no'):
         run.Trainer(config)
 
 
@@ -487,10 +487,21 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
         ({'update_power': -1.0}, 'power must be finite and at least 0'),
         ({'start': '-1'}, 'start must be finite and at least 0'),
         ({'start': '5', 'stop': '4'}, 'stop must be finite and at least 5'),
-        ({'layer_density': '0'}, 'final must be in (0, 1], but is 0.0'),
-        ({'layer_density': '1.5'}, 'final must be in (0, 1], but is 1.5'),
-        ({'density': 0.5, 'ramp_start': '50%', 'ramp_end': '40%'}, 'end must be finite and after'),
-        ({'density': 0.5, 'ramp_start': '-1'}, 'start must be finite and at least 0'),
+        ({'layer_density': '0'}, '--layer_density: a density must be in (0, 1], but is 0.0'),
+        ({'layer_density': '1.5'}, '--layer_density: a density must be in (0, 1], but is 1.5'),
+        (
+            {'density': 0.5, 'ramp_start': '50%', 'ramp_end': '40%'},
+            '--ramp_end=40% must come after --ramp_start=50%',
+        ),
+        ({'density': 0.5, 'ramp_start': '-1'}, '--ramp_end=80% must come after --ramp_start=-1'),
+        ({'density': 0.5, 'ramp_end': '0%'}, '--ramp_end=0% must come after --ramp_start=0%'),
+        ({'density': 0.5, 'ramp_end': 'inf%'}, "--ramp_end: 'inf%' must be a step or a share"),
+        (
+            {'density': 0.5, 'surgery_steps': 1_000},
+            'with --refresh_every=500 those of step 500 of 1000, come before the end of the ramp',
+        ),
+        ({'density': 0.5, 'stop': '50%'}, 'those of step 7500 of 16000, come before the end'),
+        ({'density': 0.5, 'start': '95%', 'stop': '95%'}, 'or before --start=95%'),
         ({'density': 0.5, 'ramp': 'poly'}, "--ramp must be log or poly:POWER, but is 'poly'"),
         ({'density': 0.5, 'ramp': 'poly:x'}, "--ramp must be log or poly:POWER, but is 'poly:x'"),
         ({'density': 0.5, 'ramp': 'log:2'}, "--ramp must be log or poly:POWER, but is 'log:2'"),
@@ -524,7 +535,7 @@ def test_the_last_update_of_a_density_has_fresh_thresholds():
         ('100%', 10, 90),
         ('95', 10, 90),
         ('91', 10, 90),
-        ('', 10, 99),
+        ('', 10, 90),
     ):
         config = Config(
             'tiny', density=0.5, surgery_steps=100, stop=stop, refresh_every=refresh_every

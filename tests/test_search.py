@@ -304,6 +304,14 @@ def test_a_signal_costs_the_trial_alone(make_played, number):
     assert states == ['COMPLETE', 'FAIL', 'COMPLETE', 'COMPLETE']
 
 
+def test_a_signal_between_trials_costs_none(make_played, monkeypatch):
+    config = make_played(trials=2, tolerance=1000.0)
+    monkeypatch.setattr(run, 'finetune', lambda *args: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(run.Stopped, match='^SIGTERM: '):
+        search.search(config)
+    assert [trial.state.name for trial in trials_of(config)] == ['COMPLETE']
+
+
 def test_a_database_that_breaks_is_named(make_played):
     def course(config, step):
         with contextlib.closing(sqlite3.connect(f'{config.workdir}/../../study.db')) as base:
