@@ -298,7 +298,7 @@ def test_surgery_figure_draws_the_counts():
 def test_training_figure_joins_the_phases_and_marks_the_border():
     error, loss = plots.training_figure(RECORDS).axes
     for axes, first in ((error, 40.0), (loss, 2.3)):
-        reference, surgery, border = axes.get_lines()
+        reference, border, surgery = axes.get_lines()
         np.testing.assert_array_equal(reference.get_xdata(), [250, 500])
         np.testing.assert_array_equal(surgery.get_xdata(), [1000, 1500, 3500])
         np.testing.assert_array_equal(border.get_xdata(), [500, 500])

@@ -21,6 +21,7 @@ import flax.linen as nn
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from absl import flags as absl_flags
 from optuna.trial import TrialState
 from PIL import Image
@@ -307,7 +308,7 @@ def test_a_signal_costs_the_trial_alone(make_played, number):
 def test_a_signal_between_trials_costs_none(make_played, monkeypatch):
     config = make_played(trials=2, tolerance=1000.0)
     monkeypatch.setattr(run, 'finetune', lambda *args: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(run.Stopped, match='^SIGTERM: '):
+    with pytest.raises(run.Stopped, match=r'^SIGTERM: '):
         search.search(config)
     assert [trial.state.name for trial in trials_of(config)] == ['COMPLETE']
 
@@ -426,6 +427,26 @@ def test_workers_of_a_folder_go_in_one_by_one(tmp_path):
         assert stopping
     with search._one_at_a_time(tmp_path / 'lock', []):
         pass
+
+
+@pytest.mark.parametrize('failures', [2, 3])
+def test_a_database_in_the_making_is_tried_again(make_config, monkeypatch, tmp_path, failures):
+    """As where another worker makes the same tables at the same moment."""
+    make, pauses = optuna.storages.RDBStorage.__init__, []
+
+    def make_storage(*args, **kwargs):
+        if len(pauses) < failures:
+            raise sqlalchemy.exc.IntegrityError('INSERT', None, ValueError('it is there'))
+        make(*args, **kwargs)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, '__init__', make_storage)
+    monkeypatch.setattr(study.time, 'sleep', pauses.append)
+    outcome = (
+        contextlib.nullcontext() if failures == 2 else pytest.raises(sqlalchemy.exc.DBAPIError)
+    )
+    with outcome:
+        assert study.open_study(f'sqlite:///{tmp_path}/study.db', make_config()).trials == []
+    assert len(pauses) == 2
 
 
 def trial_like(number=0, value=0.0, constraint=0.0, course=()):

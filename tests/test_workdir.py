@@ -12,7 +12,7 @@ from experiments.workdir import FLAGS_FILE, METRICS_FILE, Records, claim
 
 
 def config(folder, **fields):
-    return Config(network='lenet300', workdir=str(folder), **fields)
+    return Config(**{'network': 'lenet300', 'c_rate': '1', 'workdir': str(folder), **fields})
 
 
 def record(phase, step, **more):
@@ -259,5 +259,5 @@ def test_write_whole_into_a_missing_folder_names_the_file(tmp_path):
 def test_overwrite_leaves_the_flags_of_another_program(tmp_path):
     (tmp_path / 'flags.json').write_text('{"other": 1}')
     with pytest.raises(ValueError, match=r'flags\.json is damaged: it holds no flags of a run'):
-        claim(Config(network='lenet5', workdir=str(tmp_path), overwrite=True))
+        claim(Config(network='lenet5', c_rate='1', workdir=str(tmp_path), overwrite=True))
     assert (tmp_path / 'flags.json').read_text() == '{"other": 1}'
