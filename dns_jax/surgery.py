@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from dns_jax.layers import group_by_layer, has_axes, leaf_path, match_patterns, parent
-from dns_jax.masks import apply_masks, init_masks, update_masks
+from dns_jax.masks import apply_masks, check_parallel, init_masks, update_masks
 from dns_jax.typing import LayerOf, Masks, Predicate, Schedule, ThresholdRule, Thresholds
 
 
@@ -97,6 +97,7 @@ def surgery(
 
     def groups_of(params, masks):
         """Gives for each pattern the weights and the masks of its layers."""
+        check_parallel(params, masks)
         layers = {}
         leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True)
         for (path, weights), mask in leaves:

@@ -180,7 +180,9 @@ class SearchConfig(Config):
         '--stop, and factors on the learning rate, 0.3 to 3, and the weight decay, 0.1 to 4.',
         choices=('compression', 'layer_density', 'c_rate'),
     )
-    trials: int = _flag(100, 'Trials of the study in all, by whichever worker.', lower_bound=1)
+    trials: int = _flag(
+        100, 'Trials of the study in all, after which no worker begins another.', lower_bound=1
+    )
     tolerance: float = _flag(0.1, 'Points of validation error allowed above the reference.')
     study: str = _flag('search', 'Name of the study; workers that give the same work together.')
     storage: str | None = _flag(None, 'URL of the database; by default study.db in the workdir.')
