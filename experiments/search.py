@@ -99,7 +99,6 @@ def _operate(
         name: trial.suggest_float(name, low, high, log=logarithmic)
         for name, (low, high, logarithmic) in make_ranges(config).items()
     }
-    steps = config.surgery_steps + config.finetuning_steps
     folder = Path(config.workdir) / 'trials' / f'{config.study}-{trial.number}'
     own = dataclasses.replace(
         make_run(config, choice),
@@ -107,21 +106,13 @@ def _operate(
         reference=reference,
         overwrite=True,
         # No trial is resumed: one checkpoint, at the end of a phase, is the fewest there can be.
-        checkpoint_every=config.record_every * steps,
+        checkpoint_every=config.record_every * _steps(config),
     )
     records = []
 
     def on_record(record):
         records.append(record)
-        before = config.surgery_steps if record['phase'] == 'finetuning' else 0
-        step, error = before + record['step'], record['validation_error']
-        trial.report(error, step)
-        watched = _WATCHED[0] <= step / steps <= _WATCHED[1]
-        if watched and studies.is_hopeless(
-            studies.trials(trial.study, TrialState.COMPLETE), step, error - bound
-        ):
-            trial.set_constraint('validation error', error - bound)
-            raise optuna.TrialPruned(f'a validation error of {error:.2f} % at step {step}')
+        _report(trial, config, record, bound)
 
     started = time.perf_counter()
     trainer = run.Trainer(own, on_record)
@@ -151,6 +142,20 @@ def _operate(
         flush=True,
     )
     return kept
+
+
+def _report(
+    trial: 'optuna.Trial', config: SearchConfig, record: Mapping[str, Any], bound: float
+) -> None:
+    """Tells the study how far a trial is, and gives it up if it is hopeless."""
+    before = config.surgery_steps if record['phase'] == 'finetuning' else 0
+    step, error = before + record['step'], record['validation_error']
+    trial.report(error, step)
+    if _WATCHED[0] <= step / _steps(config) <= _WATCHED[1]:
+        others = studies.trials(trial.study, TrialState.COMPLETE)
+        if studies.is_hopeless(others, step, error - bound):
+            trial.set_constraint('validation error', error - bound)
+            raise optuna.TrialPruned(f'a validation error of {error:.2f} % at step {step}')
 
 
 def _train_reference(config: SearchConfig, stopping: list[int]) -> str:
@@ -236,6 +241,10 @@ def _one_at_a_time(path: Path, stopping: list[int]) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(0.1)
         yield
+
+
+def _steps(config: SearchConfig) -> int:
+    return config.surgery_steps + config.finetuning_steps
 
 
 def _finished(study: 'optuna.Study') -> list['optuna.trial.FrozenTrial']:
