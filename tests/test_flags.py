@@ -149,14 +149,14 @@ EFFECTIVE = {
     'update_power': 1e6,
     'prune_biases': False,
 }
-BY_DENSITY = {'compression': 4.0, 'refresh_every': 2, 'ramp_end': '50%'}
+BY_DENSITY = {'compression': 4.0, 'refresh_every': 1, 'ramp_end': '50%'}
 EFFECTIVE_BY_DENSITY = {
     'compression': 8.0,
     'score': 'erk',
     'ramp': 'poly:2',
     'ramp_start': '1',
     'ramp_end': '25%',
-    'refresh_every': 1,
+    'refresh_every': 2,
 }
 # These are tried together with others, below.
 TRIED_APART = {'density', 'layer_density', 'update_gamma'}
