@@ -108,7 +108,8 @@ def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> Thresho
     the count, so an update with these thresholds keeps exactly the wanted number, at least one,
     unless weights tie for the last place to the last bit of a float32: then all of them are
     kept. The threshold is found by bisection over those bits, exact to the last: 31 passes over
-    weights and masks, without a sort or a copy.
+    weights and masks, without a sort or a copy. Beyond 2^24 connections d·n itself is rounded to
+    a float32, by at most 6e-8 of it.
 
     Args:
       density: kept / all connections, in (0, 1], or a schedule of it, as in
@@ -132,14 +133,7 @@ def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> Thresho
     _check_hysteresis(hysteresis)
 
     def rule(layers, masks, step):
-        share = schedule(step)
-        return {
-            layer: _band(
-                _largest_threshold([(1.0, layers[layer], masks[layer])], share, hysteresis),
-                hysteresis,
-            )
-            for layer in layers
-        }
+        return _each_by_itself(layers, masks, dict.fromkeys(layers, schedule(step)), hysteresis)
 
     return rule
 
@@ -197,13 +191,8 @@ def global_density(
     def rule(layers, masks, step):
         share = schedule(step)
         if score == 'erk':
-            return {
-                layer: _band(
-                    _largest_threshold([(1.0, layers[layer], masks[layer])], own, hysteresis),
-                    hysteresis,
-                )
-                for layer, own in _erdos_renyi_kernel(layers, share).items()
-            }
+            shares = _erdos_renyi_kernel(layers, share)
+            return _each_by_itself(layers, masks, shares, hysteresis)
         units = {layer: _unit(layers[layer], masks[layer], score) for layer in layers}
         ratio = _largest_threshold(
             [(units[layer], layers[layer], masks[layer]) for layer in layers], share, hysteresis
@@ -242,6 +231,15 @@ def _erdos_renyi_kernel(layers, density):
     ends = jnp.float32(0), jnp.float32(max(sizes[layer] / axes[layer] for layer in layers))
     kept = kept_at(jax.lax.fori_loop(0, 30, halve, ends)[1])
     return {layer: kept[layer] / sizes[layer] for layer in layers}
+
+
+def _each_by_itself(layers, masks, shares, hysteresis) -> dict[str, Thresholds]:
+    """Gives each layer the band that keeps its own share."""
+    bands = {}
+    for layer, share in shares.items():
+        group = (1.0, layers[layer], masks[layer])
+        bands[layer] = _band(_largest_threshold([group], share, hysteresis), hysteresis)
+    return bands
 
 
 def _largest_threshold(groups, density, hysteresis):
