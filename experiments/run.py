@@ -190,7 +190,10 @@ class Trainer:
                     f'{own[name]!r}'
                 )
         with Checkpoints(checkpoints_folder) as checkpoints:
-            return checkpoints.restore(self.dense_state(), flags['reference_steps'])[1].params
+            _, state = checkpoints.restore(self.dense_state(), flags['reference_steps'])
+        # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
+        # would be compiled once for the mixture and once for what it gives back.
+        return jax.tree.map(jnp.asarray, jax.device_get(state.params))
 
     def record(
         self, phase: str, step: int, state: train.TrainState, chunk: train.Chunk

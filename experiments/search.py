@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments import flags, run
 from experiments.files import write_whole
@@ -117,8 +116,6 @@ def _operate(
     started = time.perf_counter()
     trainer = run.Trainer(own, on_record)
     (dense,) = run.train_references([trainer], stopping)
-    # Not bound to a device, as a restored network is: the loop would be compiled a second time.
-    dense = jax.tree.map(jnp.asarray, jax.device_get(dense))
     reference_error = trainer.error(dense, trainer.dataset.validation)
     bound = reference_error + config.tolerance
     try:

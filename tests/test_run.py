@@ -265,6 +265,8 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_the_unbroken_one(
 def test_a_signal_before_surgery_saves_its_first_records(make_config, whole, tmp_path):
     trainer = run.Trainer(make_config(tmp_path / 'run', reference=str(whole[0])))
     references = run.train_references([trainer], [])
+    # Else the loop would be compiled a second time for the state that it gives back.
+    assert not any(leaf.committed for leaf in jax.tree.leaves(references))
     stopped = pytest.raises(run.Stopped, match=r'SIGINT: saved surgery at step 10 in .*; continue')
     with stopped, jax.disable_jit():  # faster than compiling for so few steps
         run.train_surgery([trainer], references, [signal.SIGINT])
