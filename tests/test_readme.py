@@ -85,3 +85,8 @@ def test_the_bench_rows_are_those_of_the_results():
             f'{row["steps_per_s"]:.0f} | {row["dense_mib"]:.1f} → {row["surgery_mib"]:.1f} MiB | '
             f'{peer:.3f} ms | {peer / row["surgery_ms"]:.2f}× as fast |'
         ) in README
+    large = bench['large']
+    assert f'another {bench["lenet300"]["refresh_ms"]:.2f} ms at each refresh' in README
+    assert (
+        f'take {large["refresh_ms"] / 1e3:.2f} s, where a sort takes {large["sort_ms"] / 1e3:.1f} s'
+    ) in README
