@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import data, frontier, plots, report
+from experiments import data, frontier, plots, report, run
 from experiments.flags import Config, FrontierConfig
 
 SHORT = {
@@ -81,6 +82,31 @@ def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == rows
     assert '\n'.join(table).startswith(report.frontier_table(rows))
+
+
+def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, rows, tmp_path):
+    runs = dataclasses.replace(config, workdir=str(tmp_path), compressions='5').runs()
+    records = []
+
+    def stop_in_the_middle(record):
+        records.append((record['phase'], record['step']))
+        if records.count(('surgery', 50)) == 2:
+            raise OSError('no space left')
+
+    with pytest.raises(OSError, match='no space left'):
+        run.run_together(runs, stop_in_the_middle)
+    # As after a kill between the two saves of the step.
+    shutil.rmtree(tmp_path / '5-1' / 'checkpoints' / 'reference' / '100')
+    again = run.run_together([dataclasses.replace(one, resume=True) for one in runs])
+    for summary, row, config_of_run in zip(again, rows, runs, strict=False):
+        assert summary['kept'] == row['kept']
+        assert summary['test_error'] == pytest.approx(row['test_error'], abs=2)
+        metrics = (Path(config_of_run.workdir) / 'metrics.jsonl').read_text().splitlines()
+        steps = [(record['phase'], record['step']) for record in map(json.loads, metrics)]
+        assert steps == [
+            *(('reference', 50), ('reference', 100), ('surgery', 50), ('surgery', 100)),
+            ('finetuning', 50),
+        ]
 
 
 def test_a_run_with_other_flags_is_not_taken_for_finished(config, rows):
