@@ -37,7 +37,9 @@ class Config:
     manual_dir: str | None = _flag(None, "Folder with the set's published files, read offline.")
     train_on_all: bool = _flag(False, 'Train on the validation images too (a final run).')
     workdir: str = _flag('runs/latest', 'Folder of this run.')
-    reference: str | None = _flag(None, 'Folder of a run whose reference network to start from.')
+    reference: str | None = _flag(
+        None, 'Folder of a run whose reference network to start from, or a .caffemodel file.'
+    )
     resume: bool = _flag(False, 'Continue the run in workdir.')
     overwrite: bool = _flag(False, 'Delete the run in workdir first.')
     tensorboard: bool = _flag(False, 'Also write TensorBoard events (needs tensorboardX).')

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 import dns_jax
 from dns_jax.sparse import save_sparse
-from experiments import data, models, report, train
+from experiments import data, models, references, report, train
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config, parse_learning_rate
 from experiments.rules import frozen, make_optimizer, make_rules
-from experiments.workdir import PHASES, Records, claim, read_flags
+from experiments.workdir import PHASES, Records, claim
 
 
 class Stopped(RuntimeError):
@@ -127,7 +127,7 @@ class Trainer:
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
         )
         self.error = train.make_error(self.network)
-        self.reference = self._read_reference() if config.reference else None
+        self.reference = references.read(config, self.dense_state()) if config.reference else None
         self.folder = claim(config)
         self.records = Records(self.folder, config.tensorboard)
 
@@ -174,26 +174,6 @@ class Trainer:
         """Makes the state at the start of dense training."""
         params = jax.tree.map(jnp.copy, self.initial)
         return train.TrainState(params, self.reference_optimizer.init(params))
-
-    def _read_reference(self) -> dns_jax.Params:
-        """Reads the finished reference of another run on the same network and images."""
-        folder = Path(self.config.reference or '')
-        checkpoints_folder = folder / 'checkpoints' / 'reference'
-        if not checkpoints_folder.is_dir():
-            raise FileNotFoundError(f'--reference={folder} has no {checkpoints_folder}')
-        flags, own = read_flags(folder), self.config.identity()
-        # With train_on_all another run has seen the images that this one validates with.
-        for name in ('network', 'dataset', 'train_on_all'):
-            if flags.get(name) != own[name]:
-                raise ValueError(
-                    f'--reference={folder} is of a run with {name} {flags.get(name)!r}; wanted '
-                    f'{own[name]!r}'
-                )
-        with Checkpoints(checkpoints_folder) as checkpoints:
-            _, state = checkpoints.restore(self.dense_state(), flags['reference_steps'])
-        # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
-        # would be compiled once for the mixture and once for what it gives back.
-        return jax.tree.map(jnp.asarray, jax.device_get(state.params))
 
     def record(
         self, phase: str, step: int, state: train.TrainState, chunk: train.Chunk

@@ -17,7 +17,7 @@ EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
 LEAVES = {'typing', 'layers'}
 MIDDLE = LEAVES | {'masks', 'thresholds', 'schedules', 'optimizers'}
 # Which other packages an artefact module may import besides.
-ARTEFACT_PACKAGES = {'sparse': {'safetensors'}}
+ARTEFACT_PACKAGES = {'sparse': {'safetensors'}, 'caffe': {'google'}}
 ALLOWED = {
     '__init__': None,  # the public names, from wherever they are
     'typing': set(),

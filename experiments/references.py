@@ -1,0 +1,61 @@
+"""Where --reference leads: the dense network of another run, or a file of Caffe's."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dns_jax
+from dns_jax import caffe
+from experiments.checkpoints import Checkpoints
+from experiments.flags import Config
+from experiments.train import TrainState
+from experiments.workdir import read_flags
+
+
+def read(config: Config, like: TrainState) -> dns_jax.Params:
+    """Reads the reference network that a run is to start from.
+
+    Args:
+      config: of the run; its `reference` is a `.caffemodel` file or the folder of a run.
+      like: the state at the start of the run's own dense training.
+
+    Returns:
+      The weights. Those of a Caffe network with masks are W⊙T.
+
+    Raises:
+      ValueError: if the network is another one, or trained on other images, or the file damaged.
+      OSError: if there is none, or it cannot be read.
+    """
+    path = Path(config.reference or '')
+    params = _of_caffe(path, like) if path.suffix == '.caffemodel' else _of_run(path, config, like)
+    # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
+    # would be compiled once for the mixture and once for what it gives back.
+    return jax.tree.map(jnp.asarray, jax.device_get(params))
+
+
+def _of_run(folder: Path, config: Config, like: TrainState) -> dns_jax.Params:
+    checkpoints_folder = folder / 'checkpoints' / 'reference'
+    if not checkpoints_folder.is_dir():
+        raise FileNotFoundError(f'--reference={folder} has no {checkpoints_folder}')
+    flags, own = read_flags(folder), config.identity()
+    # With train_on_all another run has seen the images that this one validates with.
+    for name in ('network', 'dataset', 'train_on_all'):
+        if flags.get(name) != own[name]:
+            raise ValueError(
+                f'--reference={folder} is of a run with {name} {flags.get(name)!r}; wanted '
+                f'{own[name]!r}'
+            )
+    with Checkpoints(checkpoints_folder) as checkpoints:
+        return checkpoints.restore(like, flags['reference_steps'])[1].params
+
+
+def _of_caffe(path: Path, like: TrainState) -> dns_jax.Params:
+    # Caffe's examples call an inner product ip1 where the field says fully connected, fc1.
+    layers = caffe.read_caffemodel(path)
+    network = caffe.to_linen(layers, lambda name: name.replace('ip', 'fc'))
+    found, wanted = (jax.tree.map(np.shape, params) for params in (network.params, like.params))
+    if found != wanted:
+        raise ValueError(f'--reference={path} holds the shapes {found}; wanted {wanted}')
+    return dns_jax.apply_masks(network.params, network.masks)

@@ -1,0 +1,43 @@
+"""Writes `.caffemodel` files byte by byte, in the wire format as protobuf documents it."""
+
+import numpy as np
+
+
+def varint(number):
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+def delimited(tag, content):
+    return varint(tag << 3 | 2) + varint(len(content)) + content
+
+
+def integer(tag, number):
+    return varint(tag << 3) + varint(number)
+
+
+def shape(*axes):
+    return delimited(7, delimited(1, b''.join(map(varint, axes))))
+
+
+def floats(values):
+    return np.asarray(values, '<f4').tobytes()
+
+
+def blob(array):
+    return delimited(5, floats(array)) + shape(*np.shape(array))
+
+
+def old_blob(array):
+    axes = (1,) * (4 - np.ndim(array)) + np.shape(array)
+    return b''.join(map(integer, (1, 2, 3, 4), axes)) + delimited(5, floats(array))
+
+
+def layer(name, kind, *blobs, unknown=b''):
+    names = delimited(1, name.encode()) + delimited(2, kind.encode())
+    return delimited(100, names + unknown + b''.join(delimited(7, content) for content in blobs))
+
+
+def old_layer(name, kind, *blobs):
+    head = delimited(4, name.encode()) + integer(5, kind)
+    return delimited(2, head + b''.join(delimited(6, content) for content in blobs))
