@@ -20,6 +20,7 @@ from dns_jax.schedules import (
     caffe_step,
     log_linear_density,
     polynomial_density,
+    update_at,
     update_probability,
 )
 from dns_jax.surgery import Rule, SurgeryState, masked_value_and_grad, surgery
@@ -29,6 +30,7 @@ from dns_jax.thresholds import (
     layer_density,
     magnitude_statistics,
     mean_std,
+    std,
 )
 from dns_jax.typing import Masks, Params, Schedule, ThresholdRule, Thresholds
 
@@ -70,7 +72,9 @@ __all__ = [
     'mean_std',
     'measure_sizes',
     'polynomial_density',
+    'std',
     'surgery',
+    'update_at',
     'update_masks',
     'update_probability',
 ]

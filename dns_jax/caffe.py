@@ -1,35 +1,37 @@
-"""Reads the weights and masks of `.caffemodel` files, those of the paper's authors among them.
+"""Reads the weights and masks of `.caffemodel` files, as the paper's authors published theirs.
 
 Owns what is to be known of Caffe's binary format: a protobuf `NetParameter`, of which the names,
-types and blobs of the layers are read and all else is skipped. The bytes are decoded by protobuf,
-under a schema that leaves every nested message and every array as bytes until it is looked at, so
-that a file takes memory in proportion to its size.
+types and blobs of the layers are read and all else is skipped. The wire format is walked here, as
+views of the file's bytes: protobuf's own decoder was seen to take up to fifty times the size of a
+file before anything in it could be refused.
 """
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
 
 from dns_jax.typing import Masks, Params
 
 _MAX_AXES = 32  # Caffe's own limit
-_KINDS_OF_V1 = {4: 'Convolution', 14: 'InnerProduct'}
+_MAX_FIELDS = 4_096  # of one message; the deepest networks have some hundred layers
+_MAX_NAME = 1_000  # bytes
+_VARINT, _BYTES = 0, 2  # wire types
+_SIZES = {1: 8, 5: 4}  # of wire types without a length
+_TYPES_OF_V1 = {4: 'Convolution', 14: 'InnerProduct'}
 # In the authors' fork of Caffe, layers under surgery have types of their own.
-_KINDS = {
-    **dict.fromkeys(('Convolution', 'CConvolution'), 'Convolution'),
-    **dict.fromkeys(('InnerProduct', 'CInnerProduct'), 'InnerProduct'),
-}
+_CONVOLUTIONS = {'Convolution', 'CConvolution'}
+_PRODUCTS = {'InnerProduct', 'CInnerProduct'}
+_WITH_MASKS = {'CConvolution', 'CInnerProduct'}
 
 
 class CaffeLayer(NamedTuple):
     """A layer of a file that has blobs."""
 
-    kind: str  # Caffe's type, such as `Convolution`
+    type: str  # Caffe's name of it, such as `Convolution`
     blobs: tuple[np.ndarray, ...]  # float32: weight, bias, and perhaps the masks of both
 
 
@@ -45,20 +47,21 @@ def read_caffemodel(
 ) -> dict[str, CaffeLayer]:
     r"""Reads the layers that have blobs, in the order of the file and in Caffe's own layout.
 
-    Meant for files from anywhere: nothing in it is believed that the bytes at hand do not bear
-    out. Both forms of a file are read, with `layer` and, older, with V1's `layers`.
+    Meant for files from anywhere: memory is taken for the bytes of the file and once more for its
+    arrays, whatever lengths and shapes it claims. Both forms of a file are read, with `layer` and,
+    older, with V1's `layers`.
 
     Args:
       path: the file.
-      max_bytes: how large it may be; by default what protobuf can decode.
+      max_bytes: how large it may be; by default protobuf's own limit.
 
     Returns:
       `{name: layer}`. Kernels of convolutions are (output, input, height, width), those of inner
       products (output, input); older files put axes of length 1 before them.
 
     Raises:
-      ValueError: if the file is too large, damaged or no such file, two layers have one name, a
-        blob's shape is not that of its data, or its data are not finite float32 numbers.
+      ValueError: if the file is too large, damaged or no `.caffemodel`, two layers have one name,
+        a blob's shape is not that of its data, or its data are not finite float32 numbers.
       OSError: if the file cannot be read.
 
     Example:
@@ -68,7 +71,7 @@ def read_caffemodel(
       >>> with tempfile.NamedTemporaryFile() as file:
       ...     _ = file.write(b'\xa2\x06\x23' + layer), file.flush()
       ...     read_caffemodel(file.name)['ip']
-      CaffeLayer(kind='InnerProduct', blobs=(array([ 1., -2.], dtype=float32),))
+      CaffeLayer(type='InnerProduct', blobs=(array([ 1., -2.], dtype=float32),))
 
     Reference:
       Caffe, `caffe.proto`.
@@ -78,15 +81,15 @@ def read_caffemodel(
         raise ValueError(f'{os.fspath(path)!r} has {size} bytes; at most {max_bytes} are wanted')
     with open(path, 'rb') as file:
         content = file.read(size)
+    layers: dict[str, CaffeLayer] = {}
     try:
-        layers: dict[str, CaffeLayer] = {}
-        for name, layer in _layers(content):
+        for name, layer in _layers(memoryview(content)):
             if name in layers:
                 raise ValueError(f'two layers with blobs have the name {name!r}')
             layers[name] = layer
         if not layers:
             raise ValueError('no layer has blobs')
-    except (ValueError, DecodeError) as error:
+    except ValueError as error:
         raise ValueError(f'cannot read {os.fspath(path)!r}: {error}') from error
     return layers
 
@@ -94,9 +97,11 @@ def read_caffemodel(
 def to_linen(layers: Mapping[str, CaffeLayer], rename: Callable[[str], str] = str) -> CaffeNetwork:
     """Brings a chain of convolutions and inner products into the layout of flax.linen.
 
-    Kernels become (height, width, input, output) and (input, output). The first inner product
-    after a convolution has its inputs reordered, as Caffe flattens maps (channel, height, width)
-    and linen (height, width, channel); these maps must be square.
+    Kernels become (height, width, input, output), with groups (…, input / groups, output), and
+    (input, output). The first inner product after a convolution has its inputs reordered, as Caffe
+    flattens maps (channel, height, width) and linen (height, width, channel); these maps must be
+    square. Strides, padding and groups are not part of the weights; a network for colour images
+    wants its channels and means as Caffe gave them.
 
     Args:
       layers: from `read_caffemodel`.
@@ -106,7 +111,7 @@ def to_linen(layers: Mapping[str, CaffeLayer], rename: Callable[[str], str] = st
       Weights and masks. W⊙T of a network that its authors pruned is `apply_masks` of the two.
 
     Raises:
-      ValueError: if a layer is of another kind, its blobs do not fit each other or the layer
+      ValueError: if a layer is neither of the two, its blobs do not fit each other or the layer
         before, a mask is not of zeros and ones, or two layers get one name.
 
     Example:
@@ -117,45 +122,57 @@ def to_linen(layers: Mapping[str, CaffeLayer], rename: Callable[[str], str] = st
              [3.]], dtype=float32)
     """
     params, masks = {}, {}
-    channels = 0  # of the maps that come in, 0 where it is no maps
+    before = None  # the layer before, if any: its outputs, and whether they are maps
     for name, layer in layers.items():
         try:
-            kind = _KINDS.get(layer.kind)
-            if kind is None or len(layer.blobs) not in (1, 2, 4):
-                raise ValueError(
-                    f'wanted a convolution or an inner product with 1, 2 or 4 blobs, but it is '
-                    f'{layer.kind!r} with {len(layer.blobs)}'
-                )
             own_name = rename(name)
             if own_name in params:
                 raise ValueError(f'another layer has the name {own_name!r} too')
-            arrays = _to_linen_layout(kind, layer.blobs[:2], channels)
-            marks = _to_linen_layout(kind, layer.blobs[2:], channels)
-            params[own_name] = arrays
+            weights, marks = _split(layer)
+            params[own_name] = _to_linen_layout(layer.type, weights, before)
+            kept = _to_linen_layout(layer.type, marks, before) if marks else {}
             masks[own_name] = {
-                leaf: _to_mask(marks[leaf], array.shape) if marks else np.ones((), bool)
-                for leaf, array in arrays.items()
+                leaf: _to_mask(kept[leaf], array.shape) if marks else np.ones((), bool)
+                for leaf, array in params[own_name].items()
             }
         except ValueError as error:
             raise ValueError(f'layer {name!r}: {error}') from error
-        channels = arrays['kernel'].shape[-1] if kind == 'Convolution' else 0
+        before = params[own_name]['kernel'].shape[-1], layer.type in _CONVOLUTIONS
     return CaffeNetwork(params, masks)
 
 
-def _to_linen_layout(kind, blobs, channels) -> dict[str, np.ndarray]:
-    if not blobs:
-        return {}
-    if kind == 'Convolution':
+def _split(layer: CaffeLayer) -> tuple[Any, Any]:
+    """Parts the weights of a layer from its masks, which lie behind them in the same order."""
+    count = len(layer.blobs)
+    known = layer.type in _CONVOLUTIONS | _PRODUCTS
+    if not known or count not in (1, 2, 4) or (layer.type in _WITH_MASKS and count == 1):
+        raise ValueError(
+            'wanted a convolution or an inner product with weight, perhaps bias, and perhaps '
+            f'masks, but it is {layer.type!r} with {count} blobs'
+        )
+    with_masks = layer.type in _WITH_MASKS or count == 4
+    half = count // 2 if with_masks else count
+    return layer.blobs[:half], layer.blobs[half:]
+
+
+def _to_linen_layout(type_, blobs, before) -> dict[str, np.ndarray]:
+    outputs_before, are_maps = before or (0, False)
+    if type_ in _CONVOLUTIONS:
         kernel = _with_axes(blobs[0], 4).transpose(2, 3, 1, 0)
+        inputs = kernel.shape[2]
+        if before and (not are_maps or outputs_before % inputs):
+            raise ValueError(f'{inputs} input channels after {outputs_before} outputs')
     else:
         kernel = _with_axes(blobs[0], 2).T
-        if channels:
-            inputs, outputs = kernel.shape
-            side = math.isqrt(inputs // channels)
-            if channels * side * side != inputs:
-                raise ValueError(f'{inputs} inputs are not {channels} square maps')
-            maps = kernel.reshape(channels, side, side, outputs)
+        inputs, outputs = kernel.shape
+        if are_maps:
+            side = math.isqrt(inputs // outputs_before)
+            if outputs_before * side * side != inputs:
+                raise ValueError(f'{inputs} inputs are not {outputs_before} square maps')
+            maps = kernel.reshape(outputs_before, side, side, outputs)
             kernel = maps.transpose(1, 2, 0, 3).reshape(inputs, outputs)
+        elif before and inputs != outputs_before:
+            raise ValueError(f'{inputs} inputs after {outputs_before} outputs')
     arrays = {'kernel': np.ascontiguousarray(kernel)}
     if len(blobs) == 2:
         arrays['bias'] = _with_axes(blobs[1], 1)
@@ -179,87 +196,108 @@ def _to_mask(marks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return marks == 1
 
 
-def _layers(content: bytes) -> Iterator[tuple[str, CaffeLayer]]:
-    net = _decode('Net', content)
-    for message, repeated in (('V1Layer', net.v1_layers), ('Layer', net.layers)):
-        for encoded in repeated:
-            layer = _decode(message, encoded)
-            if not layer.blobs:
-                continue
-            name = _text(layer.name)
-            if message == 'V1Layer':
-                kind = _KINDS_OF_V1.get(layer.kind, f'type {layer.kind} of V1')
-            else:
-                kind = _text(layer.kind)
-            try:
-                yield name, CaffeLayer(kind, tuple(map(_to_array, layer.blobs)))
-            except ValueError as error:
-                raise ValueError(f'layer {name!r}: {error}') from error
+def _layers(net: memoryview) -> Iterator[tuple[str, CaffeLayer]]:
+    fields = _fields(net)
+    for encoded in fields[2, _BYTES]:  # V1
+        layer = _fields(encoded)
+        number = (layer[5, _VARINT] or [0])[-1]
+        type_ = _TYPES_OF_V1.get(number, f'type {number} of V1')
+        yield from _layer(layer[4, _BYTES], type_, layer[6, _BYTES])
+    for encoded in fields[100, _BYTES]:
+        layer = _fields(encoded)
+        yield from _layer(layer[1, _BYTES], _text(layer[2, _BYTES]), layer[7, _BYTES])
 
 
-def _to_array(encoded: bytes) -> np.ndarray:
-    blob = _decode('Blob', encoded)
-    if blob.double_data:
+def _layer(names, type_, blobs) -> Iterator[tuple[str, CaffeLayer]]:
+    if blobs:
+        name = _text(names)
+        try:
+            yield name, CaffeLayer(type_, tuple(map(_to_array, blobs)))
+        except ValueError as error:
+            raise ValueError(f'layer {name!r}: {error}') from error
+
+
+def _to_array(encoded: memoryview) -> np.ndarray:
+    blob = _fields(encoded)
+    if blob[8, _BYTES]:
         raise ValueError('a blob holds numbers of double precision; float32 is wanted')
-    if blob.HasField('shape'):
-        axes = _decode('Shape', blob.shape).dim
+    old_axes = [blob[number, _VARINT] for number in (1, 2, 3, 4)]
+    if any(old_axes):
+        shape = tuple((given or [0])[-1] for given in old_axes)
     else:
-        axes = (blob.num, blob.channels, blob.height, blob.width)
-    if len(axes) > _MAX_AXES:
-        raise ValueError(f'a blob has {len(axes)} axes; at most {_MAX_AXES} are wanted')
-    shape = tuple(axes)
-    if min(shape, default=0) < 1:
-        raise ValueError(f'a blob has the shape {shape}')
-    data = b''.join(blob.data)
-    if len(data) != 4 * math.prod(shape):
-        raise ValueError(f'a blob of shape {shape} has {len(data)} bytes of float32 data')
-    array = np.frombuffer(data, '<f4').reshape(shape)
+        shape = _shape(blob[7, _BYTES])
+    size = sum(map(len, blob[5, _BYTES]))
+    if size != 4 * math.prod(shape):
+        raise ValueError(f'a blob of shape {shape} has {size} bytes of float32 data')
+    if not size:
+        raise ValueError(f'a blob of shape {shape} is empty')
+    # A copy: it can be written to, and does not keep the whole file.
+    data = bytearray().join(blob[5, _BYTES])
+    array = np.frombuffer(data, '<f4').astype(np.float32, copy=False).reshape(shape)
     if not np.isfinite(array).all():
         raise ValueError(f'a blob of shape {shape} holds numbers that are not finite')
     return array
 
 
-def _text(encoded: bytes) -> str:
+def _shape(messages: list[memoryview]) -> tuple[int, ...]:
+    axes: list[int] = []
+    for message in messages:
+        dims = _fields(message)
+        for packed in dims[1, _BYTES]:
+            at = 0
+            while at < len(packed) and len(axes) <= _MAX_AXES:
+                axis, at = _varint(packed, at)
+                axes.append(axis)
+        axes += dims[1, _VARINT]
+    if len(axes) > _MAX_AXES:
+        raise ValueError(f'a blob has more than {_MAX_AXES} axes')
+    return tuple(axes)
+
+
+def _text(encoded: list[memoryview]) -> str:
+    text = bytes(encoded[-1][: _MAX_NAME + 1]) if encoded else b''
     try:
-        return encoded.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{encoded[:40]!r} is no name') from error
+        if len(text) <= _MAX_NAME:
+            return text.decode()
+    except UnicodeDecodeError:
+        pass
+    raise ValueError(f'{text[:40]!r} is no name')
 
 
-def _decode(message: str, encoded: bytes) -> Any:
-    return _MESSAGES[message].FromString(encoded)
+def _fields(message: memoryview) -> defaultdict[tuple[int, int], list[Any]]:
+    """Finds the fields of a message.
+
+    Returns:
+      `{(field number, wire type): contents}`, numbers for varints and views for all else.
+    """
+    fields: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
+    at = 0
+    for _ in range(_MAX_FIELDS):
+        if at == len(message):
+            return fields
+        tag, at = _varint(message, at)
+        wire_type = tag & 7
+        if wire_type == _VARINT:
+            content, at = _varint(message, at)
+        else:
+            if wire_type == _BYTES:
+                size, at = _varint(message, at)
+            elif wire_type in _SIZES:
+                size = _SIZES[wire_type]
+            else:
+                raise ValueError(f'a field has the wire type {wire_type}')
+            content, at = message[at : at + size], at + size
+            if at > len(message):
+                raise ValueError(f'a field of {size} bytes does not end where its message does')
+        fields[tag >> 3, wire_type].append(content)
+    raise ValueError(f'a message has more than {_MAX_FIELDS} fields')
 
 
-def _make_messages() -> dict[str, Any]:
-    """Makes the classes of the messages, with the field numbers of `caffe.proto`."""
-    types = descriptor_pb2.FieldDescriptorProto
-    once, often = types.LABEL_OPTIONAL, types.LABEL_REPEATED
-    data, number = types.TYPE_BYTES, types.TYPE_INT32
-    fields = {
-        'Net': {'v1_layers': (2, often, data), 'layers': (100, often, data)},
-        'V1Layer': {'name': (4, once, data), 'kind': (5, once, number), 'blobs': (6, often, data)},
-        'Layer': {'name': (1, once, data), 'kind': (2, once, data), 'blobs': (7, often, data)},
-        'Blob': {
-            **{name: (1 + at, once, number) for at, name in enumerate(_OLD_AXES)},
-            # Packed floats are bytes on the wire; so they are never made Python numbers.
-            **{'data': (5, often, data), 'shape': (7, once, data), 'double_data': (8, often, data)},
-        },
-        'Shape': {'dim': (1, often, types.TYPE_INT64)},
-    }
-    file = descriptor_pb2.FileDescriptorProto(name='dns_jax/caffe.proto', package='dns_jax.caffe')
-    for message, its_fields in fields.items():
-        descriptor = file.message_type.add(name=message)
-        for name, (tag, label, kind) in its_fields.items():
-            descriptor.field.add(name=name, number=tag, label=label, type=kind)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return {
-        message: message_factory.GetMessageClass(
-            pool.FindMessageTypeByName(f'dns_jax.caffe.{message}')
-        )
-        for message in fields
-    }
-
-
-_OLD_AXES = ('num', 'channels', 'height', 'width')
-_MESSAGES = _make_messages()
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    """Reads a number, seven bits to a byte, and returns it with the place behind it."""
+    number = 0
+    for position, byte in enumerate(message[at : at + 10]):
+        number |= (byte & 127) << 7 * position
+        if byte < 128:
+            return number, at + position + 1
+    raise ValueError('a number does not end')

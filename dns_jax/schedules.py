@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dns_jax.typing import Schedule
 
@@ -57,6 +58,30 @@ def update_probability(
         return jnp.where(active, decay, 0.0)
 
     return schedule
+
+
+def update_at(steps: Sequence[int]) -> Schedule:
+    """The probability 1 at some steps, and 0 at all others.
+
+    Args:
+      steps: those with an update, each at least 0.
+
+    Returns:
+      A schedule whose values are float32 scalars, 0 or 1.
+
+    Raises:
+      ValueError: if there are no steps, or one is negative.
+
+    Example:
+      >>> [float(update_at([10, 30])(step)) for step in (9, 10, 20, 30)]
+      [0.0, 1.0, 0.0, 1.0]
+    """
+    if not steps:
+        raise ValueError(f'steps must name at least one step, but is {steps!r}')
+    for step in steps:
+        _check_at_least('steps', step, 0)
+    chosen = np.asarray(steps, np.int32)
+    return lambda step: _real(jnp.any(jnp.asarray(step) == chosen))
 
 
 def polynomial_density(

@@ -12,9 +12,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dns_jax.importance import magnitude
 from dns_jax.layers import group_by_layer, has_axes, leaf_path, match_patterns, parent
 from dns_jax.masks import apply_masks, check_parallel, init_masks, update_masks
-from dns_jax.typing import LayerOf, Masks, Predicate, Schedule, ThresholdRule, Thresholds
+from dns_jax.typing import (
+    Importance,
+    LayerOf,
+    Masks,
+    Predicate,
+    Schedule,
+    ThresholdRule,
+    Thresholds,
+)
 
 
 class Rule(NamedTuple):
@@ -39,6 +48,8 @@ def surgery(
     key: jax.Array,
     takes_part: Predicate = has_axes,
     layer_of: LayerOf = parent,
+    importance: Importance = magnitude,
+    splicing: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes and splices connections while any optimizer trains the network.
 
@@ -58,6 +69,9 @@ def surgery(
       takes_part: which leaves take part; by default all but scalars, so kernels and biases.
       layer_of: which leaves form one layer, with common thresholds and a common coin; by
         default those under one parent.
+      importance: what h_k and the rules see in place of the weights, from `dns_jax.importance`;
+        by default the weights themselves. Thresholds are in its unit.
+      splicing: whether a pruned connection may return. If not, its importance counts as zero.
 
     Returns:
       A transformation with state `SurgeryState`. Its `update` needs `params`.
@@ -65,8 +79,9 @@ def surgery(
     Raises:
       TypeError: if `key` is not a typed PRNG key, or a leaf that takes part is not floating
         point (from `init`).
-      ValueError: if a rule's `refresh_every` is negative, if a pattern matches no layer or the
-        params are empty (from `init`), or if `params` is missing (from `update`).
+      ValueError: if a rule's `refresh_every` is negative, or 0 with another importance than
+        `magnitude`, which is all there is to ask about at the start; if a pattern matches no
+        layer or the params are empty (from `init`), or if `params` is missing (from `update`).
 
     Example:
       >>> import jax, optax
@@ -93,6 +108,11 @@ def surgery(
         if rule.refresh_every < 0:
             raise ValueError(
                 f'refresh_every of {pattern!r} must be at least 0, but is {rule.refresh_every!r}'
+            )
+        if importance is not magnitude and not rule.refresh_every:
+            raise ValueError(
+                f'refresh_every of {pattern!r} must be at least 1 for thresholds by '
+                f'importance={importance!r}, which is not known at the start, but is 0'
             )
 
     def groups_of(params, masks):
@@ -132,7 +152,11 @@ def surgery(
         if params is None:
             raise ValueError('surgery needs the weights: call update(updates, state, params)')
         count, thresholds, probability = state.count, {}, {}
-        for pattern, (weights, kept) in groups_of(params, state.masks).items():
+        # No coin is thrown with a negative count.
+        seen = importance(jax.random.fold_in(state.key, ~count), params, updates)
+        if not splicing:
+            seen = apply_masks(seen, state.masks)
+        for pattern, (weights, kept) in groups_of(seen, state.masks).items():
             rule = table[pattern]
             sigma = jnp.asarray(rule.update_probability(count))
             probability |= dict.fromkeys(weights, sigma)
@@ -146,12 +170,14 @@ def surgery(
             thresholds |= bands
         masks = update_masks(
             jax.random.fold_in(state.key, count),
-            params,
+            seen,
             state.masks,
             thresholds,
             probability,
             layer_of=layer_of,
         )
+        if not splicing:  # a threshold of 0 would let zeros in again
+            masks = jax.tree.map(jnp.logical_and, state.masks, masks)
         count = jnp.asarray(optax.safe_increment(count))
         return updates, SurgeryState(count, state.key, masks, thresholds)
 

@@ -97,6 +97,53 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
     return rule
 
 
+def std(c_rate: float) -> ThresholdRule:
+    r"""Thresholds from the standard deviation of the weights, without a band.
+
+    .. math::
+      a_k = b_k = c\,\sqrt{\tfrac1n \sum (w - \bar w)^2} \quad
+      \text{over the } n \text{ weights with } w \ne 0
+
+    Where pruned weights count as zero, as in a pruner without splicing, it is that of the kept
+    ones; each round then prunes more at the same c.
+
+    Args:
+      c_rate: c, in standard deviations, at least 0; the larger, the fewer connections are kept.
+
+    Returns:
+      A threshold rule; it ignores the masks and the step.
+
+    Raises:
+      ValueError: if `c_rate` is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> band = std(0.5)({'fc1': [jnp.array([3.0, -1.0, 0.0])]}, {}, 0)['fc1']
+      >>> float(band.low), float(band.high)
+      (1.0, 1.0)
+
+    Reference:
+      Han et al. 2015, Learning both weights and connections for efficient neural networks,
+      section 3.
+    """
+    if not 0 <= c_rate < math.inf:
+        raise ValueError(f'c_rate must be finite and at least 0, but is {c_rate!r}')
+
+    def rule(layers, masks, step):
+        del masks, step
+        thresholds = {}
+        for layer, leaves in layers.items():
+            wide = [leaf.astype(jnp.float32) for leaf in leaves]
+            count = sum(jnp.sum(leaf != 0, dtype=jnp.float32) for leaf in wide)
+            count = jnp.maximum(count, 1.0)
+            mean = sum(map(jnp.sum, wide)) / count
+            squares = sum(jnp.sum(jnp.square(leaf - mean), where=leaf != 0) for leaf in wide)
+            thresholds[layer] = _band(c_rate * jnp.sqrt(squares / count), 0.0)
+        return thresholds
+
+    return rule
+
+
 def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> ThresholdRule:
     r"""Thresholds that keep the same share of every layer.
 

@@ -22,6 +22,12 @@ Schedule = optax.Schedule
 LayerOf = Callable[[str], str]
 """Maps the path of a leaf to the name of the layer it belongs to."""
 
+Importance = Callable[[jax.Array, Params, optax.Updates], Params]
+"""Maps a PRNG key, the weights and their gradient to a tree like the weights.
+
+The magnitudes of its numbers say how much the connections matter.
+"""
+
 Predicate = Callable[[str, Any], bool]
 """Says of a leaf, by its path and itself, whether it takes part."""
 

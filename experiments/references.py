@@ -1,5 +1,6 @@
 """Where --reference leads: the dense network of another run, or a file of Caffe's."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -25,11 +26,13 @@ def read(config: Config, like: TrainState) -> dns_jax.Params:
       The weights. Those of a Caffe network with masks are W⊙T.
 
     Raises:
-      ValueError: if the network is another one, or trained on other images, or the file damaged.
+      ValueError: if the network is another one, may have been trained on the images that this run
+        validates with, or is damaged.
       OSError: if there is none, or it cannot be read.
     """
     path = Path(config.reference or '')
-    params = _of_caffe(path, like) if path.suffix == '.caffemodel' else _of_run(path, config, like)
+    read_it = _of_caffe if path.suffix == '.caffemodel' else _of_run
+    params = read_it(path, config, like)
     # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
     # would be compiled once for the mixture and once for what it gives back.
     return jax.tree.map(jnp.asarray, jax.device_get(params))
@@ -51,10 +54,15 @@ def _of_run(folder: Path, config: Config, like: TrainState) -> dns_jax.Params:
         return checkpoints.restore(like, flags['reference_steps'])[1].params
 
 
-def _of_caffe(path: Path, like: TrainState) -> dns_jax.Params:
+def _of_caffe(path: Path, config: Config, like: TrainState) -> dns_jax.Params:
+    if not config.train_on_all:
+        raise ValueError(
+            f'--reference={path} was trained elsewhere, on images that this run would validate '
+            'with; it must be given with --train_on_all'
+        )
     # Caffe's examples call an inner product ip1 where the field says fully connected, fc1.
     layers = caffe.read_caffemodel(path)
-    network = caffe.to_linen(layers, lambda name: name.replace('ip', 'fc'))
+    network = caffe.to_linen(layers, lambda name: re.sub(r'^ip(?=\d)', 'fc', name))
     found, wanted = (jax.tree.map(np.shape, params) for params in (network.params, like.params))
     if found != wanted:
         raise ValueError(f'--reference={path} holds the shapes {found}; wanted {wanted}')

@@ -75,12 +75,12 @@ def run_together(
     started = time.perf_counter()
     trainers = [Trainer(config, on_record) for config in configs]
     with stop_on_signals() as stopping:
-        references = train_references(trainers, stopping)
-        finals = finetune(trainers, train_surgery(trainers, references, stopping), stopping)
+        dense = train_references(trainers, stopping)
+        finals = finetune(trainers, train_surgery(trainers, dense, stopping), stopping)
     seconds = time.perf_counter() - started
     return [
         trainer.finish(reference, final, seconds)
-        for trainer, reference, final in zip(trainers, references, finals, strict=True)
+        for trainer, reference, final in zip(trainers, dense, finals, strict=True)
     ]
 
 
@@ -206,11 +206,11 @@ def train_references(trainers: Sequence[Trainer], stopping: list[int]) -> list[d
 
 
 def train_surgery(
-    trainers: Sequence[Trainer], references: Sequence[dns_jax.Params], stopping: list[int]
+    trainers: Sequence[Trainer], dense: Sequence[dns_jax.Params], stopping: list[int]
 ) -> list[train.TrainState]:
     """Operates on the network of each run, from its dense weights."""
     phases = []
-    for trainer, params in zip(trainers, references, strict=True):
+    for trainer, params in zip(trainers, dense, strict=True):
         # A copy: the loop takes over the memory of its state, and the reference is still needed.
         state = train.TrainState(jax.tree.map(jnp.copy, params), trainer.optimizer.init(params))
         phases.append(Phase('surgery', trainer, state, trainer.config.surgery_steps))

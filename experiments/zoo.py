@@ -32,8 +32,10 @@ def publish(config: ZooConfig) -> list[Path]:
         summary = json.loads((run / 'summary.json').read_text())
     except ValueError as error:
         raise ValueError(f'{run / "summary.json"} is damaged: {error}') from error
-    # Whose reference it was is a matter of folders, not of the network.
-    summary.get('flags', {}).pop('reference', None)
+    # Where another run lay says nothing of the network; whose file it began with does.
+    reference = Path(summary.get('flags', {}).pop('reference', None) or '')
+    if reference.suffix == '.caffemodel':
+        summary['flags']['reference'] = reference.name
     card = report.markdown(summary)
     network = load_sparse(run / 'pruned.safetensors')
     kept = sum(int(mask.sum()) for layer in network.masks.values() for mask in layer.values())

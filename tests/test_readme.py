@@ -85,8 +85,13 @@ def test_the_bench_rows_are_those_of_the_results():
             f'{row["steps_per_s"]:.0f} | {row["dense_mib"]:.1f} → {row["surgery_mib"]:.1f} MiB | '
             f'{peer:.3f} ms | {peer / row["surgery_ms"]:.2f}× as fast |'
         ) in README
-    large = bench['large']
-    assert f'another {bench["lenet300"]["refresh_ms"]:.2f} ms at each refresh' in README
+    small, large = bench['lenet300'], bench['large']
+    share = small['refresh_ms'] / small['surgery_ms'] / 100
     assert (
-        f'take {large["refresh_ms"] / 1e3:.2f} s, where a sort takes {large["sort_ms"] / 1e3:.1f} s'
+        f'another {small["refresh_ms"]:.2f} ms at each refresh: {share:.1%} of'.replace('%', ' %')
+        in README
+    )
+    assert (
+        f'{large["weights"] / 1e6:.0f} million weights, they take '
+        f'{large["refresh_ms"] / 1e3:.2f} s, where a sort takes {large["sort_ms"] / 1e3:.1f} s'
     ) in README

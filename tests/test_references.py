@@ -32,12 +32,17 @@ def lenet300(last_outputs=10, masks=False):
     return content, weights
 
 
+def make_config(path, **fields):
+    fields = {'c_rate': '1', 'train_on_all': True, **fields}
+    return Config('lenet300', reference=str(path), **fields)
+
+
 @pytest.mark.parametrize('masks', [False, True])
 def test_a_caffemodel_is_a_reference(tmp_path, like, masks):
     content, weights = lenet300(masks=masks)
     path = tmp_path / 'net.caffemodel'
     path.write_bytes(content)
-    params = references.read(Config('lenet300', c_rate='1', reference=str(path)), like)
+    params = references.read(make_config(path), like)
     assert jax.tree.structure(params) == jax.tree.structure(like.params)
     for number, (kernel, bias) in enumerate(weights, start=1):
         np.testing.assert_array_equal(params[f'fc{number}']['kernel'], kernel.T)
@@ -58,24 +63,20 @@ def test_a_caffemodel_that_will_not_do(tmp_path, like, kind):
         path.write_bytes(lenet300(last_outputs=11)[0])
         message = r"--reference=.* holds the shapes .*'kernel': \(100, 11\).*; wanted .*\(100, 10\)"
     with pytest.raises(error, match=message):
-        references.read(Config('lenet300', c_rate='1', reference=str(path)), like)
+        references.read(make_config(path), like)
+
+
+def test_a_caffemodel_may_have_seen_the_validation_images(like):
+    with pytest.raises(ValueError, match=r'--reference=some\.caffemodel .* with --train_on_all'):
+        references.read(make_config('some.caffemodel', train_on_all=False), like)
 
 
 def test_a_run_starts_from_it(tmp_path, capsys):
     path = tmp_path / 'net.caffemodel'
     path.write_bytes(lenet300()[0])
-    config = Config(
-        'lenet300',
-        dataset='digits',
-        data_dir=str(tmp_path / 'data'),
-        workdir=str(tmp_path / 'run'),
-        reference=str(path),
-        c_rate='1',
-        surgery_steps=2,
-        finetuning_steps=0,
-        record_every=2,
-        checkpoint_every=2,
-    )
+    short = {'surgery_steps': 2, 'finetuning_steps': 0, 'record_every': 2, 'checkpoint_every': 2}
+    folders = {'data_dir': str(tmp_path / 'data'), 'workdir': str(tmp_path / 'run')}
+    config = make_config(path, dataset='digits', **short, **folders)
     summary = run.run(config)
     capsys.readouterr()
     # Random weights know nothing of digits.

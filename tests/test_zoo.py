@@ -75,6 +75,15 @@ def test_publish_copies_the_network_and_writes_its_card(finished):
     assert paths[2].read_text() == report.markdown(summary)
 
 
+def test_a_card_names_the_file_that_a_network_began_with(finished):
+    summary = json.loads((finished / 'summary.json').read_text())
+    flags = {**summary['flags'], 'reference': '/some/where/net.caffemodel'}
+    (finished / 'summary.json').write_text(json.dumps({**summary, 'kept': 3, 'flags': flags}))
+    paths = zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert json.loads(paths[1].read_text())['flags']['reference'] == 'net.caffemodel'
+    assert '--reference=net.caffemodel' in paths[2].read_text()
+
+
 def test_what_is_of_another_run_is_refused(finished):
     summary = json.loads((finished / 'summary.json').read_text())
     (finished / 'summary.json').write_text(json.dumps({**summary, 'kept': 4}))

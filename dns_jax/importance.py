@@ -1,0 +1,87 @@
+"""What says how much a connection matters: the numbers that h_k compares with its thresholds.
+
+Each function maps a key, the weights and the gradient of a step to a tree like the weights, of
+which only magnitudes count (`dns_jax.typing.Importance`). Owns no thresholds and no masks.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dns_jax.typing import Params
+
+
+def magnitude(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
+    """The weight itself, so that |w| counts.
+
+    Args:
+      key: not used.
+      params: dense weights W.
+      gradients: not used.
+
+    Returns:
+      `params`.
+
+    Example:
+      >>> magnitude(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.array([0.0, 1.0]))
+      Array([ 3., -2.], dtype=float32)
+
+    Reference:
+      Guo et al. 2016, section 3.3.
+    """
+    del key, gradients
+    return params
+
+
+def taylor(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
+    r"""By how much the loss would change, to first order, were a weight set to zero.
+
+    .. math::
+      \left| w \, \frac{\partial L}{\partial w} \right|
+
+    The gradient is that of one batch: noisy, where the batch is small.
+
+    Args:
+      key: not used.
+      params: dense weights W.
+      gradients: at W⊙T, a tree like `params`; the transformation that asks for it must stand
+        before the optimizer in its chain.
+
+    Returns:
+      A tree like `params`.
+
+    Example:
+      >>> taylor(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.array([0.5, 1.0]))
+      Array([ 1.5, -2. ], dtype=float32)
+
+    Reference:
+      Molchanov et al. 2017, Pruning convolutional neural networks for resource efficient
+      inference, equation (7), for single weights.
+    """
+    del key
+    return jax.tree.map(lambda weights, gradient: weights * gradient, params, gradients)
+
+
+def chance(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
+    """Uniform random numbers in (0, 1], the least that any other importance must beat.
+
+    Args:
+      key: a typed PRNG key, another at every step.
+      params: dense weights W, of which the shapes alone count.
+      gradients: not used.
+
+    Returns:
+      A tree like `params`, float32.
+
+    Example:
+      >>> float(chance(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.zeros(2)).max()) <= 1
+      True
+    """
+    del gradients
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    numbers = [
+        1.0 - jax.random.uniform(keys[at], jnp.shape(leaf), jnp.float32)
+        for at, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, numbers)

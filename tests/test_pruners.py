@@ -1,0 +1,246 @@
+"""The pruners against NumPy, from the words of their papers, on weights that wander."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dns_jax
+from dns_jax import importance, pruners
+
+STEPS = 50
+ROUNDS = (3, 20, 21, 40)
+
+
+def wander():
+    """Weights and gradients of two layers at every step, some zeros among them."""
+    random = np.random.default_rng(4)
+    shapes = {'fc1': {'kernel': (9, 7), 'bias': (7,)}, 'fc2': {'kernel': (7, 5), 'bias': (5,)}}
+    is_shape = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    draw = lambda shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    weights = jax.tree.map(draw, shapes, is_leaf=is_shape)
+    weights['fc1']['kernel'][0] = 0
+    history = []
+    for _ in range(STEPS):
+        gradients = jax.tree.map(draw, shapes, is_leaf=is_shape)
+        history.append((weights, gradients))
+        weights = jax.tree.map(lambda w, g: w - np.float32(0.2) * g, weights, gradients)
+    return history
+
+
+HISTORY = wander()
+
+
+def masks_of(transform):
+    """The masks after each step, through the transformation."""
+    state = transform.init(HISTORY[0][0])
+    update, seen = jax.jit(transform.update), []
+    for weights, gradients in HISTORY:
+        _, state = update(gradients, state, weights)
+        seen.append(jax.device_get(state.masks))
+    return seen
+
+
+def layer_arrays(tree, masks):
+    """Each layer's numbers and masks, as two flat arrays."""
+    return {
+        layer: tuple(
+            np.concatenate([part[layer][leaf].ravel() for leaf in sorted(part[layer])])
+            for part in (tree, masks)
+        )
+        for layer in tree
+    }
+
+
+def cut(tree, masks, thresholds):
+    """Prunes what is below the threshold of its layer; what is gone stays gone."""
+    return {
+        layer: {
+            leaf: mask & (np.abs(tree[layer][leaf]) >= thresholds[layer])
+            for leaf, mask in leaves.items()
+        }
+        for layer, leaves in masks.items()
+    }
+
+
+def expected(prune):
+    """The masks after each step; `prune(step, weights, gradients, masks)` gives the new ones."""
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), HISTORY[0][0])
+    seen = []
+    for step, (weights, gradients) in enumerate(HISTORY):
+        masks = prune(step, weights, gradients, masks)
+        seen.append(masks)
+    return seen
+
+
+def check(transform, prune):
+    """Compares, and sees to it that there was something to compare."""
+    found, wanted = masks_of(transform), expected(prune)
+    for step, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        for mask, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(mask, right, err_msg=f'step {step}')
+    kept = [sum(mask.sum() for mask in jax.tree.leaves(masks)) for masks in found]
+    assert 0 < kept[-1] < 110
+    assert all(later <= earlier for earlier, later in itertools.pairwise(kept))
+
+
+C_RATES = {'fc1': 0.8, 'fc2': 0.3}
+KEY = jax.random.key(0)
+
+
+def test_han_prunes_by_the_deviation_of_what_is_left():
+    def prune(step, weights, gradients, masks):
+        if step not in ROUNDS:
+            return masks
+        thresholds = {
+            layer: C_RATES[layer] * numbers[kept & (numbers != 0)].std()
+            for layer, (numbers, kept) in layer_arrays(weights, masks).items()
+        }
+        return cut(weights, masks, thresholds)
+
+    check(pruners.han(C_RATES, ROUNDS, KEY), prune)
+
+
+def keep_largest(tree, masks, densities):
+    """Keeps of every layer the largest among those it still has."""
+    thresholds = {}
+    for layer, (numbers, kept) in layer_arrays(tree, masks).items():
+        count = max(round(densities[layer] * numbers.size), 1)
+        thresholds[layer] = np.sort(np.abs(numbers * kept))[-count]
+    return cut(tree, masks, thresholds)
+
+
+def test_one_shot_prunes_once():
+    densities = {'fc1': 0.4, 'fc2': 0.15}
+
+    def prune(step, weights, gradients, masks):
+        return keep_largest(weights, masks, densities) if step == 7 else masks
+
+    check(pruners.one_shot(densities, 7, KEY), prune)
+
+
+@pytest.mark.parametrize('by', ['magnitude', 'taylor'])
+def test_gradual_prunes_along_the_cubic_ramp(by):
+    start, end, every = 4, 33, 6
+
+    def prune(step, weights, gradients, masks):
+        if step < start or ((step - start) % every and step != end) or step > end:
+            return masks
+        left = (1 - (step - start) / (end - start)) ** 3
+        densities = {'fc1': 0.1 + 0.9 * left, 'fc2': 0.3 + 0.7 * left}
+        tree = weights
+        if by == 'taylor':
+            tree = jax.tree.map(lambda w, g: w * g, weights, gradients)
+        return keep_largest(tree, masks, densities)
+
+    pruner = pruners.gradual(
+        {'fc1': 0.1, 'fc2': 0.3}, start, end, every, KEY, importance=getattr(importance, by)
+    )
+    check(pruner, prune)
+
+
+def test_surgery_without_splicing():
+    rules = dns_jax.Rule(dns_jax.mean_std(-0.5), dns_jax.update_probability(power=0))
+    thresholds = {}
+
+    def prune(step, weights, gradients, masks):
+        if not step:
+            for layer, (numbers, _) in layer_arrays(weights, masks).items():
+                magnitudes = np.abs(numbers[numbers != 0])
+                thresholds[layer] = 0.9 * (magnitudes.mean() - 0.5 * magnitudes.std())
+        return cut(weights, masks, thresholds)
+
+    check(dns_jax.surgery(rules, KEY, splicing=False), prune)
+
+
+def test_surgery_may_go_by_another_importance():
+    """With splicing the numbers of pruned connections count, and they return."""
+    rule = dns_jax.Rule(dns_jax.layer_density(0.3, 0.0), dns_jax.update_probability(power=0), 1)
+    found = masks_of(dns_jax.surgery(rule, KEY, importance=importance.taylor))
+
+    def prune(step, weights, gradients, masks):
+        tree = jax.tree.map(lambda w, g: w * g, weights, gradients)
+        everything = jax.tree.map(np.ones_like, masks)
+        return keep_largest(tree, everything, {'fc1': 0.3, 'fc2': 0.3})
+
+    for one, other in zip(found, expected(prune), strict=True):
+        for mask, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(mask, right)
+
+
+def test_chance_knows_nothing_of_the_weights():
+    pruner = pruners.one_shot(0.3, 0, KEY, importance=importance.chance)
+    weights, gradients = HISTORY[0]
+    _, state = pruner.update(gradients, pruner.init(weights), weights)
+    larger = jax.tree.map(lambda leaf: 10 * leaf + 1, weights)
+    _, other = pruner.update(gradients, pruner.init(larger), larger)
+    for one, two in zip(*map(jax.tree.leaves, (state.masks, other.masks)), strict=True):
+        np.testing.assert_array_equal(one, two)
+    kept = dns_jax.count_kept(state.masks)
+    assert {layer: int(count) for layer, count in kept.items()} == {'fc1': 21, 'fc2': 12}
+    again = pruners.one_shot(0.3, 0, jax.random.key(1), importance=importance.chance)
+    _, again = again.update(gradients, again.init(weights), weights)
+    assert not (again.masks['fc1']['kernel'] == state.masks['fc1']['kernel']).all()
+
+
+def test_chance_draws_anew_at_every_step_and_leaf():
+    key = jax.random.key(3)
+    numbers = importance.chance(key, {'a': jnp.zeros(9), 'b': jnp.zeros(9)}, {})
+    assert not (numbers['a'] == numbers['b']).any()
+    assert all(((leaf > 0) & (leaf <= 1)).all() for leaf in numbers.values())
+    rule = dns_jax.Rule(dns_jax.layer_density(0.3, 0.0), dns_jax.update_probability(power=0), 1)
+    masks = masks_of(dns_jax.surgery(rule, KEY, importance=importance.chance))
+    assert len({mask['fc1']['kernel'].tobytes() for mask in masks}) == STEPS
+
+
+def test_what_all_layers_share_is_divided_among_them():
+    pruner = pruners.one_shot(0.2, 0, KEY, divide=dns_jax.global_density)
+    weights, gradients = HISTORY[0]
+    # fc1 twice as large in every weight is no reason to prune fc2.
+    larger = {'fc1': jax.tree.map(lambda leaf: 2 * leaf, weights['fc1']), 'fc2': weights['fc2']}
+    counts = []
+    for tree in (weights, larger):
+        _, state = pruner.update(gradients, pruner.init(tree), tree)
+        kept = dns_jax.count_kept(state.masks)
+        counts.append({layer: int(count) for layer, count in kept.items()})
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) == round(0.2 * 110)
+
+
+def test_nothing_returns_at_a_threshold_of_zero():
+    """A layer that is all zero but for what was pruned has a threshold of 0, which zeros reach."""
+    pruner = pruners.han(0.0, rounds=[0, 1], key=KEY)
+    weights = {'fc1': jnp.array([1.0, 2.0])}
+    state = pruner.init(weights)
+    masks = {'fc1': jnp.array([True, False])}
+    _, state = pruner.update(weights, state._replace(masks=masks), weights)
+    np.testing.assert_array_equal(state.masks['fc1'], [True, False])
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: pruners.han(-0.1, [0], KEY), 'c_rate must be finite and at least 0, but is -0.1'),
+        (lambda: pruners.han(np.nan, [0], KEY), 'c_rate must be finite'),
+        (lambda: pruners.han(1.0, [], KEY), 'steps must name at least one step'),
+        (lambda: pruners.han(1.0, [3, -1], KEY), 'steps must be finite and at least 0, but is -1'),
+        (lambda: pruners.one_shot(0.0, 0, KEY), r'density must be in \(0, 1\], but is 0.0'),
+        (lambda: pruners.one_shot(0.5, -2, KEY), 'at least 0, but is -2'),
+        (lambda: pruners.gradual(0.5, 0, 10, 0, KEY), 'every must be at least 1, but is 0'),
+        (lambda: pruners.gradual(0.5, 10, 10, 2, KEY), 'end must be finite and after start'),
+        (lambda: pruners.gradual(1.5, 0, 10, 2, KEY), r'final must be in \(0, 1\]'),
+        (
+            lambda: dns_jax.surgery(
+                dns_jax.Rule(dns_jax.mean_std(1.0), dns_jax.update_probability()),
+                KEY,
+                importance=importance.taylor,
+            ),
+            r"refresh_every of '\*' must be at least 1 for thresholds by importance=.*taylor",
+        ),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
