@@ -6,25 +6,22 @@ given one number it is for every layer, else a table `{pattern: number}` as of r
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import optax
 
-from dns_jax.importance import magnitude
-from dns_jax.layers import has_axes, parent
 from dns_jax.schedules import polynomial_density, update_at
 from dns_jax.surgery import Rule, surgery
 from dns_jax.thresholds import layer_density, std
-from dns_jax.typing import Importance, LayerOf, Predicate, Schedule, ThresholdRule
+from dns_jax.typing import Schedule, ThresholdRule
 
 
 def han(
     c_rate: float | Mapping[str, float],
     rounds: Sequence[int],
     key: jax.Array,
-    takes_part: Predicate = has_axes,
-    layer_of: LayerOf = parent,
-    importance: Importance = magnitude,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes in rounds what is below c standard deviations of its layer, and trains on between.
 
@@ -32,9 +29,7 @@ def han(
       c_rate: c of `dns_jax.thresholds.std`, over what a layer still has.
       rounds: the steps at which it prunes.
       key: as for `surgery`; of use to a random importance alone.
-      takes_part: as for `surgery`.
-      layer_of: as for `surgery`.
-      importance: as for `surgery`.
+      **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
     Returns:
       A transformation as of `surgery`.
@@ -55,7 +50,7 @@ def han(
     """
     probability = update_at(rounds)
     rules = {pattern: Rule(std(c), probability, 1) for pattern, c in _table(c_rate).items()}
-    return surgery(rules, key, takes_part, layer_of, importance, splicing=False)
+    return surgery(rules, key, splicing=False, **options)
 
 
 def one_shot(
@@ -63,9 +58,7 @@ def one_shot(
     step: int,
     key: jax.Array,
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
-    takes_part: Predicate = has_axes,
-    layer_of: LayerOf = parent,
-    importance: Importance = magnitude,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes once, to the density wanted.
 
@@ -74,9 +67,7 @@ def one_shot(
       step: the step at which it prunes.
       key: as for `surgery`; of use to a random importance alone.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
-      takes_part: as for `surgery`.
-      layer_of: as for `surgery`.
-      importance: as for `surgery`.
+      **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
     Returns:
       A transformation as of `surgery`.
@@ -94,7 +85,7 @@ def one_shot(
     """
     probability = update_at([step])
     rules = {pattern: Rule(divide(d), probability, 1) for pattern, d in _table(density).items()}
-    return surgery(rules, key, takes_part, layer_of, importance, splicing=False)
+    return surgery(rules, key, splicing=False, **options)
 
 
 def gradual(
@@ -104,9 +95,7 @@ def gradual(
     every: int,
     key: jax.Array,
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
-    takes_part: Predicate = has_axes,
-    layer_of: LayerOf = parent,
-    importance: Importance = magnitude,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes again and again, along a cubic ramp of the density.
 
@@ -117,9 +106,7 @@ def gradual(
       every: steps from one pruning to the next, at least 1.
       key: as for `surgery`; of use to a random importance alone.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
-      takes_part: as for `surgery`.
-      layer_of: as for `surgery`.
-      importance: as for `surgery`.
+      **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
     Returns:
       A transformation as of `surgery`.
@@ -153,7 +140,7 @@ def gradual(
     }
     probability = update_at([*range(start, end, every), end])
     rules = {pattern: Rule(divide(ramp), probability, 1) for pattern, ramp in ramps.items()}
-    return surgery(rules, key, takes_part, layer_of, importance, splicing=False)
+    return surgery(rules, key, splicing=False, **options)
 
 
 def _table(numbers: float | Mapping[str, float]) -> Mapping[str, float]:

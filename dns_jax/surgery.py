@@ -104,16 +104,7 @@ def surgery(
     if not typed or key.shape:
         raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
 
-    for pattern, rule in table.items():
-        if rule.refresh_every < 0:
-            raise ValueError(
-                f'refresh_every of {pattern!r} must be at least 0, but is {rule.refresh_every!r}'
-            )
-        if importance is not magnitude and not rule.refresh_every:
-            raise ValueError(
-                f'refresh_every of {pattern!r} must be at least 1 for thresholds by '
-                f'importance={importance!r}, which is not known at the start, but is 0'
-            )
+    _check_refreshing(table, importance)
 
     def groups_of(params, masks):
         """Gives for each pattern the weights and the masks of its layers."""
@@ -182,6 +173,19 @@ def surgery(
         return updates, SurgeryState(count, state.key, masks, thresholds)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_refreshing(table: Mapping[str, Rule], importance: Importance) -> None:
+    for pattern, rule in table.items():
+        if rule.refresh_every < 0:
+            raise ValueError(
+                f'refresh_every of {pattern!r} must be at least 0, but is {rule.refresh_every!r}'
+            )
+        if importance is not magnitude and not rule.refresh_every:
+            raise ValueError(
+                f'refresh_every of {pattern!r} must be at least 1 for thresholds by '
+                f'importance={importance!r}, which is not known at the start, but is 0'
+            )
 
 
 def _ask(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:

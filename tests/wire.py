@@ -33,9 +33,13 @@ def old_blob(array):
     return b''.join(map(integer, (1, 2, 3, 4), axes)) + delimited(5, floats(array))
 
 
-def layer(name, kind, *blobs, unknown=b''):
+def layer_content(name, kind, *blobs, unknown=b''):
     names = delimited(1, name.encode()) + delimited(2, kind.encode())
-    return delimited(100, names + unknown + b''.join(delimited(7, content) for content in blobs))
+    return names + unknown + b''.join(delimited(7, content) for content in blobs)
+
+
+def layer(name, kind, *blobs, unknown=b''):
+    return delimited(100, layer_content(name, kind, *blobs, unknown=unknown))
 
 
 def old_layer(name, kind, *blobs):
