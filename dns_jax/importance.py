@@ -62,6 +62,35 @@ def taylor(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
     return jax.tree.map(lambda weights, gradient: weights * gradient, params, gradients)
 
 
+def gradient(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
+    """The gradient: how fast the loss would fall, were a connection to grow from zero.
+
+    A gradient of exactly zero, as behind a unit that is dead, counts as a random number of no more
+    than 1e-30, so that such connections do not tie.
+
+    Args:
+      key: a typed PRNG key, another at every step.
+      params: dense weights W, of which the shapes alone count.
+      gradients: at W⊙T, a tree like `params`; the transformation that asks for it must stand
+        before the optimizer in its chain.
+
+    Returns:
+      A tree like `params`, float32.
+
+    Example:
+      >>> gradient(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.array([0.5, -1.0]))
+      Array([ 0.5, -1. ], dtype=float32)
+
+    Reference:
+      Evci et al. 2020, Rigging the lottery: making all tickets winners.
+    """
+    return jax.tree.map(
+        lambda slope, number: jnp.where(slope == 0, 1e-30 * number, slope.astype(jnp.float32)),
+        gradients,
+        chance(key, params, gradients),
+    )
+
+
 def chance(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
     """Uniform random numbers in (0, 1], the least that any other importance must beat.
 

@@ -1,20 +1,34 @@
-"""The pruners that surgery is compared with: pruned connections never return.
+"""The pruners that surgery is compared with, and what their papers train with them.
 
 Each is `surgery` without splicing under rules of its own, so it keeps the contract of that module:
-updates pass through, the state is a `SurgeryState`, the masks are found in it. Where a pruner is
-given one number it is for every layer, else a table `{pattern: number}` as of rules.
+updates pass through, the state is a `SurgeryState`, the masks are found in it. Pruned connections
+never return, but for those of `regrow`. Where a pruner is given one number it is for every layer,
+else a table `{pattern: number}` as of rules.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
+from dns_jax.importance import chance, gradient
+from dns_jax.layers import group_by_layer, has_axes, layer_names, parent
+from dns_jax.masks import apply_masks, count_kept
 from dns_jax.schedules import polynomial_density, update_at
 from dns_jax.surgery import Rule, surgery
-from dns_jax.thresholds import layer_density, std
-from dns_jax.typing import Schedule, ThresholdRule
+from dns_jax.thresholds import Group, largest_threshold, layer_density, std
+from dns_jax.typing import (
+    Importance,
+    LayerOf,
+    Masks,
+    Predicate,
+    Schedule,
+    ThresholdRule,
+)
 
 
 def han(
@@ -38,7 +52,6 @@ def han(
       As `surgery`, `std` and `update_at` do.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.0])}
       >>> pruner = han(0.5, rounds=[0], key=jax.random.key(0))
       >>> _, state = pruner.update(params, pruner.init(params), params)
@@ -54,17 +67,49 @@ def han(
 
 
 def one_shot(
-    density: float | Mapping[str, float],
-    step: int,
-    key: jax.Array,
-    divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
-    **options: Any,
+    density: float | Mapping[str, float], step: int, key: jax.Array, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes once, to the density wanted.
+    """Prunes once, to the density wanted: `iterative` with one round.
 
     Args:
       density: kept / all connections, in (0, 1].
       step: the step at which it prunes.
+      key: as for `surgery`; of use to a random importance alone.
+      **options: those of `iterative`.
+
+    Returns:
+      A transformation as of `surgery`.
+
+    Raises:
+      As `iterative` does.
+
+    Example:
+      >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
+      >>> pruner = one_shot(0.25, step=0, key=jax.random.key(0))
+      >>> _, state = pruner.update(params, pruner.init(params), params)
+      >>> state.masks['fc1']
+      Array([False, False, False,  True], dtype=bool)
+    """
+    return iterative(density, [step], key, **options)
+
+
+def iterative(
+    density: float | Mapping[str, float],
+    rounds: Sequence[int],
+    key: jax.Array,
+    divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Prunes in rounds, by the same factor in each, and trains on between.
+
+    .. math::
+      d_i = d^{\,i / n} \quad \text{after round } i = 1 \dots n
+
+    The rounds are those of Han et al., with thresholds from a density in place of c.
+
+    Args:
+      density: d, kept / all connections in the end, in (0, 1].
+      rounds: the steps at which it prunes, none twice.
       key: as for `surgery`; of use to a random importance alone.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       **options: `takes_part`, `layer_of` and `importance` of `surgery`.
@@ -73,18 +118,31 @@ def one_shot(
       A transformation as of `surgery`.
 
     Raises:
-      As `surgery`, `divide` and `update_at` do.
+      ValueError: if `density` is outside (0, 1].
+      As `surgery` and `update_at` do.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
-      >>> pruner = one_shot(0.25, step=0, key=jax.random.key(0))
-      >>> _, state = pruner.update(params, pruner.init(params), params)
-      >>> state.masks['fc1']
-      Array([False, False, False,  True], dtype=bool)
+      >>> pruner = iterative(0.25, rounds=[0, 2], key=jax.random.key(0))
+      >>> state = pruner.init(params)
+      >>> for step in range(3):
+      ...     _, state = pruner.update(params, state, params)
+      ...     print(step, int(state.masks['fc1'].sum()))
+      0 2
+      1 2
+      2 1
     """
-    probability = update_at([step])
-    rules = {pattern: Rule(divide(d), probability, 1) for pattern, d in _table(density).items()}
+    probability, steps = update_at(rounds), np.asarray(rounds, np.int32)
+    rules = {}
+    for pattern, final in _table(density).items():
+        if not 0 < final <= 1:
+            raise ValueError(f'density must be in (0, 1], but is {final!r}')
+
+        def schedule(step, final=final):
+            done = jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.float32)
+            return jnp.float32(final) ** (done / len(steps))
+
+        rules[pattern] = Rule(divide(schedule), probability, 1)
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -116,7 +174,6 @@ def gradual(
       As `surgery`, `divide` and `polynomial_density` do.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.arange(1.0, 9.0)}
       >>> pruner = gradual(0.25, start=0, end=4, every=2, key=jax.random.key(0))
       >>> state = pruner.init(params)
@@ -141,6 +198,205 @@ def gradual(
     probability = update_at([*range(start, end, every), end])
     rules = {pattern: Rule(divide(ramp), probability, 1) for pattern, ramp in ramps.items()}
     return surgery(rules, key, splicing=False, **options)
+
+
+def regrow(
+    density: float | Mapping[str, float],
+    every: int,
+    stop: int,
+    key: jax.Array,
+    drop: float | Schedule = 0.3,
+    growth: Importance = gradient,
+    initial: Importance = chance,
+    divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    takes_part: Predicate = has_axes,
+    layer_of: LayerOf = parent,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the number of connections, and now and then exchanges the smallest for others.
+
+    The first update prunes to the density by the initial importance. After that, each round drops
+    a share of what a layer keeps, the smallest magnitudes, and grows as many of all that it does
+    not keep then, the most important. With growth by `importance.gradient` this is RigL, by
+    `importance.chance` SET. Both let new connections start at zero: `train_kept` sees to that.
+
+    Args:
+      density: kept / all connections, in (0, 1].
+      every: steps from one round to the next, at least 1; step 0 has none.
+      stop: the first step without a round.
+      key: as for `surgery`.
+      drop: the share that is exchanged, in [0, 1], or a schedule of it. SET's is constant, RigL's
+        falls as a cosine.
+      growth: what says which connections to grow.
+      initial: what says which to keep at first; with a trained network this is `magnitude`.
+      divide: makes the threshold rule of a density, `layer_density` or `global_density`.
+      takes_part: as for `surgery`.
+      layer_of: as for `surgery`.
+
+    Returns:
+      A transformation as of `surgery`. A growth tie at the last place grows all that tie.
+
+    Raises:
+      ValueError: if `every` is less than 1 or `drop` is a number outside [0, 1].
+      As `surgery` and `divide` do.
+
+    Example:
+      >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
+      >>> gradients = {'fc1': jnp.array([9.0, 1.0, 0.5, 0.1])}
+      >>> pruner = regrow(0.5, 1, 9, jax.random.key(0), drop=0.5, initial=lambda key, w, g: w)
+      >>> state = pruner.init(params)
+      >>> for _ in range(2):
+      ...     _, state = pruner.update(gradients, state, params)
+      ...     print(state.masks['fc1'])
+      [False False  True  True]
+      [ True False False  True]
+
+    Reference:
+      Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse
+      connectivity (SET); Evci et al. 2020, Rigging the lottery (RigL).
+    """
+    if every < 1:
+        raise ValueError(f'every must be at least 1, but is {every!r}')
+    if not callable(drop) and not 0 <= drop <= 1:
+        raise ValueError(f'drop must be in [0, 1], but is {drop!r}')
+    start = iterative(
+        density, [0], key, divide, importance=initial, takes_part=takes_part, layer_of=layer_of
+    )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        count, before = state.count, state.masks
+        _, state = start.update(updates, state, params)
+        # The negative counts are those of the first update's importance.
+        scores = growth(jax.random.fold_in(state.key, count), params, updates)
+        share = jnp.asarray(drop(count) if callable(drop) else drop, jnp.float32)
+        masks = jax.lax.cond(
+            (count > 0) & (count < stop) & (count % every == 0),
+            functools.partial(_exchange, share, scores, params, before, layer_of),
+            lambda: state.masks,
+        )
+        return updates, state._replace(masks=masks)
+
+    return optax.GradientTransformationExtraArgs(start.init, update_fn)
+
+
+def _exchange(share, scores, params, masks, layer_of) -> Masks:
+    """Drops a share of every layer's connections, and grows as many by their scores."""
+    kept = count_kept(masks, layer_of)
+    wanted = {
+        layer: count - jnp.round(share * jnp.float32(count)).astype(jnp.int32)
+        for layer, count in kept.items()
+    }
+    magnitudes = jax.tree.map(
+        lambda mask, leaf: jnp.where(mask, leaf, 0) if mask.ndim else mask, masks, params
+    )
+    survivors = jax.tree.map(jnp.logical_and, masks, _keep_largest(magnitudes, wanted, layer_of))
+    # What survives by a tie takes the place of a new one.
+    left = count_kept(survivors, layer_of)
+    free = {layer: kept[layer] - left[layer] for layer in kept}
+    candidates = jax.tree.map(
+        lambda mask, leaf: jnp.where(mask, 0, leaf) if mask.ndim else mask, survivors, scores
+    )
+    grown = _keep_largest(candidates, free, layer_of)
+    return jax.tree.map(jnp.logical_or, survivors, grown)
+
+
+def _keep_largest(tree, wanted, layer_of) -> Masks:
+    """Makes masks of the largest magnitudes: of each layer as many as wanted, and what ties."""
+    thresholds = {}
+    for layer, leaves in group_by_layer(tree, layer_of).items():
+        group = Group(1.0, leaves, [jnp.ones_like(leaf, bool) for leaf in leaves])
+        thresholds[layer] = largest_threshold([group], jnp.maximum(wanted[layer], 1), 0.0)
+
+    def keep(layer, leaf):
+        if not leaf.ndim:
+            return jnp.ones((), bool)
+        return (jnp.abs(leaf).astype(jnp.float32) >= thresholds[layer]) & (wanted[layer] > 0)
+
+    return jax.tree.map(keep, layer_names(tree, layer_of), tree)
+
+
+def train_kept(
+    pruner: optax.GradientTransformation, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    r"""Chains a pruner and an optimizer that trains kept connections alone; pruned weights are 0.
+
+    .. math::
+      W \leftarrow (W + \mathrm{optimizer}(\nabla L \odot T)) \odot T
+
+    Under this W = W⊙T after every step: what a pruned weight was is lost, it does not learn, and a
+    connection that `regrow` grows starts at zero.
+
+    Args:
+      pruner: any of this package; it sees the whole gradient.
+      optimizer: sees zeros for pruned connections.
+
+    Returns:
+      A transformation whose state is that of both.
+
+    Example:
+      >>> pruner = one_shot(0.5, step=0, key=jax.random.key(0))
+      >>> optimizer = train_kept(pruner, optax.sgd(1.0))
+      >>> params = {'fc1': jnp.array([2.0, -1.0])}
+      >>> updates, _ = optimizer.update({'fc1': jnp.ones(2)}, optimizer.init(params), params)
+      >>> optax.apply_updates(params, updates)['fc1']
+      Array([1., 0.], dtype=float32)
+
+    Reference:
+      Evci et al. 2020, Rigging the lottery, section 3.
+    """
+    pruner, optimizer = map(optax.with_extra_args_support, (pruner, optimizer))
+
+    def init_fn(params):
+        return pruner.init(params), optimizer.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates, pruner_state = pruner.update(updates, state[0], params, **extra_args)
+        masks = optax.tree.get(pruner_state, 'masks')
+        updates = apply_masks(updates, masks)
+        updates, optimizer_state = optimizer.update(updates, state[1], params, **extra_args)
+        updates = jax.tree.map(
+            lambda mask, update, weights: (
+                jnp.where(mask, update, -weights) if jnp.ndim(mask) else update
+            ),
+            masks,
+            updates,
+            params,
+        )
+        return updates, (pruner_state, optimizer_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_dropout(
+    rate: float | jax.Array, masks: Masks, layer_of: LayerOf = parent
+) -> dict[str, jax.Array]:
+    r"""Lowers a rate of dropout as connections go, since fewer of them overfit less.
+
+    .. math::
+      r_k = r\,\sqrt{\text{kept}_k / \text{all}_k}
+
+    Args:
+      rate: the rate of dropout for a dense layer, in [0, 1).
+      masks: the masks T.
+      layer_of: maps the path of a leaf to the name of its layer.
+
+    Returns:
+      `{layer name: rate}` for the layers that take part, float32 scalars.
+
+    Example:
+      >>> rates = scale_dropout(0.5, {'fc1': {'kernel': jnp.array([True, False, False, False])}})
+      >>> float(rates['fc1'])
+      0.25
+
+    Reference:
+      Han et al. 2015, Learning both weights and connections for efficient neural networks,
+      section 3.1.
+    """
+    kept, layers = count_kept(masks, layer_of), group_by_layer(masks, layer_of)
+    return {
+        layer: rate * jnp.sqrt(jnp.float32(kept[layer]) / sum(mask.size for mask in leaves))
+        for layer, leaves in layers.items()
+    }
 
 
 def _table(numbers: float | Mapping[str, float]) -> Mapping[str, float]:

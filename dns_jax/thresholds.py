@@ -23,6 +23,14 @@ class Statistics(NamedTuple):
     std: jax.Array  # shape=(), dtype=jnp.float32
 
 
+class Group(NamedTuple):
+    """Connections that share one threshold, in a unit of their own."""
+
+    unit: jax.typing.ArrayLike
+    weights: Sequence[jax.Array]
+    masks: Sequence[jax.Array]
+
+
 def magnitude_statistics(weights: Sequence[jax.Array]) -> Statistics:
     r"""Computes mean and standard deviation of the magnitudes of a layer's weights.
 
@@ -241,9 +249,8 @@ def global_density(
             shares = _erdos_renyi_kernel(layers, share)
             return _each_by_itself(layers, masks, shares, hysteresis)
         units = {layer: _unit(layers[layer], masks[layer], score) for layer in layers}
-        ratio = _largest_threshold(
-            [(units[layer], layers[layer], masks[layer]) for layer in layers], share, hysteresis
-        )
+        groups = [Group(units[layer], layers[layer], masks[layer]) for layer in layers]
+        ratio = largest_threshold(groups, _wanted(groups, share), hysteresis)
         return {layer: _band(ratio * units[layer], hysteresis) for layer in layers}
 
     return rule
@@ -284,24 +291,36 @@ def _each_by_itself(layers, masks, shares, hysteresis) -> dict[str, Thresholds]:
     """Gives each layer the band that keeps its own share."""
     bands = {}
     for layer, share in shares.items():
-        group = (1.0, layers[layer], masks[layer])
-        bands[layer] = _band(_largest_threshold([group], share, hysteresis), hysteresis)
+        groups = [Group(1.0, layers[layer], masks[layer])]
+        middle = largest_threshold(groups, _wanted(groups, share), hysteresis)
+        bands[layer] = _band(middle, hysteresis)
     return bands
 
 
-def _largest_threshold(groups, density, hysteresis):
+def _wanted(groups: Sequence[Group], density: jax.Array) -> jax.Array:
+    """How many of the groups' connections a density keeps, at least one."""
+    total = sum(leaf.size for group in groups for leaf in group.weights)
+    return jnp.clip(jnp.round(density * total).astype(jnp.int32), 1, total)
+
+
+def largest_threshold(
+    groups: Sequence[Group], wanted: jax.typing.ArrayLike, hysteresis: float
+) -> jax.Array:
     """Finds the largest threshold, in the groups' units, at which h_k keeps enough connections.
 
     Args:
-      groups: triples (unit, weights, masks).
-      density: the share of the groups' connections to keep, a float32 scalar.
+      groups: what shares the threshold.
+      wanted: how many connections to keep at least, from 1 to all, an int32 scalar.
       hysteresis: half the relative width of the band.
 
     Returns:
       The threshold, a float32 scalar.
+
+    Example:
+      >>> group = Group(1.0, [jnp.array([1.0, -3.0, 2.0])], [jnp.ones(3, bool)])
+      >>> float(largest_threshold([group], 2, hysteresis=0.0))
+      2.0
     """
-    total = sum(leaf.size for _, weights, _ in groups for leaf in weights)
-    wanted = jnp.clip(jnp.round(density * total).astype(jnp.int32), 1, total)
 
     def number(bits):
         return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dns_jax
@@ -121,6 +122,20 @@ def test_one_shot_prunes_once():
     check(pruners.one_shot(densities, 7, KEY), prune)
 
 
+def test_iterative_prunes_by_the_same_factor_in_each_round():
+    rounds, densities = (3, 20, 41), {'fc1': 0.125, 'fc2': 0.3}
+
+    def prune(step, weights, gradients, masks):
+        if step not in rounds:
+            return masks
+        share = (1 + rounds.index(step)) / 3
+        return keep_largest(
+            weights, masks, {layer: final**share for layer, final in densities.items()}
+        )
+
+    check(pruners.iterative(densities, rounds, KEY), prune)
+
+
 @pytest.mark.parametrize('by', ['magnitude', 'taylor'])
 def test_gradual_prunes_along_the_cubic_ramp(by):
     start, end, every = 4, 33, 6
@@ -231,6 +246,11 @@ def test_nothing_returns_at_a_threshold_of_zero():
         (lambda: pruners.gradual(0.5, 0, 10, 0, KEY), 'every must be at least 1, but is 0'),
         (lambda: pruners.gradual(0.5, 10, 10, 2, KEY), 'end must be finite and after start'),
         (lambda: pruners.gradual(1.5, 0, 10, 2, KEY), r'final must be in \(0, 1\]'),
+        (lambda: pruners.iterative(-0.5, [1, 2], KEY), r'density must be in \(0, 1\], but is -0.5'),
+        (lambda: pruners.iterative(0.5, [], KEY), 'steps must name at least one step'),
+        (lambda: pruners.regrow(0.5, 0, 9, KEY), 'every must be at least 1, but is 0'),
+        (lambda: pruners.regrow(0.5, 1, 9, KEY, 1.5), r'drop must be in \[0, 1\], but is 1.5'),
+        (lambda: pruners.regrow(1.5, 1, 9, KEY), r'density must be in \(0, 1\], but is 1.5'),
         (
             lambda: dns_jax.surgery(
                 dns_jax.Rule(dns_jax.mean_std(1.0), dns_jax.update_probability()),
@@ -244,3 +264,111 @@ def test_nothing_returns_at_a_threshold_of_zero():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize('by', ['gradient', 'chance'])
+def test_regrow_exchanges_the_smallest_for_the_most_important(by):
+    every, stop, density = 4, 31, 0.4
+    drop = lambda step: 0.5 * (1 - step / 40)  # noqa: E731
+    growth = getattr(importance, by)
+    pruner = pruners.regrow(density, every, stop, KEY, drop, growth, initial=importance.magnitude)
+    shares = []
+
+    def prune(step, weights, gradients, masks):
+        if step == 0:
+            return keep_largest(weights, masks, {'fc1': density, 'fc2': density})
+        if step % every or step >= stop:
+            return masks
+        scores = gradients
+        if by == 'chance':
+            scores = jax.device_get(growth(jax.random.fold_in(KEY, step), weights, gradients))
+        new = {}
+        for layer, (numbers, kept) in layer_arrays(weights, masks).items():
+            scores_of_layer, _ = layer_arrays(scores, masks)[layer]
+            count = kept.sum()
+            dropped = int(np.round(np.float32(drop(step)) * np.float32(count)))
+            order = np.argsort(np.where(kept, np.abs(numbers), -1))[::-1]
+            mask = np.zeros_like(kept)
+            mask[order[: count - dropped]] = True
+            growable = np.argsort(np.where(mask, -1, np.abs(scores_of_layer)))[::-1]
+            mask[growable[:dropped]] = True
+            shares.append((mask & ~kept).sum() / count)
+            leaves = sorted(masks[layer])
+            parts = np.split(mask, np.cumsum([masks[layer][leaf].size for leaf in leaves])[:-1])
+            new[layer] = {
+                leaf: part.reshape(masks[layer][leaf].shape)
+                for leaf, part in zip(leaves, parts, strict=True)
+            }
+        return new
+
+    found, wanted = masks_of(pruner), expected(prune)
+    for step, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        for mask, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(mask, right, err_msg=f'step {step}')
+        kept = dns_jax.count_kept(one)
+        assert {layer: int(count) for layer, count in kept.items()} == {'fc1': 28, 'fc2': 16}
+    assert len(shares) == 14
+    assert max(shares) > 0.2
+    assert (np.array(shares) > 0).sum() > 10
+
+
+def test_regrow_begins_at_random_unless_told():
+    counts, masks = [], []
+    for seed in range(2):
+        pruner = pruners.regrow(0.4, 10, 20, jax.random.key(seed))
+        weights, gradients = HISTORY[0]
+        _, state = pruner.update(gradients, pruner.init(weights), weights)
+        counts.append({layer: int(kept) for layer, kept in dns_jax.count_kept(state.masks).items()})
+        masks.append(state.masks['fc1']['kernel'])
+    assert counts == [{'fc1': 28, 'fc2': 16}] * 2
+    assert (masks[0] != masks[1]).any()
+
+
+@pytest.mark.parametrize('drop', [0.0, 1.0])
+def test_regrow_keeps_its_number_where_gradients_and_weights_are_zero(drop):
+    """Behind dead units all gradients are zero, and new connections are at zero themselves."""
+    pruner = pruners.regrow(0.4, 1, 20, KEY, drop, initial=importance.magnitude)
+    weights = {'fc1': jnp.arange(1.0, 51.0)}
+    zeros = {'fc1': jnp.zeros(50)}
+    _, state = pruner.update(zeros, pruner.init(weights), weights)
+    first = np.array(state.masks['fc1'])
+    _, state = pruner.update(zeros, state, weights)
+    assert state.masks['fc1'].sum() == 20
+    assert (np.array(state.masks['fc1']) == first).all() == (drop == 0)
+    _, state = pruner.update(zeros, state, zeros)
+    assert state.masks['fc1'].sum() == 20
+
+
+def test_train_kept_trains_nothing_else():
+    pruner = pruners.regrow(0.4, 2, 20, KEY, 0.5, initial=importance.magnitude)
+    optimizer = pruners.train_kept(pruner, optax.sgd(0.2, momentum=0.5))
+    weights = HISTORY[0][0]
+    state = optimizer.init(weights)
+    update, velocity = jax.jit(optimizer.update), jax.tree.map(np.zeros_like, weights)
+    expected_weights, grown = weights, 0
+    before = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), weights)
+    for _, gradients in HISTORY[:9]:
+        updates, state = update(gradients, state, weights)
+        masks = jax.device_get(optax.tree.get(state, 'masks'))
+        velocity = jax.tree.map(lambda v, g, m: 0.5 * v + g * m, velocity, gradients, masks)
+        expected_weights = jax.tree.map(
+            lambda w, v, m: (w - np.float32(0.2) * v) * m, expected_weights, velocity, masks
+        )
+        new = jax.tree.map(lambda m, old: m & ~old, masks, before)
+        for at_zero, leaf in zip(*map(jax.tree.leaves, (new, weights)), strict=True):
+            assert (leaf[at_zero] == 0).all()
+            grown += at_zero.sum()
+        before = masks
+        weights = optax.apply_updates(weights, updates)
+        for one, other in zip(*map(jax.tree.leaves, (weights, expected_weights)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+        pruned = jax.tree.map(lambda leaf, mask: leaf[~mask], weights, masks)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(pruned))
+    assert grown > 10
+
+
+def test_dropout_falls_with_the_root_of_the_density():
+    masks = {'fc1': {'kernel': jnp.arange(8).reshape(4, 2) < 1, 'bias': jnp.array([True, False])}}
+    rates = pruners.scale_dropout(0.5, {**masks, 'fc2': jnp.ones((), bool)})
+    assert list(rates) == ['fc1']
+    assert float(rates['fc1']) == pytest.approx(0.5 * np.sqrt(2 / 10))
