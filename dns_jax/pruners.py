@@ -262,19 +262,19 @@ def regrow(
         density, [0], key, divide, importance=initial, takes_part=takes_part, layer_of=layer_of
     )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state: Any, params: Any = None, **extra_args):
         del extra_args
         count, before = state.count, state.masks
-        _, state = start.update(updates, state, params)
+        pruned: Any = start.update(updates, state, params)[1]
         # The negative counts are those of the first update's importance.
         scores = growth(jax.random.fold_in(state.key, count), params, updates)
         share = jnp.asarray(drop(count) if callable(drop) else drop, jnp.float32)
         masks = jax.lax.cond(
             (count > 0) & (count < stop) & (count % every == 0),
             functools.partial(_exchange, share, scores, params, before, layer_of),
-            lambda: state.masks,
+            lambda: pruned.masks,
         )
-        return updates, state._replace(masks=masks)
+        return updates, pruned._replace(masks=masks)
 
     return optax.GradientTransformationExtraArgs(start.init, update_fn)
 
@@ -369,7 +369,7 @@ def train_kept(
 
 def scale_dropout(
     rate: float | jax.Array, masks: Masks, layer_of: LayerOf = parent
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     r"""Lowers a rate of dropout as connections go, since fewer of them overfit less.
 
     .. math::

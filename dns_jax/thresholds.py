@@ -297,7 +297,7 @@ def _each_by_itself(layers, masks, shares, hysteresis) -> dict[str, Thresholds]:
     return bands
 
 
-def _wanted(groups: Sequence[Group], density: jax.Array) -> jax.Array:
+def _wanted(groups: Sequence[Group], density: jax.typing.ArrayLike) -> jax.Array:
     """How many of the groups' connections a density keeps, at least one."""
     total = sum(leaf.size for group in groups for leaf in group.weights)
     return jnp.clip(jnp.round(density * total).astype(jnp.int32), 1, total)

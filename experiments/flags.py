@@ -1,29 +1,39 @@
 """The command line: every flag, once, as a field of one frozen `Config`.
 
 The only module that defines flags. A field's type makes the flag's parser, its metadata the
-help text; an entry script gives its own defaults.
+help text; an entry script gives its own defaults. Texts within a flag are for `parsers`.
 """
 
 import dataclasses
 import math
+import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import optax
 from absl import app, logging
 from absl import flags as absl_flags
 
-import dns_jax
 from experiments import data
+from experiments.parsers import parse_learning_rate
 
-T = TypeVar('T', int, float)
-C = TypeVar('C', 'Config', 'BenchConfig', 'FrontierConfig', 'SearchConfig', 'ZooConfig')
+C = TypeVar(
+    'C', 'Config', 'BenchConfig', 'CompareConfig', 'FrontierConfig', 'SearchConfig', 'ZooConfig'
+)
 
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={'help': text, **metadata})
+
+
+PRUNERS = ('surgery', 'han', 'iterative', 'one_shot', 'gradual', 'set', 'rigl')
+REGROWING = ('set', 'rigl')
+_OF_SURGERY = (
+    *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
+    *('refresh_statistics', 'count_returns'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +82,21 @@ class Config:
     layer_density: str = _flag(
         '', 'Kept / all to reach, of what takes part in a layer, as LAYER:NUMBER,…'
     )
-    c_rate: str = _flag('', 'c of the thresholds mean + c · std, as LAYER:NUMBER,…')
+    c_rate: str = _flag('', 'c of the thresholds mean + c · std, of han c · std, as LAYER:NUMBER,…')
+    refresh_statistics: int = _flag(
+        0, 'Steps from one reading of mean and std to the next; 0 reads them once.', lower_bound=0
+    )
     score: str = _flag('norm', 'How layers share one density.', choices=('norm', 'std', 'erk'))
-    ramp: str = _flag('log', 'How densities fall: log, or poly:POWER.')
-    ramp_start: str = _flag('0%', 'Step, or share of the surgery steps, at which they begin to.')
-    ramp_end: str = _flag('80%', 'Step or share at which they are reached.')
+    ramp: str = _flag('log', 'How densities fall under surgery: log, or poly:POWER.')
+    ramp_start: str = _flag(
+        '0%', 'Step, or share of the surgery steps, at which they begin to; the first round.'
+    )
+    ramp_end: str = _flag('80%', 'Step or share at which they are reached; the last round.')
     refresh_every: int = _flag(
-        500, 'Steps from one choice of thresholds by density to the next.', lower_bound=1
+        500,
+        'Steps from one choice of thresholds by density to the next, and from one round of '
+        'gradual, set and rigl to the next.',
+        lower_bound=1,
     )
     start: str = _flag('0', 'First step, or share, with mask updates, as LAYER:STEP,…')
     stop: str = _flag('100%', 'First step, or share, without mask updates, as LAYER:STEP,…')
@@ -86,6 +104,25 @@ class Config:
     update_gamma: float = _flag(1e-4, 'Decay of the update probability, per step.')
     update_power: float = _flag(0.0, 'Power of the update probability; 0 updates at every step.')
     prune_biases: bool = _flag(True, 'Whether biases take part in surgery.')
+
+    pruner: str = _flag('surgery', 'What prunes in the place of surgery.', choices=PRUNERS)
+    importance: str = _flag(
+        'magnitude',
+        'What says how much a connection matters: |w|, |w · gradient| or nothing.',
+        choices=('magnitude', 'taylor', 'chance'),
+    )
+    splicing: bool = _flag(True, 'Whether surgery lets pruned connections return.')
+    rounds: int = _flag(5, 'Rounds of han and iterative.', lower_bound=1)
+    drop: float = _flag(0.3, 'Share of the connections that set and rigl exchange in a round.')
+    dropout: float = _flag(0.0, 'Rate of dropout behind all fully connected layers but the last.')
+    pruned_dropout: str = _flag(
+        'scaled',
+        'That rate once pruning begins: kept, dropped, or scaled with the root of the density.',
+        choices=('kept', 'dropped', 'scaled'),
+    )
+    cut: float = _flag(0.0, 'Share of the kept connections that is cut at random, once.')
+    cut_at: str = _flag('50%', 'Step or share at which it is cut.')
+    count_returns: bool = _flag(False, 'Whether to tell what becomes of connections that return.')
 
     def __post_init__(self):
         if self.resume and self.overwrite:
@@ -106,6 +143,11 @@ class Config:
             raise ValueError(f'--compression={self.compression} must be finite and at least 1')
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f'--density={self.density} must be in (0, 1]')
+        if self.pruner != 'surgery':
+            self._check_pruner()
+        for name in ('cut', 'dropout'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
         if self.checkpoint_every % self.record_every:
             raise ValueError(
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
@@ -116,6 +158,21 @@ class Config:
                 parse_learning_rate(getattr(self, name), steps=1)
             except ValueError as error:
                 raise ValueError(f'--{name}: {error}') from error
+
+    def _check_pruner(self):
+        """Refuses what the pruner would not look at."""
+        if bool(self.c_rate) != (self.pruner == 'han'):
+            raise ValueError(
+                f'--pruner={self.pruner} must go with '
+                + ('--c_rate' if self.pruner == 'han' else 'a density or a compression')
+            )
+        own = {field.name: field.default for field in dataclasses.fields(Config)}
+        unread = [*_OF_SURGERY, 'importance'] if self.pruner in REGROWING else _OF_SURGERY
+        for name in unread:
+            if getattr(self, name) != own[name]:
+                raise ValueError(
+                    f'--{name}={getattr(self, name)} has no meaning for --pruner={self.pruner}'
+                )
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide a run's numbers: all but places and switches."""
@@ -144,16 +201,7 @@ class FrontierConfig(Config):
 
         The first compression trains the references, those after it start from them.
         """
-        try:
-            compressions = [float(text) for text in self.compressions.split(',')]
-        except ValueError as error:
-            raise ValueError(
-                f'--compressions={self.compressions} must be numbers with commas between'
-            ) from error
-        if len(set(compressions)) < len(compressions):
-            raise ValueError(f'--compressions={self.compressions} names one twice')
-        if self.compression is not None:
-            raise ValueError(f'--compression={self.compression} has no place beside --compressions')
+        compressions = self.targets()
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
         runs = []
         for number, compression in enumerate(compressions):
@@ -167,6 +215,90 @@ class FrontierConfig(Config):
                 }
                 runs.append(Config(**{**fields, **own}))
         return runs
+
+    def targets(self) -> list[float]:
+        """Returns the compressions to reach."""
+        try:
+            compressions = [float(text) for text in self.compressions.split(',')]
+        except ValueError as error:
+            raise ValueError(
+                f'--compressions={self.compressions} must be numbers with commas between'
+            ) from error
+        if len(set(compressions)) < len(compressions):
+            raise ValueError(f'--compressions={self.compressions} names one twice')
+        if self.compression is not None:
+            raise ValueError(f'--compression={self.compression} has no place beside --compressions')
+        return compressions
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(FrontierConfig):
+    """What `experiments.compare` compares: the flags that its runs share, and these."""
+
+    workdir: str = _flag('runs/compare', 'Folder of the comparison, one folder in it for each run.')
+    variant: tuple[str, ...] = _flag(
+        (),
+        'NAME: FLAGS of one of the things to compare, as "no splicing: --nosplicing"; to be given '
+        'again for each. One that says by itself what to keep is run once for all compressions.',
+    )
+
+    def __post_init__(self):
+        lengths = {run.surgery_steps + run.finetuning_steps for _, run in self.named_runs()}
+        if len(lengths) > 1:
+            raise ValueError(f'--variant: all must take as many steps, but take {sorted(lengths)}')
+
+    def runs(self) -> list[Config]:
+        """Returns the configuration of every run, by variant, compression, then seed.
+
+        The first of each seed trains its reference, those after it start from that.
+        """
+        return [run for _, run in self.named_runs()]
+
+    def named_runs(self) -> list[tuple[str, Config]]:
+        """Returns the same with the name of the variant."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
+        runs, first = [], {}
+        for name, changed in self._variants().items():
+            slug = re.sub(r'\W+', '-', name.lower()).strip('-')
+            says_itself = changed.keys() & {'density', 'layer_density', 'c_rate'}
+            for target in [None] if says_itself else self.targets():
+                for seed in range(self.seed, self.seed + self.seeds):
+                    label = f'{slug}-{seed}' if target is None else f'{slug}-{target:g}-{seed}'
+                    folder = f'{self.workdir}/{label}'
+                    own = {
+                        'seed': seed,
+                        'compression': target,
+                        'workdir': folder,
+                        'reference': self.reference or first.get(seed),
+                    }
+                    first.setdefault(seed, folder)
+                    runs.append((name, Config(**{**fields, **changed, **own})))
+        return runs
+
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        """Returns the fields that each variant changes, by its name."""
+        variants = {}
+        for text in self.variant:
+            name, colon, arguments = text.partition(':')
+            if not colon or not name.strip() or name.strip() in variants:
+                raise ValueError(f'--variant={text} must be NAME: FLAGS, with a name of its own')
+            flag_values = absl_flags.FlagValues()
+            define(Config, {}, flag_values)
+            try:
+                left = flag_values(['--variant', *shlex.split(arguments)])[1:]
+            except absl_flags.Error as error:
+                raise ValueError(f'--variant={text}: {error}') from error
+            names = [field.name for field in filter(_is_flag, dataclasses.fields(Config))]
+            changed = {name: flag_values[name].value for name in names if flag_values[name].present}
+            if left or changed.keys() & _SHARED:
+                raise ValueError(
+                    f'--variant={text} may change how is pruned and fine-tuned, but not '
+                    f'{left or sorted(changed.keys() & _SHARED)}'
+                )
+            variants[name.strip()] = changed
+        if not variants:
+            raise ValueError('--variant must be given at least once')
+        return variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,90 +372,16 @@ class BenchConfig:
             )
 
 
+# What all variants of a comparison have in common.
+_SHARED = {
+    *('dataset', 'data_dir', 'manual_dir', 'train_on_all', 'workdir', 'reference', 'resume'),
+    *('overwrite', 'tensorboard', 'seed', 'batch_size', 'compression', 'dropout'),
+    *('reference_steps', 'reference_learning_rate', 'reference_weight_decay'),
+}
 _NOT_OF_THE_RUN = {
     *('data_dir', 'manual_dir', 'workdir', 'resume', 'overwrite', 'tensorboard'),
     *('trials', 'study', 'storage'),
 }
-
-
-def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
-    """Reads numbers per layer, such as `conv*:2,fc1:4`; a lone number is for every layer.
-
-    Args:
-      text: `PATTERN:NUMBER` entries with commas between; the first that matches a layer counts.
-      number: reads a number, `float` or `int`.
-
-    Returns:
-      `{pattern: number}` in the order of the text.
-
-    Raises:
-      ValueError: if an entry has another form, or a pattern stands twice.
-    """
-    table: dict[str, T] = {}
-    for entry in filter(None, text.split(',')):
-        pattern, colon, digits = entry.rpartition(':')
-        if (pattern or '*') in table:
-            raise ValueError(f'pattern {pattern!r} stands twice in {text!r}')
-        try:
-            if colon and not pattern:
-                raise ValueError('there is no pattern')
-            table[pattern or '*'] = number(digits)
-        except ValueError as error:
-            raise ValueError(f'{entry!r} in {text!r} is not PATTERN:NUMBER') from error
-    return table
-
-
-def parse_step(text: str, steps: int) -> int:
-    """Reads a step, such as `12000`, or a share of all steps, such as `80%`.
-
-    Args:
-      text: the step or the share.
-      steps: all steps.
-
-    Returns:
-      The step, rounded to a whole one.
-
-    Raises:
-      ValueError: if the text is neither.
-    """
-    try:
-        return round(float(text[:-1]) / 100 * steps) if text.endswith('%') else int(text)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f'{text!r} must be a step or a share of the steps, as 80% is') from error
-
-
-_POLICIES = {
-    'fixed': (optax.constant_schedule, ('BASE',)),
-    'exp': (dns_jax.caffe_exp, ('BASE', 'GAMMA')),
-    'inv': (dns_jax.caffe_inv, ('BASE', 'GAMMA', 'POWER')),
-    'poly': (dns_jax.caffe_poly, ('BASE', 'POWER')),
-}
-
-
-def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
-    """Reads a learning-rate policy, such as `inv:0.01,1e-4,0.75` or `poly:0.04,1`.
-
-    Args:
-      text: `POLICY:NUMBERS`; the numbers are base, gamma and power, as far as the policy has them.
-      steps: the length of the phase, at whose end `poly` reaches 0.
-
-    Returns:
-      The schedule.
-
-    Raises:
-      ValueError: if the policy is unknown or its numbers are not as wanted.
-    """
-    name, _, numbers = text.partition(':')
-    if name not in _POLICIES:
-        raise ValueError(f'{text!r} must begin with one of {", ".join(_POLICIES)} and a colon')
-    policy, wanted = _POLICIES[name]
-    try:
-        values = [float(number) for number in numbers.split(',')]
-    except ValueError:
-        values = []
-    if len(values) != len(wanted) or not all(0 <= value < math.inf for value in values):
-        raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}, numbers of 0 or more')
-    return policy(*values, *([steps] if name == 'poly' else []))
 
 
 def define(
@@ -412,6 +470,7 @@ _DEFINITIONS = {
     int: absl_flags.DEFINE_integer,
     float: absl_flags.DEFINE_float,
     float | None: absl_flags.DEFINE_float,
+    tuple[str, ...]: absl_flags.DEFINE_multi_string,
 }
 
 

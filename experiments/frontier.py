@@ -9,7 +9,6 @@ may share a workdir, and one with all seeds and --resume joins their tables.
 
 import csv
 import io
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from experiments import flags, plots, report
 from experiments.files import write_whole
 from experiments.flags import Config, FrontierConfig
-from experiments.run import run_together
+from experiments.sweep import Summaries, run_all
 
 COLUMNS = (
     *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -41,14 +40,9 @@ def sweep(config: FrontierConfig) -> list[dict[str, Any]]:
       As `experiments.run.run` does.
     """
     folder, runs = Path(config.workdir), config.runs()
-    summaries = {run: _finished(run) for run in runs if config.resume}
-    for _, group in itertools.groupby(runs, lambda run: run.compression):
-        left = [run for run in group if not summaries.get(run)]
-        for begin in range(0, len(left), config.side_by_side):
-            batch = left[begin : begin + config.side_by_side]
-            summaries |= zip(batch, run_together(batch), strict=True)
-            # After every batch, so that a sweep can be looked at while it goes on.
-            _write(folder, _to_rows(runs, summaries))
+    summaries = run_all(
+        runs, config.side_by_side, lambda done: _write(folder, _to_rows(runs, done))
+    )
     rows = _to_rows(runs, summaries)
     _write(folder, rows)
     print(report.frontier_table(rows))
@@ -57,20 +51,11 @@ def sweep(config: FrontierConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _finished(run: Config) -> Mapping[str, Any] | None:
-    """Reads the summary of a run that was finished with these flags, so as not to repeat it."""
-    path = Path(run.workdir) / 'summary.json'
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    return summary if summary.get('flags') == run.identity() else None
-
-
-def _to_rows(
-    runs: Sequence[Config], summaries: Mapping[Config, Mapping[str, Any] | None]
-) -> list[dict[str, Any]]:
-    done = [(run, summary) for run in runs if (summary := summaries.get(run))]
+def _to_rows(runs: Sequence[Config], summaries: Summaries) -> list[dict[str, Any]]:
     return [
-        {name: {**summary, 'target': run.compression}[name] for name in COLUMNS}
-        for run, summary in done
+        {name: {**summaries[run], 'target': run.compression}[name] for name in COLUMNS}
+        for run in runs
+        if run in summaries
     ]
 
 

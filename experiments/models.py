@@ -4,7 +4,7 @@ Owns their layers and sizes; what is pruned in them is no concern of theirs.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,15 +17,21 @@ _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 _THIN = 32  # columns of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
 
 
+Dropout = Mapping[str, jax.Array]
+"""The rate of dropout behind each fully connected layer; it takes random bits named `dropout`."""
+
+
 class LeNet300(nn.Module):
     """LeNet-300-100: 784 pixels, two hidden layers, 266,610 parameters."""
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
         hidden = images.reshape(images.shape[0], -1)
         hidden = nn.relu(nn.Dense(300, kernel_init=_XAVIER, name='fc1')(hidden))
+        hidden = drop_out(self, hidden, dropout, 'fc1')
         hidden = nn.relu(nn.Dense(100, kernel_init=_XAVIER, name='fc2')(hidden))
+        hidden = drop_out(self, hidden, dropout, 'fc2')
         return nn.Dense(10, kernel_init=_XAVIER, name='fc3')(hidden)
 
 
@@ -33,12 +39,13 @@ class LeNet5(nn.Module):
     """LeNet-5 as in Caffe, without activation after the convolutions: 431,080 parameters."""
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
         hidden = _max_pool_2x2(_convolution(20, 'conv1')(images))
         hidden = _max_pool_2x2(_convolution(50, 'conv2')(hidden))
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(nn.Dense(500, kernel_init=_XAVIER, name='fc1')(hidden))
+        hidden = drop_out(self, hidden, dropout, 'fc1')
         return nn.Dense(10, kernel_init=_XAVIER, name='fc2')(hidden)
 
 
@@ -136,6 +143,27 @@ def convolution_by_products(
         for row in range(0, rows, together)
     ]
     return functools.reduce(jnp.add, products).reshape(-1, height, width, features)
+
+
+def drop_out(
+    module: nn.Module, hidden: jax.Array, dropout: Dropout | None, layer: str
+) -> jax.Array:
+    """Drops out units, at a rate that may be traced, as that of `flax.linen.Dropout` may not.
+
+    Args:
+      module: its random bits named `dropout` are used.
+      hidden: what a layer gave.
+      dropout: the rates; None leaves all as it is.
+      layer: the name of the layer.
+
+    Returns:
+      An array like `hidden`.
+    """
+    if dropout is None:
+        return hidden
+    kept = 1 - dropout[layer]
+    chosen = jax.random.bernoulli(module.make_rng('dropout'), kept, hidden.shape)
+    return jnp.where(chosen, hidden / kept, 0)
 
 
 def _max_pool_2x2(images: jax.Array) -> jax.Array:

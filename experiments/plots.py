@@ -225,12 +225,7 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
       rows: of one network and data set, with `network`, `dataset`, `target`, `compression` and
         `test_error`.
     """
-    figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')
-    axes = figure.subplots()
-    axes.set_title('Error and compression')
-    axes.grid(color='0.9')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
+    figure, axes = _error_and_compression()
     targets = sorted({row['target'] for row in rows})
     groups = [[row for row in rows if row['target'] == target] for target in targets]
     middles = [
@@ -248,12 +243,53 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.axvline(compression, color=colour, linestyle=':', label=who)
         else:
             axes.scatter([compression], [error], color=colour, marker=marker, label=who, zorder=3)
+    axes.set_ylim(bottom=0)
+    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
+    return figure
+
+
+def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test error over compression for each variant: medians, and ranges over seeds.
+
+    Args:
+      rows: with `variant`, `target`, `compression` and `test_error`.
+    """
+    figure, axes = _error_and_compression()
+    for number, variant in enumerate(dict.fromkeys(row['variant'] for row in rows)):
+        own = [row for row in rows if row['variant'] == variant]
+        targets = list(dict.fromkeys(row['target'] for row in own))
+        groups = [[row for row in own if row['target'] == target] for target in targets]
+        compressions = [np.median([row['compression'] for row in group]) for group in groups]
+        errors = [[row['test_error'] for row in group] for group in groups]
+        middles = np.array([np.median(group) for group in errors])
+        ends = np.array([[min(group), max(group)] for group in errors])
+        axes.errorbar(
+            # A little apart, so that ranges at one compression do not hide each other.
+            np.array(compressions) * 1.01**number,
+            middles,
+            yerr=np.abs(ends.T - middles),
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=LINE_STYLES[number // len(COLOURS) % len(LINE_STYLES)],
+            marker='osD^vXP*'[number % 8],
+            capsize=3,
+            label=variant,
+        )
+    axes.autoscale(axis='y')
+    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
+    return figure
+
+
+def _error_and_compression() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')
+    axes = figure.subplots()
+    axes.set_title('Error and compression')
+    axes.grid(color='0.9')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
     axes.set_xscale('log')
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}×'))
     axes.xaxis.set_minor_formatter('')
-    axes.set_ylim(bottom=0)
     axes.set_ylabel('test error (%)')
     axes.set_xlabel('compression: all parameters / kept parameters')
-    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
-    return figure
+    return figure, axes

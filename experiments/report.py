@@ -48,6 +48,27 @@ FRONTIER_HEADER = (
     *('network', 'seeds', 'compression', 'kept'),
     *('error of the reference', 'error after surgery'),
 )
+# Heading: the column of a comparison, its format and unit.
+COMPARE_COLUMNS = {
+    'compression': ('compression', '.1f', '×'),
+    'error': ('test_error', '.2f', ' %'),
+    'steps to reach it': ('steps_to_reach', ',.0f'),
+    'time': ('pruning_seconds', '.0f', ' s'),
+    'state': ('state_mebibytes', '.1f', ' MiB'),
+}
+CUT_COLUMNS = {
+    'before the cut': ('cut_before', '.2f', ' %'),
+    'after it': ('cut_after', '.2f', ' %'),
+    'in the end': ('cut_end', '.2f', ' %'),
+}
+RETURN_COLUMNS = {
+    'ever pruned': ('returns_pruned', ',.0f'),
+    'returned': ('returns_returned', ',.0f'),
+    'of these kept': ('returns_returned_kept', ',.0f'),
+    'loss': ('returns_loss', '.4f'),
+    'without these': ('returns_loss_without', '.4f'),
+    'without as many others': ('returns_loss_without_others', '.4f'),
+}
 LAYER_HEADER = (
     'layer',
     'parameters',
@@ -161,6 +182,31 @@ def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
             )
         )
     return _table(FRONTIER_HEADER, lines)
+
+
+def compare_tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The runs of a comparison in Markdown, a row per variant and target: medians and ranges.
+
+    Args:
+      rows: of `experiments.compare`, those of one variant and target side by side. Where some of
+        them were cut, or counted what returned, tables of that follow.
+    """
+    groups = [
+        (name, list(group))
+        for (name, _), group in itertools.groupby(rows, lambda row: (row['variant'], row['target']))
+    ]
+
+    parts = []
+    for columns in (COMPARE_COLUMNS, CUT_COLUMNS, RETURN_COLUMNS):
+        key = next(iter(columns.values()))[0]
+        lines = [
+            (name, f'{len(runs)}', *(middle_and_range(runs, *cell) for cell in columns.values()))
+            for name, runs in groups
+            if runs[0].get(key, '') != ''
+        ]
+        if lines:
+            parts.append(_table(('variant', 'seeds', *columns), lines))
+    return '\n\n'.join(parts)
 
 
 def middle_and_range(

@@ -1,27 +1,32 @@
-"""From flags to the rules of surgery and the optimizer around them."""
+"""From flags to a pruner, its rules, and the optimizer around it."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import dns_jax
-from experiments.flags import Config, parse_step, parse_table
+from dns_jax import importance, pruners
+from experiments import probes
+from experiments.flags import REGROWING, Config
+from experiments.parsers import parse_step, parse_table
 
 
 def make_optimizer(
     config: Config,
-    surgery: optax.GradientTransformation,
+    pruner: optax.GradientTransformation,
     learning_rate: dns_jax.Schedule,
     weight_decay: float,
 ) -> optax.GradientTransformation:
-    """Chains surgery and Caffe's SGD.
+    """Chains a pruner and Caffe's SGD.
 
     Args:
-      config: momentum and bias_scale.
-      surgery: of the phase.
+      config: momentum and bias_scale; under set and rigl pruned weights are zero and do not learn.
+      pruner: of the phase.
       learning_rate: of the phase.
       weight_decay: of the phase.
 
@@ -29,7 +34,76 @@ def make_optimizer(
       The optimizer of the phase.
     """
     sgd = dns_jax.caffe_sgd(learning_rate, config.momentum, weight_decay, config.bias_scale)
-    return optax.chain(surgery, sgd)
+    chain = pruners.train_kept if config.pruner in REGROWING else optax.chain
+    return chain(pruner, sgd)
+
+
+def make_pruner(
+    config: Config, params: dns_jax.Params, key: jax.Array
+) -> optax.GradientTransformation:
+    """Makes what prunes: surgery or what is compared with it, and probes around it.
+
+    Args:
+      config: which pruner, what to keep and when.
+      params: the network's weights.
+      key: of its coins.
+
+    Returns:
+      A transformation as of `dns_jax.surgery`.
+
+    Raises:
+      ValueError: if a pattern matches no layer, or a number is out of range.
+    """
+    takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
+    options = {'takes_part': takes_part, 'importance': getattr(importance, config.importance)}
+    if config.pruner == 'surgery':
+        rules = make_rules(config, params)
+        pruner = dns_jax.surgery(rules, key, splicing=config.splicing, **options)
+        if config.count_returns:
+            pruner = probes.count_returns(pruner)
+    else:
+        pruner = _make_baseline(config, params, key, options)
+    if config.cut:
+        step = _parse_steps(config, 'cut_at')
+        pruner = probes.cut(pruner, config.cut, step)
+    return pruner
+
+
+def _make_baseline(config, params, key, options) -> optax.GradientTransformation:
+    start, end = _ramp_ends(config)
+    rounds = [
+        start + round((end - start) * number / max(config.rounds - 1, 1))
+        for number in range(config.rounds)
+    ]
+    if config.pruner == 'han':
+        rates = _by_layer(config, 'c_rate', dns_jax.group_by_layer(params))
+        return pruners.han(rates, rounds, key, **options)
+    if config.layer_density:
+        densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
+        divide = functools.partial(dns_jax.layer_density, hysteresis=0.0)
+    else:
+        densities = _density_of_participants(config, params)
+        divide = functools.partial(dns_jax.global_density, score=config.score, hysteresis=0.0)
+    if config.pruner in REGROWING:
+        is_set = config.pruner == 'set'
+        return pruners.regrow(
+            densities,
+            config.refresh_every,
+            end,
+            key,
+            config.drop if is_set else _cosine(config.drop, end),
+            importance.chance if is_set else importance.gradient,
+            # Papers begin at random; here the network is a trained one.
+            initial=importance.magnitude,
+            divide=divide,
+            takes_part=options['takes_part'],
+        )
+    if config.pruner == 'gradual':
+        every = config.refresh_every
+        return pruners.gradual(densities, start, end, every, key, divide, **options)
+    if config.pruner == 'one_shot':
+        return pruners.one_shot(densities, start, key, divide=divide, **options)
+    return pruners.iterative(densities, rounds, key, divide, **options)
 
 
 def frozen(surgery: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -65,7 +139,7 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
         thresholds = {
             layer: dns_jax.mean_std(rate, config.hysteresis) for layer, rate in rates.items()
         }
-        return _rules(config, thresholds, refresh_every=0)
+        return _rules(config, thresholds, config.refresh_statistics)
     if config.layer_density:
         densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
         thresholds = {
@@ -99,7 +173,7 @@ def _rules(config, thresholds, refresh_every) -> dict[str, dns_jax.Rule]:
     rules = {}
     for layer, rule in thresholds.items():
         start, stop = starts.get(layer, 0), stops.get(layer)
-        if refresh_every:
+        if refresh_every and not config.c_rate:
             end = config.surgery_steps if stop is None else min(stop, config.surgery_steps)
             last = (end - 1) // refresh_every * refresh_every
             if last < max(start, step(config.ramp_end)):
@@ -118,21 +192,27 @@ def _rules(config, thresholds, refresh_every) -> dict[str, dns_jax.Rule]:
     return rules
 
 
-def _ramp(config: Config, density: float) -> dns_jax.Schedule:
-    ends = []
-    for name in ('ramp_start', 'ramp_end'):
-        try:
-            ends.append(parse_step(getattr(config, name), config.surgery_steps))
-        except ValueError as error:
-            raise ValueError(f'--{name}: {error}') from error
-    start, end = ends
-    if not 0 < density <= 1:
-        raise ValueError(f'--layer_density: a density must be in (0, 1], but is {density!r}')
+def _parse_steps(config: Config, flag: str) -> int:
+    try:
+        return parse_step(getattr(config, flag), config.surgery_steps)
+    except ValueError as error:
+        raise ValueError(f'--{flag}: {error}') from error
+
+
+def _ramp_ends(config: Config) -> tuple[int, int]:
+    start, end = _parse_steps(config, 'ramp_start'), _parse_steps(config, 'ramp_end')
     if not 0 <= start < end:
         raise ValueError(
             f'--ramp_end={config.ramp_end} must come after --ramp_start={config.ramp_start}, and '
             'that not before step 0'
         )
+    return start, end
+
+
+def _ramp(config: Config, density: float) -> dns_jax.Schedule:
+    start, end = _ramp_ends(config)
+    if not 0 < density <= 1:
+        raise ValueError(f'--layer_density: a density must be in (0, 1], but is {density!r}')
     if config.ramp == 'log':
         return dns_jax.log_linear_density(density, start, end)
     kind, _, text = config.ramp.partition(':')
@@ -162,3 +242,9 @@ def _density_of_participants(config: Config, params: dns_jax.Params) -> float:
             f'{total - part} take no part in surgery and one more must be kept'
         )
     return (wanted - (total - part)) / part
+
+
+def _cosine(drop: float, steps: int) -> dns_jax.Schedule:
+    """The share that RigL exchanges, α/2 · (1 + cos(π·step/steps))."""
+    schedule = optax.cosine_decay_schedule(drop, steps)
+    return lambda step: jnp.asarray(schedule(jnp.float32(step)))

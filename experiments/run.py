@@ -1,14 +1,12 @@
 """A whole run: reference network, surgery, fine-tuning, evaluation, report.
 
 Every phase saves checkpoints, continues from the newest on --resume, and leaves on SIGTERM or
-Ctrl-C after saving. Numbers that choices are made on come from the validation split; the test
-split is read once, at the end.
+Ctrl-C after saving. What the phases share, and the summary, is `trainer`'s.
 """
 
 import contextlib
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,12 +19,13 @@ import optax
 from tqdm import tqdm
 
 import dns_jax
-from dns_jax.sparse import save_sparse
-from experiments import data, models, references, report, train
+from experiments import probes, report, train
 from experiments.checkpoints import Checkpoints
-from experiments.flags import Config, parse_learning_rate
-from experiments.rules import frozen, make_optimizer, make_rules
-from experiments.workdir import PHASES, Records, claim
+from experiments.flags import Config
+from experiments.parsers import parse_learning_rate
+from experiments.rules import frozen, make_optimizer
+from experiments.trainer import Trainer
+from experiments.workdir import PHASES
 
 
 class Stopped(RuntimeError):
@@ -76,123 +75,19 @@ def run_together(
     trainers = [Trainer(config, on_record) for config in configs]
     with stop_on_signals() as stopping:
         dense = train_references(trainers, stopping)
-        finals = finetune(trainers, train_surgery(trainers, dense, stopping), stopping)
-    seconds = time.perf_counter() - started
+        trained = time.perf_counter()
+        operated = train_surgery(trainers, dense, stopping)
+        # Before fine-tuning takes the memory of the states over.
+        returns = [probes.get_returns(state.opt_state) for state in operated]
+        finals = finetune(trainers, operated, stopping)
+    now = time.perf_counter()
+    seconds = {'seconds': round(now - started, 1), 'pruning_seconds': round(now - trained, 1)}
     return [
-        trainer.finish(reference, final, seconds)
-        for trainer, reference, final in zip(trainers, dense, finals, strict=True)
+        trainer.finish(reference, final, seconds, returned)
+        for trainer, reference, final, returned in zip(
+            trainers, dense, finals, returns, strict=True
+        )
     ]
-
-
-class Trainer:
-    """What the phases of one run share: the data, the network and the folder."""
-
-    def __init__(
-        self, config: Config, on_record: Callable[[dict[str, Any]], None] = lambda record: None
-    ):
-        """Builds all of it, and claims the folder last: a bad flag leaves no run behind.
-
-        Args:
-          config: of the run.
-          on_record: called with each record once it is written.
-
-        Raises:
-          ValueError: if flags do not fit each other, the network or the folder.
-          OSError: if a folder cannot be read or written.
-        """
-        self.config, self.on_record = config, on_record
-        self.network = models.NETWORKS[config.network]()
-        image_shape = (28, 28, 1)
-        weights_key, coins_key = jax.random.split(jax.random.key(config.seed))
-        self.initial = self.network.init(weights_key, jnp.zeros((1, *image_shape)))['params']
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial))
-        self.positions = models.positions(self.network, image_shape)
-        self.reference_optimizer = make_optimizer(
-            config,
-            dns_jax.surgery({}, coins_key),
-            parse_learning_rate(config.reference_learning_rate, config.reference_steps),
-            config.reference_weight_decay,
-        )
-        takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
-        self.surgery = dns_jax.surgery(make_rules(config, self.initial), coins_key, takes_part)
-        self.optimizer = make_optimizer(
-            config,
-            self.surgery,
-            parse_learning_rate(config.learning_rate, config.surgery_steps),
-            config.weight_decay,
-        )
-        # Of the code that runs, which may be changed on disk before the end.
-        self.commit = _commit()
-        self.dataset = data.load(
-            config.dataset, config.data_dir, config.manual_dir, config.train_on_all
-        )
-        self.error = train.make_error(self.network)
-        self.reference = references.read(config, self.dense_state()) if config.reference else None
-        self.folder = claim(config)
-        self.records = Records(self.folder, config.tensorboard)
-
-    def finish(
-        self, reference: dns_jax.Params, final: train.TrainState, seconds: float
-    ) -> dict[str, Any]:
-        """Writes the pruned network and the report, and returns the summary."""
-        summary = self._summarise(reference, final, seconds)
-        save_sparse(
-            self.folder / 'pruned.safetensors',
-            final.params,
-            final.masks,
-            {'network': self.config.network, 'input_scale': repr(train.INPUT_SCALE)},
-        )
-        first_layer = final.masks.get('fc1', {}).get('kernel')
-        sees_pixels = self.config.network == 'lenet300' and jnp.ndim(first_layer)
-        report.write(self.folder, summary, np.asarray(first_layer) if sees_pixels else None)
-        return summary
-
-    def _summarise(self, reference, final, seconds) -> dict[str, Any]:
-        """Measures sizes and errors, and reads the test split."""
-        config = self.config
-        pruned = dns_jax.apply_masks(final.params, final.masks)
-        sizes = dns_jax.measure_sizes(final.params, final.masks, self.positions)
-        return {
-            'network': config.network,
-            'dataset': config.dataset,
-            'seed': config.seed,
-            'steps': config.surgery_steps,
-            'reference_validation_error': self.error(reference, self.dataset.validation),
-            'reference_error': self.error(reference, self.dataset.test),
-            'validation_error': self.error(pruned, self.dataset.validation),
-            'test_error': self.error(pruned, self.dataset.test),
-            **_size_summary(sizes.total),
-            'per_layer': {layer: _size_summary(size) for layer, size in sizes.layers.items()},
-            'seconds': round(seconds, 1),
-            'commit': self.commit,
-            'jax': jax.__version__,
-            'device': jax.devices()[0].device_kind,
-            'flags': config.identity(),
-        }
-
-    def dense_state(self) -> train.TrainState:
-        """Makes the state at the start of dense training."""
-        params = jax.tree.map(jnp.copy, self.initial)
-        return train.TrainState(params, self.reference_optimizer.init(params))
-
-    def record(
-        self, phase: str, step: int, state: train.TrainState, chunk: train.Chunk
-    ) -> dict[str, Any]:
-        """Measures where the run is after a chunk, writes it down and returns it."""
-        pruned = dns_jax.apply_masks(state.params, state.masks)
-        sizes = dns_jax.measure_sizes(state.params, state.masks)
-        record = {
-            'phase': phase,
-            'step': step,
-            'loss': float(np.mean(chunk.losses)),
-            'validation_error': self.error(pruned, self.dataset.validation),
-            'kept': {layer: size.kept for layer, size in sizes.layers.items()},
-            'pruned': {layer: int(event.pruned) for layer, event in chunk.events.items()},
-            'spliced': {layer: int(event.spliced) for layer, event in chunk.events.items()},
-        }
-        self.records.append(record)
-        self.on_record(record)
-        return record
 
 
 def train_references(trainers: Sequence[Trainer], stopping: list[int]) -> list[dns_jax.Params]:
@@ -227,7 +122,7 @@ def finetune(
         return list(states)
     optimizer = make_optimizer(
         config,
-        frozen(trainers[0].surgery),
+        frozen(trainers[0].pruner),
         parse_learning_rate(config.finetuning_learning_rate, steps),
         config.finetuning_weight_decay,
     )
@@ -293,7 +188,8 @@ def _train(
     """Takes the same phase of some runs to its end, side by side where they are at one step."""
     trainer, steps, name = phases[0].trainer, phases[0].steps, phases[0].name
     config, split = trainer.config, trainer.dataset.train
-    run_chunks = train.make_chunks(train.make_step(trainer.network, optimizer))
+    step = train.make_step(trainer.network, optimizer, trainer.dropout(name))
+    run_chunks = train.make_chunks(step)
     images, labels = jax.device_put((split.images, split.labels))
     with contextlib.ExitStack() as stack:
         for phase in phases:
@@ -349,21 +245,3 @@ def _progress(record, parameters) -> dict[str, str]:
         'validation_error': f'{record["validation_error"]:.2f} %',
         'compression': f'{compression:.1f}×',
     }
-
-
-def _size_summary(size: dns_jax.Size) -> dict[str, Any]:
-    # JSON has no infinity: a layer of which nothing is kept has no compression.
-    compression = size.compression if size.kept else None
-    return {**size._asdict(), 'density': size.density, 'compression': compression}
-
-
-def _commit() -> str:
-    """Names the commit the code stands at, marked where the code differs from it."""
-    command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
-    try:
-        answer = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:  # no git here, which must not fail a run at its end
-        return 'unknown'
-    return answer.stdout.strip() or 'unknown'

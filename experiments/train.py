@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 import dns_jax
+from experiments import models
 from experiments.data import Split
 
 INPUT_SCALE = 1 / 256  # Caffe's for MNIST
@@ -43,26 +44,45 @@ class Chunk(NamedTuple):
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
 
 
-def make_step(network: nn.Module, optimizer: optax.GradientTransformation) -> TrainStep:
+def make_step(
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    dropout: Callable[[dns_jax.Masks], models.Dropout] | None = None,
+) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
     Args:
       network: maps images to logits.
       optimizer: a chain with `dns_jax.surgery` in it.
+      dropout: gives the rates of dropout by the masks.
 
     Returns:
       A function of the state, images (batch, 28, 28, 1) uint8 and labels (batch,) int32 that
       returns the new state and the mean cross-entropy of the batch in nats.
     """
 
-    def loss_fn(params, images, labels):
-        logits = _logits(network, params, images)
+    def loss_fn(params, images, labels, **dropping_out):
+        logits = _logits(network, params, images, **dropping_out)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
 
     def step(state, images, labels):
-        loss, gradients = value_and_grad(state.params, state.masks, images, labels)
+        dropping_out = {}
+        if dropout:
+            key = optax.tree.get(state.opt_state, 'key')
+            # The schedule's count: surgery's stands still while it is frozen.
+            count = optax.tree.get(
+                state.opt_state,
+                'count',
+                filtering=lambda path, _: (
+                    getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
+                ),
+            )
+            # Another key than that of the step's coins.
+            key = jax.random.fold_in(jax.random.fold_in(key, count), 2)
+            dropping_out = {'dropout': dropout(state.masks), 'rngs': {'dropout': key}}
+        loss, gradients = value_and_grad(state.params, state.masks, images, labels, **dropping_out)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
@@ -195,8 +215,35 @@ def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
     return error
 
 
-def _logits(network: nn.Module, params: Any, images: jax.Array) -> jax.Array:
-    return jnp.asarray(network.apply({'params': params}, images.astype(jnp.float32) * INPUT_SCALE))
+def make_loss(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
+    """Makes the function that measures the cross-entropy.
+
+    Args:
+      network: maps images to logits.
+
+    Returns:
+      A function of the weights to compute with (W⊙T) and a split that returns the mean over its
+      images, in nats.
+    """
+
+    @jax.jit
+    def sum_losses(params, images, labels):
+        logits = _logits(network, params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+    def loss(params, split):
+        total = 0.0
+        for begin in range(0, len(split.labels), _EVALUATION_BATCH):
+            part = slice(begin, begin + _EVALUATION_BATCH)
+            total += float(sum_losses(params, split.images[part], split.labels[part]))
+        return total / len(split.labels)
+
+    return loss
+
+
+def _logits(network: nn.Module, params: Any, images: jax.Array, **dropping_out) -> jax.Array:
+    scaled = images.astype(jnp.float32) * INPUT_SCALE
+    return jnp.asarray(network.apply({'params': params}, scaled, **dropping_out))
 
 
 def first_not_finite(losses: jax.Array) -> int:

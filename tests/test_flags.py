@@ -15,18 +15,16 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from experiments import data, lenet5, lenet300, models, rules, run
+from experiments import data, flags, lenet5, lenet300, models, rules, run
 from experiments.flags import (
     BenchConfig,
     Config,
     FrontierConfig,
     SearchConfig,
     define,
-    parse_learning_rate,
-    parse_step,
-    parse_table,
     to_config,
 )
+from experiments.parsers import parse_learning_rate, parse_step, parse_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {'lenet300': lenet300, 'lenet5': lenet5}
@@ -61,8 +59,9 @@ class Tiny(nn.Module):
     """Two layers, small enough to compile in no time."""
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images, dropout=None):
         hidden = nn.relu(nn.Dense(8, name='fc1')(images.reshape(images.shape[0], -1)))
+        hidden = models.drop_out(self, hidden, dropout, 'fc1')
         return nn.Dense(10, name='fc2')(hidden)
 
 
@@ -148,6 +147,8 @@ EFFECTIVE = {
     'hysteresis': 0.3,
     'update_power': 1e6,
     'prune_biases': False,
+    'dropout': 0.5,
+    'cut': 0.3,
 }
 BY_DENSITY = {'compression': 4.0, 'refresh_every': 1, 'ramp_end': '50%'}
 EFFECTIVE_BY_DENSITY = {
@@ -158,8 +159,18 @@ EFFECTIVE_BY_DENSITY = {
     'ramp_end': '25%',
     'refresh_every': 2,
 }
+EFFECTIVE_WITH = {  # the flags that the flag needs, or whose pruner reads it
+    'pruner': ('rigl', BY_DENSITY),
+    'importance': ('taylor', BY_DENSITY),
+    'splicing': (False, BY_DENSITY | {'learning_rate': 'fixed:0.3'}),
+    'refresh_statistics': (1, {'learning_rate': 'fixed:0.3'}),
+    'rounds': (2, BY_DENSITY | {'pruner': 'iterative'}),
+    'drop': (0.7, BY_DENSITY | {'pruner': 'set'}),
+    'pruned_dropout': ('dropped', {'dropout': 0.5}),
+    'cut_at': ('25%', {'cut': 0.5}),
+}
 # These are tried together with others, below.
-TRIED_APART = {'density', 'layer_density', 'update_gamma'}
+TRIED_APART = {'density', 'layer_density', 'update_gamma', 'count_returns'}
 # What these do is asked below, one by one.
 PLACES_AND_SWITCHES = {
     *('dataset', 'data_dir', 'manual_dir', 'workdir', 'reference'),
@@ -168,7 +179,7 @@ PLACES_AND_SWITCHES = {
 
 
 def test_every_flag_is_tried():
-    tried = [*EFFECTIVE, *EFFECTIVE_BY_DENSITY, *TRIED_APART, *PLACES_AND_SWITCHES]
+    tried = [*EFFECTIVE, *EFFECTIVE_BY_DENSITY, *EFFECTIVE_WITH, *TRIED_APART, *PLACES_AND_SWITCHES]
     assert sorted(tried) == sorted(FIELDS)
 
 
@@ -186,6 +197,34 @@ def test_a_flag_has_an_effect(make_config, plain, name, value):
 def test_a_flag_of_densities_has_an_effect(make_config, plain_by_density, name, value):
     assert getattr(plain_by_density[0], name) != value
     assert outcome(make_config(**{**BY_DENSITY, name: value})) != plain_by_density[1]
+
+
+@pytest.mark.parametrize(('name', 'value', 'others'), [(k, *v) for k, v in EFFECTIVE_WITH.items()])
+def test_a_flag_has_an_effect_beside_others(make_config, name, value, others):
+    config = make_config(**others)
+    assert getattr(config, name) != value
+    assert outcome(make_config(**{**others, name: value})) != outcome(config)
+
+
+def test_every_pruner_is_another(make_config):
+    outcomes = {
+        'han': outcome(make_config(pruner='han', c_rate='0.5', rounds=2, ramp_end='50%'))[0]
+    }
+    for name in flags.PRUNERS:
+        if name != 'han':
+            outcomes[name] = outcome(make_config(**BY_DENSITY, pruner=name))[0]
+    assert len(set(outcomes.values())) == len(flags.PRUNERS)
+
+
+@pytest.mark.parametrize('dropout', ['kept', 'scaled'])
+def test_dropout_in_surgery(make_config, dropout):
+    """Where nothing is pruned yet, scaled is kept; where much is, it is less."""
+    weights = {}
+    for rate, c_rate in ((dropout, '-9'), (dropout, '1'), ('kept', '-9'), ('kept', '1')):
+        config = make_config(dropout=0.5, pruned_dropout=rate, c_rate=c_rate)
+        weights[rate, c_rate] = outcome(config)
+    assert weights[dropout, '-9'] == weights['kept', '-9']
+    assert (weights[dropout, '1'] == weights['kept', '1']) == (dropout == 'kept')
 
 
 def test_density_is_the_inverse_of_compression(make_config, plain_by_density):
@@ -343,7 +382,8 @@ def test_the_defaults_of_the_scripts(script):
 @pytest.mark.parametrize('name', FIELDS)
 def test_a_flag_given_is_the_field_of_its_name(name):
     values = EFFECTIVE | EFFECTIVE_BY_DENSITY
-    values |= {'density': 0.5, 'layer_density': '0.5', 'update_gamma': 1.0}
+    values |= {name: value for name, (value, _) in EFFECTIVE_WITH.items()} | {'pruner': 'han'}
+    values |= {'density': 0.5, 'layer_density': '0.5', 'update_gamma': 1.0, 'count_returns': True}
     values |= {'dataset': 'digits', 'resume': True, 'overwrite': True}
     values |= {'tensorboard': True, 'checkpoint_every': 4_000, 'record_every': 250}
     value = values.get(name, f'some/{name}')

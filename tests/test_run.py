@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data, report, run
+from experiments import data, report, run, trainer
 from experiments.flags import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -417,7 +417,7 @@ def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
 
 
 def test_a_commit_is_named_or_unknown(monkeypatch, tmp_path):
-    assert run._commit()
+    assert trainer._commit()
     # A machine without git must not fail a run at its end.
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert run._commit() == 'unknown'
+    assert trainer._commit() == 'unknown'

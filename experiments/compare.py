@@ -1,0 +1,134 @@
+"""Surgery against the others, and against itself with one thing changed: variants × seeds.
+
+python -m experiments.compare --flagfile=experiments/flagfiles/compare_digits.flags
+
+All variants start from the same reference network of their seed and take as many steps. Each run
+has a folder of its own in the workdir; with --resume those that are finished are read, so
+processes with seeds of their own may share a workdir.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import flags, plots, report
+from experiments.files import write_whole
+from experiments.flags import CompareConfig, Config
+from experiments.parsers import parse_step
+from experiments.sweep import Summaries, run_all
+from experiments.workdir import read_records
+
+COLUMNS = (
+    *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
+    *('test_error', 'validation_error', 'steps_to_reach', 'pruning_seconds', 'state_mebibytes'),
+    *('commit', 'jax', 'device'),
+)
+
+
+def compare(config: CompareConfig) -> list[dict[str, Any]]:
+    """Does every run, writes `compare.csv`, `.md` and `.png`, and prints the table.
+
+    Args:
+      config: from `experiments.flags`.
+
+    Returns:
+      One row for each run, of the columns of `compare.csv`; the last line on standard output is
+      the same as JSON.
+
+    Raises:
+      As `experiments.run.run` does.
+    """
+    folder, runs = Path(config.workdir), config.named_runs()
+    summaries = run_all(
+        [run for _, run in runs],
+        config.side_by_side,
+        lambda done: _write(folder, _to_rows(runs, done)),
+    )
+    rows = _to_rows(runs, summaries)
+    _write(folder, rows)
+    print(report.compare_tables(rows))
+    print(f'\nTable and picture: {folder / "compare.md"}, {folder / "compare.png"}')
+    print(json.dumps(rows))
+    return rows
+
+
+def _to_rows(runs: Sequence[tuple[str, Config]], summaries: Summaries) -> list[dict[str, Any]]:
+    rows = []
+    for name, run in runs:
+        if run in summaries:
+            records = read_records(run.workdir)
+            row = {**summaries[run], 'variant': name, 'target': run.compression or ''}
+            row['steps_to_reach'] = steps_to_reach(records)
+            returns = {f'returns_{key}': value for key, value in row.get('returns', {}).items()}
+            rows.append({key: row[key] for key in COLUMNS} | errors_of_cut(run, records) | returns)
+    return rows
+
+
+def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
+    """Says after how many steps of pruning and fine-tuning a run was where it ended.
+
+    Args:
+      records: of the run.
+
+    Returns:
+      The steps of the first record from which on its validation error is never more than a tenth
+      of a point above the last, and what it keeps never more than a hundredth.
+    """
+    steps, reached, before = 0, 0, 0
+    course = [record for record in records if record['phase'] != 'reference']
+    error, kept = course[-1]['validation_error'], sum(course[-1]['kept'].values())
+    for at, record in enumerate(course):
+        if at and record['phase'] != course[at - 1]['phase']:
+            before = course[at - 1]['step']
+        steps = before + record['step']
+        is_there = (
+            record['validation_error'] <= error + 0.1
+            and sum(record['kept'].values()) <= 1.01 * kept
+        )
+        if not is_there:
+            reached = 0
+        elif not reached:
+            reached = steps
+    return reached
+
+
+def errors_of_cut(run: Config, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Says what a cut did to the validation error, in percent.
+
+    Args:
+      run: the run.
+      records: of it.
+
+    Returns:
+      `cut_before`, `cut_after`, of the records before and after the step of the cut, and
+      `cut_end`; nothing where nothing was cut.
+    """
+    if not run.cut:
+        return {}
+    step = parse_step(run.cut_at, run.surgery_steps)
+    surgery = [record for record in records if record['phase'] == 'surgery']
+    errors = {
+        'before': [record for record in surgery if record['step'] <= step][-1],
+        'after': next(record for record in surgery if record['step'] > step),
+        'end': records[-1],
+    }
+    return {f'cut_{name}': record['validation_error'] for name, record in errors.items()}
+
+
+def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    table, picture = io.StringIO(), io.BytesIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(table, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    plots.compare_figure(rows).savefig(picture, format='png')
+    write_whole(folder / 'compare.csv', table.getvalue())
+    write_whole(folder / 'compare.md', report.compare_tables(rows) + '\n')
+    write_whole(folder / 'compare.png', picture.getvalue())
+
+
+if __name__ == '__main__':
+    flags.launch({}, compare, CompareConfig)

@@ -1,0 +1,91 @@
+"""What stands in a flag: numbers per layer, steps or shares of them, learning-rate policies."""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import optax
+
+import dns_jax
+
+T = TypeVar('T', int, float)
+
+
+def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
+    """Reads numbers per layer, such as `conv*:2,fc1:4`; a lone number is for every layer.
+
+    Args:
+      text: `PATTERN:NUMBER` entries with commas between; the first that matches a layer counts.
+      number: reads a number, `float` or `int`.
+
+    Returns:
+      `{pattern: number}` in the order of the text.
+
+    Raises:
+      ValueError: if an entry has another form, or a pattern stands twice.
+    """
+    table: dict[str, T] = {}
+    for entry in filter(None, text.split(',')):
+        pattern, colon, digits = entry.rpartition(':')
+        if (pattern or '*') in table:
+            raise ValueError(f'pattern {pattern!r} stands twice in {text!r}')
+        try:
+            if colon and not pattern:
+                raise ValueError('there is no pattern')
+            table[pattern or '*'] = number(digits)
+        except ValueError as error:
+            raise ValueError(f'{entry!r} in {text!r} is not PATTERN:NUMBER') from error
+    return table
+
+
+def parse_step(text: str, steps: int) -> int:
+    """Reads a step, such as `12000`, or a share of all steps, such as `80%`.
+
+    Args:
+      text: the step or the share.
+      steps: all steps.
+
+    Returns:
+      The step, rounded to a whole one.
+
+    Raises:
+      ValueError: if the text is neither.
+    """
+    try:
+        return round(float(text[:-1]) / 100 * steps) if text.endswith('%') else int(text)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f'{text!r} must be a step or a share of the steps, as 80% is') from error
+
+
+_POLICIES = {
+    'fixed': (optax.constant_schedule, ('BASE',)),
+    'exp': (dns_jax.caffe_exp, ('BASE', 'GAMMA')),
+    'inv': (dns_jax.caffe_inv, ('BASE', 'GAMMA', 'POWER')),
+    'poly': (dns_jax.caffe_poly, ('BASE', 'POWER')),
+}
+
+
+def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
+    """Reads a learning-rate policy, such as `inv:0.01,1e-4,0.75` or `poly:0.04,1`.
+
+    Args:
+      text: `POLICY:NUMBERS`; the numbers are base, gamma and power, as far as the policy has them.
+      steps: the length of the phase, at whose end `poly` reaches 0.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: if the policy is unknown or its numbers are not as wanted.
+    """
+    name, _, numbers = text.partition(':')
+    if name not in _POLICIES:
+        raise ValueError(f'{text!r} must begin with one of {", ".join(_POLICIES)} and a colon')
+    policy, wanted = _POLICIES[name]
+    try:
+        values = [float(number) for number in numbers.split(',')]
+    except ValueError:
+        values = []
+    if len(values) != len(wanted) or not all(0 <= value < math.inf for value in values):
+        raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}, numbers of 0 or more')
+    return policy(*values, *([steps] if name == 'poly' else []))

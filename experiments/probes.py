@@ -1,0 +1,126 @@
+"""What is done to a pruner to learn about it: a wrong cut, and a count of what returns."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dns_jax
+from dns_jax import importance
+
+
+def cut(
+    pruner: optax.GradientTransformation, share: float, step: int
+) -> optax.GradientTransformation:
+    """Cuts a random share of the kept connections, once.
+
+    Args:
+      pruner: what to do it to, with a `dns_jax.SurgeryState`.
+      share: of the kept connections, in [0, 1).
+      step: when, after the masks of that step are updated.
+
+    Returns:
+      The pruner with the cut.
+    """
+
+    def update_fn(updates, state, params: Any = None):
+        count = optax.tree.get(state, 'count')
+        updates, state = pruner.update(updates, state, params)
+        # A key of its own: the step's is for the coins.
+        key = jax.random.fold_in(jax.random.fold_in(optax.tree.get(state, 'key'), count), 1)
+
+        def cut_some(masks):
+            numbers = importance.chance(key, params, updates)
+            return jax.tree.map(
+                lambda mask, number: mask & (number > share) if mask.ndim else mask, masks, numbers
+            )
+
+        masks = optax.tree.get(state, 'masks')
+        masks = jax.lax.cond(count == step, cut_some, lambda masks: masks, masks)
+        return updates, optax.tree.set(state, masks=masks)
+
+    return optax.GradientTransformation(pruner.init, update_fn)
+
+
+class ReturnsState(NamedTuple):
+    """State of `count_returns`."""
+
+    pruner: optax.OptState
+    pruned: dns_jax.Masks  # parallel to the masks: whether the connection was ever pruned
+    returned: dns_jax.Masks  # the same: whether it was ever spliced after that
+
+
+def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Remembers which connections were pruned and which of them returned.
+
+    Args:
+      pruner: what to watch.
+
+    Returns:
+      The pruner with a `ReturnsState` around its state.
+    """
+
+    def init_fn(params):
+        state = pruner.init(params)
+        never = jax.tree.map(jnp.zeros_like, optax.tree.get(state, 'masks'))
+        return ReturnsState(state, never, never)
+
+    def update_fn(updates, state, params=None):
+        before = optax.tree.get(state.pruner, 'masks')
+        updates, inner = pruner.update(updates, state.pruner, params)
+        after = optax.tree.get(inner, 'masks')
+        pruned = jax.tree.map(
+            lambda seen, old, new: seen | (old & ~new), state.pruned, before, after
+        )
+        returned = jax.tree.map(
+            lambda seen, old, new: seen | (new & ~old), state.returned, before, after
+        )
+        return updates, ReturnsState(inner, pruned, returned)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class Returns(NamedTuple):
+    """What became of the connections of a network, as trees of bool."""
+
+    pruned: dns_jax.Masks  # ever pruned
+    returned: dns_jax.Masks  # spliced after that
+
+
+def get_returns(opt_state: optax.OptState) -> Returns | None:
+    """Reads what `count_returns` remembers.
+
+    Args:
+      opt_state: of an optimizer.
+
+    Returns:
+      What it found, None where nothing was counted.
+    """
+    pruned = optax.tree.get(opt_state, 'pruned')
+    return None if pruned is None else Returns(pruned, optax.tree.get(opt_state, 'returned'))
+
+
+def remove_others(masks: dns_jax.Masks, returned: dns_jax.Masks, seed: int) -> dns_jax.Masks:
+    """Removes, in the place of kept connections that returned, as many that never went.
+
+    Args:
+      masks: the masks T.
+      returned: a parallel tree, whether a connection returned.
+      seed: of the choice.
+
+    Returns:
+      The masks without as many others, chosen at random from each leaf, or without all others
+      where these are fewer.
+    """
+    random = np.random.default_rng(seed)
+
+    def of_leaf(mask, back):
+        mask, back = np.array(mask), np.asarray(back)
+        others = np.flatnonzero(mask & ~back)
+        number = min((mask & back).sum(), others.size)
+        mask.flat[random.choice(others, number, replace=False)] = False
+        return mask
+
+    return jax.tree.map(of_leaf, masks, returned)

@@ -1,0 +1,196 @@
+"""What the phases of a run share: its data, networks, folder and measurements.
+
+Numbers that choices are made on come from the validation split; the test split is read once, at
+the end.
+"""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dns_jax
+from dns_jax import pruners
+from dns_jax.sparse import save_sparse
+from experiments import data, models, probes, references, report, train
+from experiments.flags import Config
+from experiments.parsers import parse_learning_rate
+from experiments.rules import make_optimizer, make_pruner
+from experiments.workdir import Records, claim
+
+
+class Trainer:
+    """What the phases of one run share: the data, the network and the folder."""
+
+    def __init__(
+        self, config: Config, on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    ):
+        """Builds all of it, and claims the folder last: a bad flag leaves no run behind.
+
+        Args:
+          config: of the run.
+          on_record: called with each record once it is written.
+
+        Raises:
+          ValueError: if flags do not fit each other, the network or the folder.
+          OSError: if a folder cannot be read or written.
+        """
+        self.config, self.on_record = config, on_record
+        self.network = models.NETWORKS[config.network]()
+        image_shape = (28, 28, 1)
+        weights_key, coins_key = jax.random.split(jax.random.key(config.seed))
+        self.initial = self.network.init(weights_key, jnp.zeros((1, *image_shape)))['params']
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial))
+        self.positions = models.positions(self.network, image_shape)
+        self.reference_optimizer = make_optimizer(
+            config,
+            dns_jax.surgery({}, coins_key),
+            parse_learning_rate(config.reference_learning_rate, config.reference_steps),
+            config.reference_weight_decay,
+        )
+        self.pruner = make_pruner(config, self.initial, coins_key)
+        self.optimizer = make_optimizer(
+            config,
+            self.pruner,
+            parse_learning_rate(config.learning_rate, config.surgery_steps),
+            config.weight_decay,
+        )
+        # Of the code that runs, which may be changed on disk before the end.
+        self.commit = _commit()
+        self.dataset = data.load(
+            config.dataset, config.data_dir, config.manual_dir, config.train_on_all
+        )
+        self.error = train.make_error(self.network)
+        self.reference = references.read(config, self.dense_state()) if config.reference else None
+        self.folder = claim(config)
+        self.records = Records(self.folder, config.tensorboard)
+
+    def dropout(self, phase: str) -> Callable[[dns_jax.Masks], models.Dropout] | None:
+        """Makes the function that gives a phase its rates of dropout, None where it has none."""
+        config = self.config
+        dropped = phase != 'reference' and config.pruned_dropout == 'dropped'
+        if dropped or not config.dropout:
+            return None
+        layers = dns_jax.group_by_layer(self.initial)
+        dense: dict[str, Any] = dict.fromkeys(layers, jnp.float32(config.dropout))
+        if config.pruned_dropout == 'kept':
+            return lambda masks: dense
+        # The masks of dense training are scalars, which scale nothing.
+        return lambda masks: dense | pruners.scale_dropout(config.dropout, masks)
+
+    def finish(
+        self,
+        reference: dns_jax.Params,
+        final: train.TrainState,
+        seconds: dict[str, float],
+        returns: probes.Returns | None,
+    ) -> dict[str, Any]:
+        """Writes the pruned network and the report, and returns the summary."""
+        summary = self._summarise(reference, final) | seconds
+        if returns:
+            summary['returns'] = self._measure_returns(final, returns)
+        save_sparse(
+            self.folder / 'pruned.safetensors',
+            final.params,
+            final.masks,
+            {'network': self.config.network, 'input_scale': repr(train.INPUT_SCALE)},
+        )
+        first_layer = final.masks.get('fc1', {}).get('kernel')
+        sees_pixels = self.config.network == 'lenet300' and jnp.ndim(first_layer)
+        report.write(self.folder, summary, np.asarray(first_layer) if sees_pixels else None)
+        return summary
+
+    def _summarise(self, reference, final) -> dict[str, Any]:
+        """Measures sizes and errors, and reads the test split."""
+        config = self.config
+        pruned = dns_jax.apply_masks(final.params, final.masks)
+        sizes = dns_jax.measure_sizes(final.params, final.masks, self.positions)
+        return {
+            'network': config.network,
+            'dataset': config.dataset,
+            'seed': config.seed,
+            'steps': config.surgery_steps,
+            'reference_validation_error': self.error(reference, self.dataset.validation),
+            'reference_error': self.error(reference, self.dataset.test),
+            'validation_error': self.error(pruned, self.dataset.validation),
+            'test_error': self.error(pruned, self.dataset.test),
+            **_size_summary(sizes.total),
+            'per_layer': {layer: _size_summary(size) for layer, size in sizes.layers.items()},
+            'state_mebibytes': sum(leaf.nbytes for leaf in jax.tree.leaves(final)) / 2**20,
+            'commit': self.commit,
+            'jax': jax.__version__,
+            'device': jax.devices()[0].device_kind,
+            'flags': config.identity(),
+        }
+
+    def _measure_returns(self, final, returns) -> dict[str, float]:
+        """Says how many connections came back, and what they are good for in the end."""
+        counts = {
+            'pruned': returns.pruned,
+            'returned': returns.returned,
+            'returned_kept': jax.tree.map(jnp.logical_and, returns.returned, final.masks),
+        }
+        measured: dict[str, float] = {
+            name: sum(int(count) for count in dns_jax.count_kept(masks).values())
+            for name, masks in counts.items()
+        }
+        loss = train.make_loss(self.network)
+        for name, masks in {
+            '': final.masks,
+            '_without': jax.tree.map(
+                lambda mask, back: mask & ~back, final.masks, returns.returned
+            ),
+            '_without_others': probes.remove_others(
+                final.masks, returns.returned, self.config.seed
+            ),
+        }.items():
+            pruned = dns_jax.apply_masks(final.params, masks)
+            measured[f'loss{name}'] = loss(pruned, self.dataset.train)
+            measured[f'test_error{name}'] = self.error(pruned, self.dataset.test)
+        return measured
+
+    def dense_state(self) -> train.TrainState:
+        """Makes the state at the start of dense training."""
+        params = jax.tree.map(jnp.copy, self.initial)
+        return train.TrainState(params, self.reference_optimizer.init(params))
+
+    def record(
+        self, phase: str, step: int, state: train.TrainState, chunk: train.Chunk
+    ) -> dict[str, Any]:
+        """Measures where the run is after a chunk, writes it down and returns it."""
+        pruned = dns_jax.apply_masks(state.params, state.masks)
+        sizes = dns_jax.measure_sizes(state.params, state.masks)
+        record = {
+            'phase': phase,
+            'step': step,
+            'loss': float(np.mean(chunk.losses)),
+            'validation_error': self.error(pruned, self.dataset.validation),
+            'kept': {layer: size.kept for layer, size in sizes.layers.items()},
+            'pruned': {layer: int(event.pruned) for layer, event in chunk.events.items()},
+            'spliced': {layer: int(event.spliced) for layer, event in chunk.events.items()},
+        }
+        self.records.append(record)
+        self.on_record(record)
+        return record
+
+
+def _size_summary(size: dns_jax.Size) -> dict[str, Any]:
+    # JSON has no infinity: a layer of which nothing is kept has no compression.
+    compression = size.compression if size.kept else None
+    return {**size._asdict(), 'density': size.density, 'compression': compression}
+
+
+def _commit() -> str:
+    """Names the commit the code stands at, marked where the code differs from it."""
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+    try:
+        answer = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here, which must not fail a run at its end
+        return 'unknown'
+    return answer.stdout.strip() or 'unknown'
