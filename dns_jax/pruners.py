@@ -6,7 +6,6 @@ never return, but for those of `regrow`. Where a pruner is given one number it i
 else a table `{pattern: number}` as of rules.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -266,13 +265,15 @@ def regrow(
         del extra_args
         count, before = state.count, state.masks
         pruned: Any = start.update(updates, state, params)[1]
-        # The negative counts are those of the first update's importance.
-        scores = growth(jax.random.fold_in(state.key, count), params, updates)
         share = jnp.asarray(drop(count) if callable(drop) else drop, jnp.float32)
+
+        def exchange():
+            # The negative counts are those of the first update's importance.
+            scores = growth(jax.random.fold_in(state.key, count), params, updates)
+            return _exchange(share, scores, params, before, layer_of)
+
         masks = jax.lax.cond(
-            (count > 0) & (count < stop) & (count % every == 0),
-            functools.partial(_exchange, share, scores, params, before, layer_of),
-            lambda: pruned.masks,
+            (count > 0) & (count < stop) & (count % every == 0), exchange, lambda: pruned.masks
         )
         return updates, pruned._replace(masks=masks)
 

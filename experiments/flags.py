@@ -20,7 +20,14 @@ from experiments import data
 from experiments.parsers import parse_learning_rate
 
 C = TypeVar(
-    'C', 'Config', 'BenchConfig', 'CompareConfig', 'FrontierConfig', 'SearchConfig', 'ZooConfig'
+    'C',
+    'Config',
+    'BenchConfig',
+    'CompareConfig',
+    'FrontierConfig',
+    'SearchConfig',
+    'XorConfig',
+    'ZooConfig',
 )
 
 
@@ -340,6 +347,24 @@ class SearchConfig(Config):
         """Returns the configuration of a run with these flags and what was chosen."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
         return Config(**{**fields, **chosen})
+
+
+@dataclasses.dataclass(frozen=True)
+class XorConfig:
+    """What `experiments.xor` does."""
+
+    workdir: str = _flag('runs/xor', 'Folder of the result.')
+    seed: int = _flag(0, 'Seeds the points and all networks.', lower_bound=0)
+    seeds: int = _flag(100, 'Networks under each pruner.', lower_bound=1)
+    steps: int = _flag(8_000, 'Steps of dense training, and again of pruning.', lower_bound=100)
+    noise: float = _flag(0.16, 'Standard deviation of the points around the four corners.')
+    solved: float = _flag(1.0, 'The largest error, in percent, that counts as solved.')
+
+    def __post_init__(self):
+        if not 0 < self.noise < math.inf:
+            raise ValueError(f'--noise={self.noise} must be finite and above 0')
+        if not 0 <= self.solved <= 100:
+            raise ValueError(f'--solved={self.solved} must be a percentage')
 
 
 @dataclasses.dataclass(frozen=True)

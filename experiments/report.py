@@ -135,7 +135,7 @@ def _layer_rows(summary: Summary) -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table padded to straight columns, so that it reads as well on a terminal."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
@@ -157,8 +157,8 @@ def format_table(summary: Summary) -> str:
       ValueError: the summary lacks a key.
     """
     _check_summary(summary)
-    result = _table(RESULT_HEADER, [_result_cells(summary)])
-    return f'{result}\n\n{_table(LAYER_HEADER, _layer_rows(summary))}'
+    result = table(RESULT_HEADER, [_result_cells(summary)])
+    return f'{result}\n\n{table(LAYER_HEADER, _layer_rows(summary))}'
 
 
 def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -181,7 +181,7 @@ def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 middle_and_range(runs, 'test_error', '.2f', ' %'),
             )
         )
-    return _table(FRONTIER_HEADER, lines)
+    return table(FRONTIER_HEADER, lines)
 
 
 def compare_tables(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -205,7 +205,7 @@ def compare_tables(rows: Sequence[Mapping[str, Any]]) -> str:
             if runs[0].get(key, '') != ''
         ]
         if lines:
-            parts.append(_table(('variant', 'seeds', *columns), lines))
+            parts.append(table(('variant', 'seeds', *columns), lines))
     return '\n\n'.join(parts)
 
 
@@ -236,11 +236,11 @@ def markdown(summary: Summary, pictures: Sequence[Path] = ()) -> str:
     seen = ', of images that it was trained on' if flags.get('train_on_all') else ''
     parts = [
         f'# {network} on {summary["dataset"]}, seed {summary["seed"]}',
-        _table(RESULT_HEADER, [_result_cells(summary)]),
+        table(RESULT_HEADER, [_result_cells(summary)]),
         f'Errors are on the test set. Validation error after surgery: '
         f'{summary["validation_error"]:.2f} %{seen}.',
         '## Layers',
-        _table(LAYER_HEADER, _layer_rows(summary)),
+        table(LAYER_HEADER, _layer_rows(summary)),
     ]
     if pictures:
         parts.append('## Course of the run')
