@@ -125,9 +125,9 @@ def train(
 def measure_error(course: Course, points: Points) -> np.ndarray:
     """Measures the error of each network at the end of its course, in percent."""
 
-    def error(params, masks):
-        pruned = dns_jax.apply_masks(params, masks)
-        logits = jnp.asarray(Xor().apply({'params': pruned}, points.places))
+    def error(params: Any, masks):
+        pruned: Any = dns_jax.apply_masks(params, masks)
+        logits: Any = Xor().apply({'params': pruned}, points.places)
         return 100 * jnp.mean((logits > 0) != points.labels)
 
     last = jax.tree.map(lambda leaves: leaves[:, -1], course)
@@ -136,7 +136,6 @@ def measure_error(course: Course, points: Points) -> np.ndarray:
 
 def count_returned(course: Course) -> np.ndarray:
     """Counts the connections of each network that are kept in the end, after they were pruned."""
-
     back = jax.tree.map(
         lambda masks: ~np.asarray(masks).all(axis=1) & np.asarray(masks)[:, -1], course.masks
     )
