@@ -22,7 +22,7 @@ import optax
 
 import dns_jax
 from experiments import flags, models, train
-from experiments.flags import BenchConfig
+from experiments.commands import BenchConfig
 
 _BATCH_SIZE = 64
 _EXAMPLES = 10_000

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import flags, plots, report
+from experiments.commands import CompareConfig
 from experiments.files import write_whole
-from experiments.flags import CompareConfig, Config
+from experiments.flags import Config
 from experiments.parsers import parse_step
 from experiments.sweep import Summaries, run_all
 from experiments.workdir import read_records

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import flags, plots, report
+from experiments.commands import FrontierConfig
 from experiments.files import write_whole
-from experiments.flags import Config, FrontierConfig
+from experiments.flags import Config
 from experiments.sweep import Summaries, run_all
 
 COLUMNS = (

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments import models
-from experiments.flags import Config, SearchConfig
+from experiments.commands import SearchConfig
+from experiments.flags import Config
 from experiments.parsers import parse_step, parse_table
 
 _SPACES = {  # low, high, and whether on a logarithmic scale

@@ -22,8 +22,8 @@ import optax
 import dns_jax
 from dns_jax import pruners
 from experiments import flags, xor_plots
+from experiments.commands import XorConfig
 from experiments.files import write_whole
-from experiments.flags import XorConfig
 from experiments.models import Xor
 from experiments.report import middle_and_range, table
 from experiments.train import TrainState

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dns_jax.sparse import load_sparse
 from experiments import flags, report
+from experiments.commands import ZooConfig
 from experiments.files import write_whole
-from experiments.flags import ZooConfig
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from experiments import bench
-from experiments.flags import BenchConfig
+from experiments.commands import BenchConfig
 
 PEER = """
 import json

@@ -16,14 +16,8 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import data, flags, lenet5, lenet300, models, rules, run
-from experiments.flags import (
-    BenchConfig,
-    Config,
-    FrontierConfig,
-    SearchConfig,
-    define,
-    to_config,
-)
+from experiments.commands import BenchConfig, CompareConfig, FrontierConfig, SearchConfig
+from experiments.flags import Config, define, to_config
 from experiments.parsers import parse_learning_rate, parse_step, parse_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -628,7 +622,11 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
         config = parse(f'--flagfile={path}', *given, defaults=SCRIPTS[command[1]].DEFAULTS)
         assert rules.make_rules(config, shapes(config.network))
     else:
-        config_type = {'frontier': FrontierConfig, 'search': SearchConfig}[command[1]]
+        config_type = {
+            'compare': CompareConfig,
+            'frontier': FrontierConfig,
+            'search': SearchConfig,
+        }[command[1]]
         config = parse(f'--flagfile={path}', *given, defaults={}, config_type=config_type)
     # A folder of one machine has no place in a committed file.
     assert not any(os.path.isabs(getattr(config, name) or '') for name in ('workdir', 'data_dir'))

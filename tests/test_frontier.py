@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data, frontier, plots, report, run
-from experiments.flags import Config, FrontierConfig
+from experiments import data, frontier, plots, report, run, sweep
+from experiments.commands import FrontierConfig
+from experiments.flags import Config
 
 SHORT = {
     'dataset': 'digits',
@@ -74,7 +75,7 @@ def test_side_by_side_each_seed_is_about_the_run_alone(config, rows, tmp_path):
 
 def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
     # With other seeds before: what another process did in the workdir is joined.
-    monkeypatch.setattr(frontier, 'run_together', None)
+    monkeypatch.setattr(sweep, 'run_together', None)
     second = frontier.sweep(dataclasses.replace(config, resume=True, seed=1, seeds=1))
     assert second == [row for row in rows if row['seed'] == 1]
     capsys.readouterr()

@@ -83,11 +83,13 @@ def test_there_are_entry_scripts():
 
 # Those that do not start an experiment have work of their own.
 TOOLS = {
-    'bench': {'flags', 'models', 'train'},
-    'frontier': {'files', 'flags', 'plots', 'report', 'run'},
+    'bench': {'commands', 'flags', 'models', 'train'},
+    'compare': {'commands', 'files', 'flags', 'parsers', 'plots', 'report', 'sweep', 'workdir'},
+    'frontier': {'commands', 'files', 'flags', 'plots', 'report', 'sweep'},
     'results': {'report'},
     'search': None,  # an experiment of its own, with modules of its own
-    'zoo': {'files', 'flags', 'report'},
+    'xor': {'commands', 'files', 'flags', 'models', 'report', 'train', 'xor_plots'},
+    'zoo': {'commands', 'files', 'flags', 'report'},
 }
 
 

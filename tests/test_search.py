@@ -27,7 +27,8 @@ from optuna.trial import TrialState
 from PIL import Image
 
 from experiments import data, lenet300, models, run, search, space, study
-from experiments.flags import Config, SearchConfig, define, to_config
+from experiments.commands import SearchConfig
+from experiments.flags import Config, define, to_config
 from experiments.parsers import parse_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import pytest
 
 from dns_jax.sparse import load_sparse, save_sparse
 from experiments import data, models, report, train, zoo
-from experiments.flags import ZooConfig
+from experiments.commands import ZooConfig
 
 ZOO = sorted((Path(__file__).parents[1] / 'zoo').glob('*.safetensors'))
 
