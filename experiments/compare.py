@@ -24,7 +24,14 @@ from experiments.workdir import read_records
 
 COLUMNS = (
     *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
-    *('test_error', 'validation_error', 'steps_to_reach', 'pruning_seconds', 'state_mebibytes'),
+    *(
+        'reference_validation_error',
+        'test_error',
+        'validation_error',
+        'steps_to_reach',
+        'pruning_seconds',
+        'state_mebibytes',
+    ),
     *('commit', 'jax', 'device'),
 )
 
@@ -64,7 +71,9 @@ def _to_rows(runs: Sequence[tuple[str, Config]], summaries: Summaries) -> list[d
             row = {**summaries[run], 'variant': name, 'target': run.compression or ''}
             row['steps_to_reach'] = steps_to_reach(records)
             returns = {f'returns_{key}': value for key, value in row.get('returns', {}).items()}
-            rows.append({key: row[key] for key in COLUMNS} | errors_of_cut(run, records) | returns)
+            rows.append(
+                {key: row[key] for key in COLUMNS} | _errors_of_cut(run, row, records) | returns
+            )
     return rows
 
 
@@ -96,27 +105,19 @@ def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
     return reached
 
 
-def errors_of_cut(run: Config, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Says what a cut did to the validation error, in percent.
-
-    Args:
-      run: the run.
-      records: of it.
-
-    Returns:
-      `cut_before`, `cut_after`, of the records before and after the step of the cut, and
-      `cut_end`; nothing where nothing was cut.
-    """
+def _errors_of_cut(run, summary, records) -> dict[str, float]:
+    """Says what a cut did to the validation error, by the records beside it."""
     if not run.cut:
         return {}
     step = parse_step(run.cut_at, run.surgery_steps)
     surgery = [record for record in records if record['phase'] == 'surgery']
-    errors = {
-        'before': [record for record in surgery if record['step'] <= step][-1],
-        'after': next(record for record in surgery if record['step'] > step),
-        'end': records[-1],
+    before = [record['validation_error'] for record in surgery if record['step'] <= step]
+    after = [record['validation_error'] for record in surgery if record['step'] > step]
+    return {
+        'cut_before': [summary['reference_validation_error'], *before][-1],
+        'cut_after': after[0],
+        'cut_end': records[-1]['validation_error'],
     }
-    return {f'cut_{name}': record['validation_error'] for name, record in errors.items()}
 
 
 def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

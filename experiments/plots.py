@@ -225,7 +225,7 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
       rows: of one network and data set, with `network`, `dataset`, `target`, `compression` and
         `test_error`.
     """
-    figure, axes = _error_and_compression()
+    figure, axes = _new_frontier()
     targets = sorted({row['target'] for row in rows})
     groups = [[row for row in rows if row['target'] == target] for target in targets]
     middles = [
@@ -243,9 +243,7 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.axvline(compression, color=colour, linestyle=':', label=who)
         else:
             axes.scatter([compression], [error], color=colour, marker=marker, label=who, zorder=3)
-    axes.set_ylim(bottom=0)
-    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
-    return figure
+    return _finish_frontier(figure, axes)
 
 
 def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -254,7 +252,7 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
       rows: with `variant`, `target`, `compression` and `test_error`.
     """
-    figure, axes = _error_and_compression()
+    figure, axes = _new_frontier()
     for number, variant in enumerate(dict.fromkeys(row['variant'] for row in rows)):
         own = [row for row in rows if row['variant'] == variant]
         targets = list(dict.fromkeys(row['target'] for row in own))
@@ -274,22 +272,27 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             capsize=3,
             label=variant,
         )
-    axes.autoscale(axis='y')
-    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
-    return figure
+    return _finish_frontier(figure, axes)
 
 
-def _error_and_compression() -> tuple[Figure, Any]:
+def _new_frontier() -> tuple[Figure, Any]:
     figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')
     axes = figure.subplots()
     axes.set_title('Error and compression')
     axes.grid(color='0.9')
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
+    return figure, axes
+
+
+def _finish_frontier(figure: Figure, axes: Any) -> Figure:
+    """Scales and labels error and compression, once all is drawn."""
     axes.set_xscale('log')
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}×'))
     axes.xaxis.set_minor_formatter('')
+    axes.set_ylim(bottom=0)
     axes.set_ylabel('test error (%)')
     axes.set_xlabel('compression: all parameters / kept parameters')
-    return figure, axes
+    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
+    return figure

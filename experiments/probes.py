@@ -64,8 +64,9 @@ def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransfo
 
     def init_fn(params):
         state = pruner.init(params)
-        never = jax.tree.map(jnp.zeros_like, optax.tree.get(state, 'masks'))
-        return ReturnsState(state, never, never)
+        masks = optax.tree.get(state, 'masks')
+        # Two trees: a loop may take over their memory.
+        return ReturnsState(state, *(jax.tree.map(jnp.zeros_like, masks) for _ in range(2)))
 
     def update_fn(updates, state, params=None):
         before = optax.tree.get(state.pruner, 'masks')
