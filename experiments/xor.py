@@ -66,9 +66,9 @@ def make_points(key: jax.Array, count: int, noise: float) -> Points:
       The points.
     """
     corners_key, noise_key = jax.random.split(key)
-    corners = jax.random.bernoulli(corners_key, shape=(count, 2))
+    corners = jax.random.bernoulli(corners_key, shape=(count, 2)).astype(jnp.float32)
     places = corners + noise * jax.random.normal(noise_key, (count, 2))
-    return Points(places, corners[:, 0] ^ corners[:, 1])
+    return Points(places, corners[:, 0] != corners[:, 1])
 
 
 def train(

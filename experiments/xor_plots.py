@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from experiments.plots import BLACK, BLUE, GREEN, ORANGE
@@ -49,7 +51,7 @@ def course_figure(params: Any, masks: Any, steps: int) -> Figure:
       masks: the parallel masks.
       steps: of the surgery.
     """
-    figure = Figure(figsize=(11, 6.5), dpi=100, layout='constrained')
+    figure = Figure(figsize=(11, 6.5), dpi=100)
     records = len(masks['fc1']['kernel']) - 1
     for axes, percent in zip(figure.subplots(2, 3).flat, _SHOWN, strict=True):
         record = percent * records // 100
@@ -72,16 +74,19 @@ def animate(params: Any, masks: Any, steps: int) -> bytes:
     """
     pictures = []
     records = len(masks['fc1']['kernel']) - 1
-    for record in range(records + 1):
-        figure = Figure(figsize=(5, 4), dpi=70, layout='constrained')
-        axes = figure.subplots()
+    moments = range(0, records + 1, 2)
+    figure = Figure(figsize=(5, 4), dpi=70)
+    axes = figure.subplots()
+    for record in moments:
+        axes.clear()
         _draw_network(axes, params, masks, record)
         axes.set_title(f'after {record * steps // records:,} steps', fontsize=10)
-        _add_legend(figure)
+        if not record:
+            _add_legend(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format='png')
         pictures.append(Image.open(buffer).convert('P', palette=Image.Palette.ADAPTIVE, colors=32))
-    durations = [120] * records + [3000]  # milliseconds
+    durations = [200] * (len(moments) - 1) + [3000]  # milliseconds
     content = io.BytesIO()
     pictures[0].save(
         content, 'GIF', save_all=True, append_images=pictures[1:], duration=durations, loop=0
@@ -94,10 +99,10 @@ _KINDS = {'kept': BLUE, 'pruned once, kept again': GREEN, 'pruned': '0.75'}
 
 def _add_legend(figure: Figure) -> None:
     handles = [
-        figure.axes[0].plot([], [], color=colour, linestyle=':' if kind == 'pruned' else '-')[0]
+        Line2D([], [], color=colour, linestyle=':' if kind == 'pruned' else '-')
         for kind, colour in _KINDS.items()
     ]
-    figure.legend(handles, _KINDS, loc='outside lower center', ncols=3, frameon=False)
+    figure.legend(handles, _KINDS, loc='lower center', ncols=3, frameon=False, fontsize=9)
 
 
 def _draw_network(axes: Any, params: Any, masks: Any, record: int) -> None:
@@ -108,23 +113,25 @@ def _draw_network(axes: Any, params: Any, masks: Any, record: int) -> None:
         ('fc2', 'kernel'): [[(one, _OUTPUT)] for one in _HIDDEN],
         ('fc2', 'bias'): [(_HIDDEN_BIAS, _OUTPUT)],
     }
+    lines, colours, widths, styles = [], [], [], []
     for (layer, leaf), places in ends.items():
-        weights = params[layer][leaf][record].ravel()
+        weights = np.abs(params[layer][leaf][record]).ravel()
         history = masks[layer][leaf][: record + 1].reshape(record + 1, -1)
         largest = np.abs(params[layer]['kernel'][record]).max()
-        for at, (one, other) in enumerate(np.asarray(places).reshape(-1, 2, 2)):
+        for at, line in enumerate(np.asarray(places).reshape(-1, 2, 2)):
             now, before = history[-1, at], history[:, at].all()
             kind = 'pruned' if not now else 'kept' if before else 'pruned once, kept again'
-            axes.plot(
-                *zip(one, other, strict=True),
-                color=_KINDS[kind],
-                linestyle='-' if now else ':',
-                linewidth=(0.5 + 3 * min(abs(weights[at]) / largest, 1)) if now else 0.8,
-                zorder=2 if now else 1,
-            )
-    for place, name in zip([*_INPUTS, *_HIDDEN, _HIDDEN_BIAS, _OUTPUT], _NAMES, strict=True):
-        axes.scatter(*place, s=180, color='white', edgecolors=BLACK, zorder=3)
-        axes.annotate(name, place, ha='center', va='center', fontsize=8, zorder=4)
+            lines.append(line)
+            colours.append(_KINDS[kind])
+            styles.append('-' if now else ':')
+            widths.append(0.5 + 3 * min(weights[at] / largest, 1) if now else 0.8)
+    axes.add_collection(
+        LineCollection(lines, colors=colours, linewidths=widths, linestyles=styles, zorder=1)
+    )
+    places = [*_INPUTS, *_HIDDEN, _HIDDEN_BIAS, _OUTPUT]
+    axes.scatter(*zip(*places, strict=True), s=180, color='white', edgecolors=BLACK, zorder=3)
+    for place, name in zip(places, _NAMES, strict=True):
+        axes.text(*place, name, ha='center', va='center', fontsize=8, zorder=4)
     axes.set_axis_off()
 
 
