@@ -54,6 +54,30 @@ def read_frontiers(folder: Path = FOLDER) -> list[dict[str, Any]]:
     return [{**row, **{name: float(row[name]) for name in numbers}} for row in rows]
 
 
+def read_comparison(path: Path) -> list[dict[str, Any]]:
+    """Reads a table of `experiments.compare`.
+
+    Args:
+      path: of the CSV.
+
+    Returns:
+      Its rows, what is a number as one, without the columns that a row leaves empty.
+    """
+
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {name: number(text) for name, text in row.items() if text or name == 'target'}
+        for row in rows
+    ]
+
+
 def table_row(name: str, summaries: Sequence[dict[str, Any]]) -> str:
     """Writes the runs of one flagfile as a row in Markdown.
 

@@ -27,6 +27,13 @@ def test_the_examples_run(capsys, monkeypatch):
     assert names['network'].metadata['network'] == 'lenet300'
 
 
+COMPARISONS = [
+    path
+    for kind in ('compare', 'ablations', 'repair')
+    for path in sorted((ROOT / 'results').glob(f'{kind}_*.csv'))
+]
+
+
 def test_the_commands_are_those_of_the_makefile():
     makefile = (ROOT / 'Makefile').read_text()
     for target in re.findall(r'\bmake (\w+)', README):
@@ -41,6 +48,25 @@ def test_the_frontier_is_that_of_the_results():
     rows = results.read_frontiers()
     assert rows
     assert report.frontier_table(rows) in README
+
+
+@pytest.mark.parametrize('path', COMPARISONS, ids=lambda path: path.stem)
+def test_the_page_of_comparisons_holds_their_tables_and_commands(path):
+    page = (ROOT / 'results' / 'compare.md').read_text()
+    rows = results.read_comparison(path)
+    assert report.compare_tables(rows) in page
+    assert f'python -m experiments.compare --flagfile=experiments/flagfiles/{path.stem}.flags' in page
+    # The variants of the table are those of the flagfile, and all its seeds are there.
+    flags = (ROOT / 'experiments' / 'flagfiles' / f'{path.stem}.flags').read_text()
+    named = re.findall(r'^--variant=([^:]*):', flags, re.MULTILINE)
+    assert list(dict.fromkeys(row['variant'] for row in rows)) == named
+    (seeds,) = re.findall(r'^--seeds=(\d+)', flags, re.MULTILINE)
+    assert {row['seed'] for row in rows} == set(range(int(seeds)))
+
+
+def test_the_page_of_comparisons_holds_xor():
+    page = (ROOT / 'results' / 'compare.md').read_text()
+    assert (ROOT / 'results' / 'xor' / 'xor.md').read_text() in page
 
 
 def test_results_come_from_their_flagfiles():
