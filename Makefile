@@ -8,7 +8,7 @@ demo: $(BIN)/ready
 	$(BIN)/python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_digits.flags
 
 test: $(BIN)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(BIN)/ready
 	$(BIN)/ruff check .
