@@ -266,10 +266,10 @@ def test_bad_arguments(make, message):
         make()
 
 
-@pytest.mark.parametrize('by', ['gradient', 'chance'])
-def test_regrow_exchanges_the_smallest_for_the_most_important(by):
-    every, stop, density = 4, 31, 0.4
-    drop = lambda step: 0.5 * (1 - step / 40)  # noqa: E731
+@pytest.mark.parametrize(('by', 'every'), [('gradient', 1), ('chance', 4)])
+def test_regrow_exchanges_the_smallest_for_the_most_important(by, every):
+    stop, density = 41, 0.4
+    drop = lambda step: 0.5 * (1 - step / 50)  # noqa: E731
     growth = getattr(importance, by)
     pruner = pruners.regrow(density, every, stop, KEY, drop, growth, initial=importance.magnitude)
     shares = []
@@ -307,9 +307,9 @@ def test_regrow_exchanges_the_smallest_for_the_most_important(by):
             np.testing.assert_array_equal(mask, right, err_msg=f'step {step}')
         kept = dns_jax.count_kept(one)
         assert {layer: int(count) for layer, count in kept.items()} == {'fc1': 28, 'fc2': 16}
-    assert len(shares) == 14
+    assert len(shares) == 2 * (40 // every)
     assert max(shares) > 0.2
-    assert (np.array(shares) > 0).sum() > 10
+    assert np.mean(np.array(shares) > 0) > 0.7
 
 
 def test_regrow_begins_at_random_unless_told():

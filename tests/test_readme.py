@@ -55,7 +55,9 @@ def test_the_page_of_comparisons_holds_their_tables_and_commands(path):
     page = (ROOT / 'results' / 'compare.md').read_text()
     rows = results.read_comparison(path)
     assert report.compare_tables(rows) in page
-    assert f'python -m experiments.compare --flagfile=experiments/flagfiles/{path.stem}.flags' in page
+    assert (
+        f'python -m experiments.compare --flagfile=experiments/flagfiles/{path.stem}.flags' in page
+    )
     # The variants of the table are those of the flagfile, and all its seeds are there.
     flags = (ROOT / 'experiments' / 'flagfiles' / f'{path.stem}.flags').read_text()
     named = re.findall(r'^--variant=([^:]*):', flags, re.MULTILINE)
