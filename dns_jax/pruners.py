@@ -1,4 +1,4 @@
-"""The pruners that surgery is compared with, and what their papers train with them.
+"""The pruners that surgery is compared with.
 
 Each is `surgery` without splicing under rules of its own, so it keeps the contract of that module:
 updates pass through, the state is a `SurgeryState`, the masks are found in it. Pruned connections
@@ -16,7 +16,7 @@ import optax
 
 from dns_jax.importance import chance, gradient
 from dns_jax.layers import group_by_layer, has_axes, layer_names, parent
-from dns_jax.masks import apply_masks, count_kept
+from dns_jax.masks import count_kept
 from dns_jax.schedules import polynomial_density, update_at
 from dns_jax.surgery import Rule, surgery
 from dns_jax.thresholds import Group, largest_threshold, layer_density, std
@@ -117,7 +117,7 @@ def iterative(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `density` is outside (0, 1].
+      ValueError: if `density` is outside (0, 1], or `rounds` names a step twice.
       As `surgery` and `update_at` do.
 
     Example:
@@ -132,6 +132,8 @@ def iterative(
       2 1
     """
     probability, steps = update_at(rounds), np.asarray(rounds, np.int32)
+    if len(set(rounds)) < len(rounds):
+        raise ValueError(f'rounds must not name a step twice, but is {list(rounds)!r}')
     rules = {}
     for pattern, final in _table(density).items():
         if not 0 < final <= 1:
@@ -211,12 +213,15 @@ def regrow(
     takes_part: Predicate = has_axes,
     layer_of: LayerOf = parent,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the number of connections, and now and then exchanges the smallest for others.
+    r"""Keeps the number of connections, and now and then exchanges the smallest for others.
 
-    The first update prunes to the density by the initial importance. After that, each round drops
-    a share of what a layer keeps, the smallest magnitudes, and grows as many of all that it does
-    not keep then, the most important. With growth by `importance.gradient` this is RigL, by
-    `importance.chance` SET. Both let new connections start at zero: `train_kept` sees to that.
+    .. math::
+      T_k \leftarrow S_k \cup \mathrm{largest}_{n}\left(|\text{growth}|, \overline{S_k}\right),
+      \quad S_k = \mathrm{largest}_{|T_k| - n}(|W_k|, T_k), \quad n = \mathrm{round}(\alpha\,|T_k|)
+
+    with α the share to drop. The first update prunes to the density by the initial importance.
+    With growth by `importance.gradient` this is RigL, by `importance.chance` SET. Both let new
+    connections start at zero: `dns_jax.training.train_kept` sees to that.
 
     Args:
       density: kept / all connections, in (0, 1].
@@ -232,7 +237,8 @@ def regrow(
       layer_of: as for `surgery`.
 
     Returns:
-      A transformation as of `surgery`. A growth tie at the last place grows all that tie.
+      A transformation as of `surgery`. Connections that tie for the last place are all grown, those
+      whose growth is 0 are not.
 
     Raises:
       ValueError: if `every` is less than 1 or `drop` is a number outside [0, 1].
@@ -298,7 +304,12 @@ def _exchange(share, scores, params, masks, layer_of) -> Masks:
         lambda mask, leaf: jnp.where(mask, 0, leaf) if mask.ndim else mask, survivors, scores
     )
     grown = _keep_largest(candidates, free, layer_of)
-    return jax.tree.map(jnp.logical_or, survivors, grown)
+    return jax.tree.map(
+        lambda survivor, new, score: survivor | (new & (score != 0)) if new.ndim else survivor,
+        survivors,
+        grown,
+        candidates,
+    )
 
 
 def _keep_largest(tree, wanted, layer_of) -> Masks:
@@ -314,90 +325,6 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
         return (jnp.abs(leaf).astype(jnp.float32) >= thresholds[layer]) & (wanted[layer] > 0)
 
     return jax.tree.map(keep, layer_names(tree, layer_of), tree)
-
-
-def train_kept(
-    pruner: optax.GradientTransformation, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-    r"""Chains a pruner and an optimizer that trains kept connections alone; pruned weights are 0.
-
-    .. math::
-      W \leftarrow (W + \mathrm{optimizer}(\nabla L \odot T)) \odot T
-
-    Under this W = W⊙T after every step: what a pruned weight was is lost, it does not learn, and a
-    connection that `regrow` grows starts at zero.
-
-    Args:
-      pruner: any of this package; it sees the whole gradient.
-      optimizer: sees zeros for pruned connections.
-
-    Returns:
-      A transformation whose state is that of both.
-
-    Example:
-      >>> pruner = one_shot(0.5, step=0, key=jax.random.key(0))
-      >>> optimizer = train_kept(pruner, optax.sgd(1.0))
-      >>> params = {'fc1': jnp.array([2.0, -1.0])}
-      >>> updates, _ = optimizer.update({'fc1': jnp.ones(2)}, optimizer.init(params), params)
-      >>> optax.apply_updates(params, updates)['fc1']
-      Array([1., 0.], dtype=float32)
-
-    Reference:
-      Evci et al. 2020, Rigging the lottery, section 3.
-    """
-    pruner, optimizer = map(optax.with_extra_args_support, (pruner, optimizer))
-
-    def init_fn(params):
-        return pruner.init(params), optimizer.init(params)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        updates, pruner_state = pruner.update(updates, state[0], params, **extra_args)
-        masks = optax.tree.get(pruner_state, 'masks')
-        updates = apply_masks(updates, masks)
-        updates, optimizer_state = optimizer.update(updates, state[1], params, **extra_args)
-        updates = jax.tree.map(
-            lambda mask, update, weights: (
-                jnp.where(mask, update, -weights) if jnp.ndim(mask) else update
-            ),
-            masks,
-            updates,
-            params,
-        )
-        return updates, (pruner_state, optimizer_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def scale_dropout(
-    rate: float | jax.Array, masks: Masks, layer_of: LayerOf = parent
-) -> dict[str, Any]:
-    r"""Lowers a rate of dropout as connections go, since fewer of them overfit less.
-
-    .. math::
-      r_k = r\,\sqrt{\text{kept}_k / \text{all}_k}
-
-    Args:
-      rate: the rate of dropout for a dense layer, in [0, 1).
-      masks: the masks T.
-      layer_of: maps the path of a leaf to the name of its layer.
-
-    Returns:
-      `{layer name: rate}` for the layers that take part, float32 scalars.
-
-    Example:
-      >>> rates = scale_dropout(0.5, {'fc1': {'kernel': jnp.array([True, False, False, False])}})
-      >>> float(rates['fc1'])
-      0.25
-
-    Reference:
-      Han et al. 2015, Learning both weights and connections for efficient neural networks,
-      section 3.1.
-    """
-    kept, layers = count_kept(masks, layer_of), group_by_layer(masks, layer_of)
-    return {
-        layer: rate * jnp.sqrt(jnp.float32(kept[layer]) / sum(mask.size for mask in leaves))
-        for layer, leaves in layers.items()
-    }
 
 
 def _table(numbers: float | Mapping[str, float]) -> Mapping[str, float]:

@@ -85,6 +85,12 @@ class CompareConfig(FrontierConfig):
         lengths = {run.surgery_steps + run.finetuning_steps for _, run in self.named_runs()}
         if len(lengths) > 1:
             raise ValueError(f'--variant: all must take as many steps, but take {sorted(lengths)}')
+        folders = [run.workdir for run in self.runs()]
+        twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+        if twice:
+            raise ValueError(
+                f'--variant: names must differ in letters and digits, but two make {twice}'
+            )
 
     def runs(self) -> list[Config]:
         """Returns the configuration of every run, by variant, compression, then seed.

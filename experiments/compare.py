@@ -7,19 +7,15 @@ has a folder of its own in the workdir; with --resume those that are finished ar
 processes with seeds of their own may share a workdir.
 """
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import flags, plots, report
+from experiments import flags, plots, report, sweep
 from experiments.commands import CompareConfig
-from experiments.files import write_whole
 from experiments.flags import Config
 from experiments.parsers import parse_step
-from experiments.sweep import Summaries, run_all
 from experiments.workdir import read_records
 
 COLUMNS = (
@@ -50,20 +46,23 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
       As `experiments.run.run` does.
     """
     folder, runs = Path(config.workdir), config.named_runs()
-    summaries = run_all(
-        [run for _, run in runs],
-        config.side_by_side,
-        lambda done: _write(folder, _to_rows(runs, done)),
-    )
-    rows = _to_rows(runs, summaries)
-    _write(folder, rows)
+
+    def write_rows(summaries):
+        rows = _to_rows(runs, summaries)
+        figure, tables = plots.compare_figure(rows), report.compare_tables(rows)
+        sweep.write(folder, 'compare', rows, figure, tables)
+        return rows
+
+    rows = write_rows(sweep.run_all([run for _, run in runs], config.side_by_side, write_rows))
     print(report.compare_tables(rows))
     print(f'\nTable and picture: {folder / "compare.md"}, {folder / "compare.png"}')
     print(json.dumps(rows))
     return rows
 
 
-def _to_rows(runs: Sequence[tuple[str, Config]], summaries: Summaries) -> list[dict[str, Any]]:
+def _to_rows(
+    runs: Sequence[tuple[str, Config]], summaries: sweep.Summaries
+) -> list[dict[str, Any]]:
     rows = []
     for name, run in runs:
         if run in summaries:
@@ -118,18 +117,6 @@ def _errors_of_cut(run, summary, records) -> dict[str, float]:
         'cut_after': after[0],
         'cut_end': records[-1]['validation_error'],
     }
-
-
-def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    table, picture = io.StringIO(), io.BytesIO()
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(table, columns, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    plots.compare_figure(rows).savefig(picture, format='png')
-    write_whole(folder / 'compare.csv', table.getvalue())
-    write_whole(folder / 'compare.md', report.compare_tables(rows) + '\n')
-    write_whole(folder / 'compare.png', picture.getvalue())
 
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ PRUNERS = ('surgery', 'han', 'iterative', 'one_shot', 'gradual', 'set', 'rigl')
 REGROWING = ('set', 'rigl')
 _OF_SURGERY = (
     *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
-    *('refresh_statistics', 'count_returns'),
+    'count_returns',
 )
 
 
@@ -150,11 +150,10 @@ class Config:
             raise ValueError(f'--compression={self.compression} must be finite and at least 1')
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f'--density={self.density} must be in (0, 1]')
-        if self.pruner != 'surgery':
-            self._check_pruner()
-        for name in ('cut', 'dropout'):
+        for name in ('cut', 'dropout', 'drop'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
+        self._check_unread()
         if self.checkpoint_every % self.record_every:
             raise ValueError(
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
@@ -166,20 +165,34 @@ class Config:
             except ValueError as error:
                 raise ValueError(f'--{name}: {error}') from error
 
-    def _check_pruner(self):
-        """Refuses what the pruner would not look at."""
-        if bool(self.c_rate) != (self.pruner == 'han'):
-            raise ValueError(
-                f'--pruner={self.pruner} must go with '
-                + ('--c_rate' if self.pruner == 'han' else 'a density or a compression')
-            )
-        own = {field.name: field.default for field in dataclasses.fields(Config)}
-        unread = [*_OF_SURGERY, 'importance'] if self.pruner in REGROWING else _OF_SURGERY
-        for name in unread:
-            if getattr(self, name) != own[name]:
+    def _check_unread(self):
+        """Refuses flags that this run would not look at, and rules that its pruner cannot have."""
+        if self.pruner != 'surgery' and bool(self.c_rate) != (self.pruner == 'han'):
+            wanted = '--c_rate' if self.pruner == 'han' else 'a density or a compression'
+            raise ValueError(f'--pruner={self.pruner} must go with {wanted}')
+        surgery = self.pruner == 'surgery'
+        is_read = {
+            **dict.fromkeys(_OF_SURGERY, surgery),
+            'importance': self.pruner not in REGROWING,
+            'rounds': self.pruner in ('han', 'iterative'),
+            'drop': self.pruner in REGROWING,
+            'refresh_statistics': surgery and bool(self.c_rate),
+            'pruned_dropout': self.dropout > 0,
+            'cut_at': self.cut > 0,
+        }
+        for field in dataclasses.fields(Config):
+            value = getattr(self, field.name)
+            if value != field.default and not is_read.get(field.name, True):
                 raise ValueError(
-                    f'--{name}={getattr(self, name)} has no meaning for --pruner={self.pruner}'
+                    f'--{field.name}={value} has no meaning beside the other flags, '
+                    f'--pruner={self.pruner} among them'
                 )
+        is_known = self.importance == 'magnitude' or self.refresh_statistics or not self.c_rate
+        if surgery and not is_known:
+            raise ValueError(
+                f'--importance={self.importance} is not known at the start: with --c_rate it must '
+                'go with --refresh_statistics'
+            )
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide a run's numbers: all but places and switches."""

@@ -7,18 +7,14 @@ with --resume as any run does; one that is finished is read. So processes with s
 may share a workdir, and one with all seeds and --resume joins their tables.
 """
 
-import csv
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import flags, plots, report
+from experiments import flags, plots, report, sweep
 from experiments.commands import FrontierConfig
-from experiments.files import write_whole
 from experiments.flags import Config
-from experiments.sweep import Summaries, run_all
 
 COLUMNS = (
     *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -27,7 +23,7 @@ COLUMNS = (
 )
 
 
-def sweep(config: FrontierConfig) -> list[dict[str, Any]]:
+def do_sweep(config: FrontierConfig) -> list[dict[str, Any]]:
     """Does every run, writes `frontier.csv` and `frontier.png`, and prints the table.
 
     Args:
@@ -41,18 +37,20 @@ def sweep(config: FrontierConfig) -> list[dict[str, Any]]:
       As `experiments.run.run` does.
     """
     folder, runs = Path(config.workdir), config.runs()
-    summaries = run_all(
-        runs, config.side_by_side, lambda done: _write(folder, _to_rows(runs, done))
-    )
-    rows = _to_rows(runs, summaries)
-    _write(folder, rows)
+
+    def write_rows(summaries):
+        rows = _to_rows(runs, summaries)
+        sweep.write(folder, 'frontier', rows, plots.frontier_figure(rows))
+        return rows
+
+    rows = write_rows(sweep.run_all(runs, config.side_by_side, write_rows))
     print(report.frontier_table(rows))
     print(f'\nTable and picture: {folder / "frontier.csv"}, {folder / "frontier.png"}')
     print(json.dumps(rows))
     return rows
 
 
-def _to_rows(runs: Sequence[Config], summaries: Summaries) -> list[dict[str, Any]]:
+def _to_rows(runs: Sequence[Config], summaries: sweep.Summaries) -> list[dict[str, Any]]:
     return [
         {name: {**summaries[run], 'target': run.compression}[name] for name in COLUMNS}
         for run in runs
@@ -60,15 +58,5 @@ def _to_rows(runs: Sequence[Config], summaries: Summaries) -> list[dict[str, Any
     ]
 
 
-def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    table, picture = io.StringIO(), io.BytesIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    plots.frontier_figure(rows).savefig(picture, format='png')
-    write_whole(folder / 'frontier.csv', table.getvalue())
-    write_whole(folder / 'frontier.png', picture.getvalue())
-
-
 if __name__ == '__main__':
-    flags.launch({}, sweep, FrontierConfig)
+    flags.launch({}, do_sweep, FrontierConfig)

@@ -17,7 +17,7 @@ _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 _THIN = 32  # columns of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
 
 
-Dropout = Mapping[str, jax.Array]
+DropoutRates = Mapping[str, jax.Array]
 """The rate of dropout behind each fully connected layer; it takes random bits named `dropout`."""
 
 
@@ -25,7 +25,7 @@ class LeNet300(nn.Module):
     """LeNet-300-100: 784 pixels, two hidden layers, 266,610 parameters."""
 
     @nn.compact
-    def __call__(self, images: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
         hidden = images.reshape(images.shape[0], -1)
         hidden = nn.relu(nn.Dense(300, kernel_init=_XAVIER, name='fc1')(hidden))
@@ -39,7 +39,7 @@ class LeNet5(nn.Module):
     """LeNet-5 as in Caffe, without activation after the convolutions: 431,080 parameters."""
 
     @nn.compact
-    def __call__(self, images: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
         hidden = _max_pool_2x2(_convolution(20, 'conv1')(images))
         hidden = _max_pool_2x2(_convolution(50, 'conv2')(hidden))
@@ -156,7 +156,7 @@ def convolution_by_products(
 
 
 def drop_out(
-    module: nn.Module, hidden: jax.Array, dropout: Dropout | None, layer: str
+    module: nn.Module, hidden: jax.Array, dropout: DropoutRates | None, layer: str
 ) -> jax.Array:
     """Drops out units, at a rate that may be traced, as that of `flax.linen.Dropout` may not.
 

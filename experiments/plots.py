@@ -253,7 +253,8 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
       rows: with `variant`, `target`, `compression` and `test_error`.
     """
     figure, axes = _new_frontier()
-    for number, variant in enumerate(dict.fromkeys(row['variant'] for row in rows)):
+    variants = list(dict.fromkeys(row['variant'] for row in rows))
+    for number, variant in enumerate(variants):
         own = [row for row in rows if row['variant'] == variant]
         targets = list(dict.fromkeys(row['target'] for row in own))
         groups = [[row for row in own if row['target'] == target] for target in targets]
@@ -263,7 +264,7 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ends = np.array([[min(group), max(group)] for group in errors])
         axes.errorbar(
             # A little apart, so that ranges at one compression do not hide each other.
-            np.array(compressions) * 1.01**number,
+            np.array(compressions) * (0.97 + 0.06 * (number + 0.5) / len(variants)),
             middles,
             yerr=np.abs(ends.T - middles),
             color=COLOURS[number % len(COLOURS)],

@@ -28,8 +28,8 @@ def cut(
     def update_fn(updates, state, params: Any = None):
         count = optax.tree.get(state, 'count')
         updates, state = pruner.update(updates, state, params)
-        # A key of its own: the step's is for the coins.
-        key = jax.random.fold_in(jax.random.fold_in(optax.tree.get(state, 'key'), count), 1)
+        # No step has the count of such a number, so no coin is thrown with this key.
+        key = jax.random.fold_in(optax.tree.get(state, 'key'), 2**31 + 100)
 
         def cut_some(masks):
             numbers = importance.chance(key, params, updates)
@@ -83,24 +83,16 @@ def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-class Returns(NamedTuple):
-    """What became of the connections of a network, as trees of bool."""
-
-    pruned: dns_jax.Masks  # ever pruned
-    returned: dns_jax.Masks  # spliced after that
-
-
-def get_returns(opt_state: optax.OptState) -> Returns | None:
-    """Reads what `count_returns` remembers.
+def get_returns(opt_state: optax.OptState) -> ReturnsState | None:
+    """Finds what `count_returns` remembers.
 
     Args:
       opt_state: of an optimizer.
 
     Returns:
-      What it found, None where nothing was counted.
+      Its state, None where nothing was counted.
     """
-    pruned = optax.tree.get(opt_state, 'pruned')
-    return None if pruned is None else Returns(pruned, optax.tree.get(opt_state, 'returned'))
+    return optax.tree.get(opt_state, 'ReturnsState')
 
 
 def remove_others(masks: dns_jax.Masks, returned: dns_jax.Masks, seed: int) -> dns_jax.Masks:

@@ -51,6 +51,7 @@ FRONTIER_HEADER = (
 # Heading: the column of a comparison, its format and unit.
 COMPARE_COLUMNS = {
     'compression': ('compression', '.1f', '×'),
+    'error of the reference': ('reference_error', '.2f', ' %'),
     'error': ('test_error', '.2f', ' %'),
     'steps to reach it': ('steps_to_reach', ',.0f'),
     'time': ('pruning_seconds', '.0f', ' s'),
@@ -60,6 +61,7 @@ CUT_COLUMNS = {
     'before the cut': ('cut_before', '.2f', ' %'),
     'after it': ('cut_after', '.2f', ' %'),
     'in the end': ('cut_end', '.2f', ' %'),
+    'compression': ('compression', '.1f', '×'),
 }
 RETURN_COLUMNS = {
     'ever pruned': ('returns_pruned', ',.0f'),
@@ -67,7 +69,8 @@ RETURN_COLUMNS = {
     'of these kept': ('returns_returned_kept', ',.0f'),
     'loss': ('returns_loss', '.4f'),
     'without these': ('returns_loss_without', '.4f'),
-    'without as many others': ('returns_loss_without_others', '.4f'),
+    'others': ('returns_others_removed', ',.0f'),
+    'without these others': ('returns_loss_without_others', '.4f'),
 }
 LAYER_HEADER = (
     'layer',

@@ -37,17 +37,18 @@ def read_summaries(folder: Path = FOLDER) -> dict[str, list[dict[str, Any]]]:
     return flagfiles
 
 
-def read_frontiers(folder: Path = FOLDER) -> list[dict[str, Any]]:
+def read_frontiers(folder: Path = FOLDER, kind: str = 'frontier') -> list[dict[str, Any]]:
     """Reads the sweeps of `experiments.frontier`.
 
     Args:
-      folder: with files named frontier_NETWORK.csv.
+      folder: with files named KIND_NETWORK.csv.
+      kind: `frontier`, or `authors` for those from the authors' networks.
 
     Returns:
       Their rows, sorted by network.
     """
     rows: list[dict[str, Any]] = []
-    for path in sorted(folder.glob('frontier_*.csv')):
+    for path in sorted(folder.glob(f'{kind}_*.csv')):
         with path.open(newline='') as file:
             rows += csv.DictReader(file)
     numbers = ('target', 'compression', 'kept', 'reference_error', 'test_error')

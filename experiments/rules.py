@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import dns_jax
-from dns_jax import importance, pruners
+from dns_jax import importance, pruners, training
 from experiments import probes
 from experiments.flags import REGROWING, Config
 from experiments.parsers import parse_step, parse_table
@@ -34,7 +34,7 @@ def make_optimizer(
       The optimizer of the phase.
     """
     sgd = dns_jax.caffe_sgd(learning_rate, config.momentum, weight_decay, config.bias_scale)
-    chain = pruners.train_kept if config.pruner in REGROWING else optax.chain
+    chain = training.train_kept if config.pruner in REGROWING else optax.chain
     return chain(pruner, sgd)
 
 
@@ -59,18 +59,26 @@ def make_pruner(
     if config.pruner == 'surgery':
         rules = make_rules(config, params)
         pruner = dns_jax.surgery(rules, key, splicing=config.splicing, **options)
-        if config.count_returns:
-            pruner = probes.count_returns(pruner)
     else:
         pruner = _make_baseline(config, params, key, options)
     if config.cut:
         step = _parse_steps(config, 'cut_at')
+        if not 0 <= step < config.surgery_steps:
+            raise ValueError(
+                f'--cut_at={config.cut_at} must be one of the {config.surgery_steps} steps'
+            )
         pruner = probes.cut(pruner, config.cut, step)
-    return pruner
+    # Around the cut, which prunes too.
+    return probes.count_returns(pruner) if config.count_returns else pruner
 
 
 def _make_baseline(config, params, key, options) -> optax.GradientTransformation:
     start, end = _ramp_ends(config)
+    if end >= config.surgery_steps:
+        raise ValueError(
+            f'--ramp_end={config.ramp_end} must come before the end of the '
+            f'{config.surgery_steps} steps, as the last pruning of --pruner={config.pruner}'
+        )
     rounds = [
         start + round((end - start) * number / max(config.rounds - 1, 1))
         for number in range(config.rounds)

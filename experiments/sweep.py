@@ -1,11 +1,16 @@
-"""Many runs: which are finished, which go side by side."""
+"""Many runs: which are finished, which go side by side, what is written of them."""
 
+import csv
+import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from experiments.files import write_whole
 from experiments.flags import Config
 from experiments.run import run_together
 
@@ -13,7 +18,7 @@ Summaries = Mapping[Config, Mapping[str, Any]]
 
 
 def run_all(
-    runs: Sequence[Config], side_by_side: int, on_batch: Callable[[Summaries], None]
+    runs: Sequence[Config], side_by_side: int, on_batch: Callable[[Summaries], Any]
 ) -> Summaries:
     """Does every run, those that differ in seed and places alone side by side.
 
@@ -37,6 +42,30 @@ def run_all(
             summaries |= zip(batch, run_together(batch), strict=True)
             on_batch(summaries)
     return summaries
+
+
+def write(
+    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], figure: Figure, text: str = ''
+) -> None:
+    """Writes what a sweep has so far.
+
+    Args:
+      folder: where to.
+      name: of the files.
+      rows: of `NAME.csv`; its columns are all that a row has.
+      figure: of `NAME.png`.
+      text: of `NAME.md`, which is not written where there is none.
+    """
+    table, picture = io.StringIO(), io.BytesIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(table, list(columns), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    figure.savefig(picture, format='png')
+    write_whole(folder / f'{name}.csv', table.getvalue())
+    write_whole(folder / f'{name}.png', picture.getvalue())
+    if text:
+        write_whole(folder / f'{name}.md', text + '\n')
 
 
 def _without_seed(run: Config) -> dict[str, Any]:

@@ -41,20 +41,27 @@ class Chunk(NamedTuple):
     events: dict[str, dns_jax.Events]  # summed over the steps, by layer
 
 
+class Dropout(NamedTuple):
+    """How units are dropped out in one phase."""
+
+    rates: Callable[[dns_jax.Masks], models.DropoutRates]
+    number: int  # of the phase's random bits; below 2**32, above any count of steps
+
+
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
 
 
 def make_step(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
-    dropout: Callable[[dns_jax.Masks], models.Dropout] | None = None,
+    dropout: Dropout | None = None,
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
     Args:
       network: maps images to logits.
       optimizer: a chain with `dns_jax.surgery` in it.
-      dropout: gives the rates of dropout by the masks.
+      dropout: of the phase.
 
     Returns:
       A function of the state, images (batch, 28, 28, 1) uint8 and labels (batch,) int32 that
@@ -79,9 +86,8 @@ def make_step(
                     getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
                 ),
             )
-            # Another key than that of the step's coins.
-            key = jax.random.fold_in(jax.random.fold_in(key, count), 2)
-            dropping_out = {'dropout': dropout(state.masks), 'rngs': {'dropout': key}}
+            key = jax.random.fold_in(jax.random.fold_in(key, dropout.number), count)
+            dropping_out = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
         loss, gradients = value_and_grad(state.params, state.masks, images, labels, **dropping_out)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
@@ -206,11 +212,7 @@ def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
         return jnp.sum(jnp.argmax(logits, -1) != labels)
 
     def error(params, split):
-        wrong = 0
-        for begin in range(0, len(split.labels), _EVALUATION_BATCH):
-            part = slice(begin, begin + _EVALUATION_BATCH)
-            wrong += int(count_wrong(params, split.images[part], split.labels[part]))
-        return 100 * wrong / len(split.labels)
+        return 100 * _sum_over(split, functools.partial(count_wrong, params)) / len(split.labels)
 
     return error
 
@@ -232,13 +234,15 @@ def make_loss(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 
     def loss(params, split):
-        total = 0.0
-        for begin in range(0, len(split.labels), _EVALUATION_BATCH):
-            part = slice(begin, begin + _EVALUATION_BATCH)
-            total += float(sum_losses(params, split.images[part], split.labels[part]))
-        return total / len(split.labels)
+        return _sum_over(split, functools.partial(sum_losses, params)) / len(split.labels)
 
     return loss
+
+
+def _sum_over(split: Split, measure: Callable[[Any, Any], jax.Array]) -> float:
+    batches = range(0, len(split.labels), _EVALUATION_BATCH)
+    parts = (slice(begin, begin + _EVALUATION_BATCH) for begin in batches)
+    return sum(float(measure(split.images[part], split.labels[part])) for part in parts)
 
 
 def _logits(network: nn.Module, params: Any, images: jax.Array, **dropping_out) -> jax.Array:

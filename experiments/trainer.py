@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import dns_jax
-from dns_jax import pruners
+from dns_jax import training
 from dns_jax.sparse import save_sparse
 from experiments import data, models, probes, references, report, train
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
 from experiments.rules import make_optimizer, make_pruner
-from experiments.workdir import Records, claim
+from experiments.workdir import PHASES, Records, claim
 
 
 class Trainer:
@@ -69,25 +69,29 @@ class Trainer:
         self.folder = claim(config)
         self.records = Records(self.folder, config.tensorboard)
 
-    def dropout(self, phase: str) -> Callable[[dns_jax.Masks], models.Dropout] | None:
-        """Makes the function that gives a phase its rates of dropout, None where it has none."""
+    def dropout(self, phase: str) -> train.Dropout | None:
+        """Says how a phase drops units out, None where it does not."""
         config = self.config
         dropped = phase != 'reference' and config.pruned_dropout == 'dropped'
         if dropped or not config.dropout:
             return None
         layers = dns_jax.group_by_layer(self.initial)
         dense: dict[str, Any] = dict.fromkeys(layers, jnp.float32(config.dropout))
+        # No step has the count of such a number.
+        number = 2**31 + PHASES.index(phase)
         if config.pruned_dropout == 'kept':
-            return lambda masks: dense
+            return train.Dropout(lambda masks: dense, number)
         # The masks of dense training are scalars, which scale nothing.
-        return lambda masks: dense | pruners.scale_dropout(config.dropout, masks)
+        return train.Dropout(
+            lambda masks: dense | training.scale_dropout(config.dropout, masks), number
+        )
 
     def finish(
         self,
         reference: dns_jax.Params,
         final: train.TrainState,
         seconds: dict[str, float],
-        returns: probes.Returns | None,
+        returns: probes.ReturnsState | None,
     ) -> dict[str, Any]:
         """Writes the pruned network and the report, and returns the summary."""
         summary = self._summarise(reference, final) | seconds
@@ -138,16 +142,15 @@ class Trainer:
             name: sum(int(count) for count in dns_jax.count_kept(masks).values())
             for name, masks in counts.items()
         }
+        without = jax.tree.map(lambda mask, back: mask & ~back, final.masks, returns.returned)
+        others = probes.remove_others(final.masks, returns.returned, self.config.seed)
+        removed = dns_jax.count_events(final.masks, others).values()
+        measured['others_removed'] = sum(int(event.pruned) for event in removed)
         loss = train.make_loss(self.network)
-        for name, masks in {
-            '': final.masks,
-            '_without': jax.tree.map(
-                lambda mask, back: mask & ~back, final.masks, returns.returned
-            ),
-            '_without_others': probes.remove_others(
-                final.masks, returns.returned, self.config.seed
-            ),
-        }.items():
+        for name, masks in (
+            *(('', final.masks), ('_without', without)),
+            ('_without_others', others),
+        ):
             pruned = dns_jax.apply_masks(final.params, masks)
             measured[f'loss{name}'] = loss(pruned, self.dataset.train)
             measured[f'test_error{name}'] = self.error(pruned, self.dataset.test)

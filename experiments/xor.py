@@ -10,6 +10,7 @@ the smallest network of surgery, pictures show its connections over time. Needs 
 import csv
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import optax
 
 import dns_jax
 from dns_jax import pruners
-from experiments import flags, xor_plots
+from experiments import flags, probes, xor_plots
 from experiments.commands import XorConfig
 from experiments.files import write_whole
 from experiments.models import Xor
@@ -32,10 +33,10 @@ _POINTS = 10_000  # to train with, and as many to test
 _BATCH = 64
 _RECORDS = 100
 _ROUNDS = 5
-# From where all is kept to where nothing is solved.
+# As many for each, from where nearly all is kept to where nothing is solved.
 _C_RATES = {
-    'surgery': (-0.4, 0.0, 0.4, 0.8, 1.2),
-    'Han et al.': (0.1, 0.2, 0.3, 0.4, 0.5),
+    'surgery': (-0.8, -0.4, 0.0, 0.4, 0.8, 1.2),
+    'Han et al.': (0.1, 0.25, 0.4, 0.5, 0.6, 0.8),
 }
 COLUMNS = ('method', 'c_rate', 'seed', 'reference_error', 'test_error', 'kept', 'returned')
 
@@ -52,6 +53,7 @@ class Course(NamedTuple):
 
     params: dns_jax.Params
     masks: dns_jax.Masks
+    returned: dns_jax.Masks
 
 
 def make_points(key: jax.Array, count: int, noise: float) -> Points:
@@ -91,7 +93,7 @@ def train(
       Weights and masks at the start and after each part.
     """
     network = Xor()
-    optimizer = optax.chain(pruner, optax.adam(0.01))
+    optimizer = optax.chain(probes.count_returns(pruner), optax.adam(0.01))
 
     def loss_fn(params, batch):
         logits: Any = network.apply({'params': params}, points.places[batch])
@@ -103,8 +105,11 @@ def train(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), None
 
+    def look(state):
+        return Course(state.params, state.masks, optax.tree.get(state.opt_state, 'returned'))
+
     def part(state, keys):
-        return jax.lax.scan(step, state, keys)[0], (state.params, state.masks)
+        return jax.lax.scan(step, state, keys)[0], look(state)
 
     @jax.jit
     @jax.vmap
@@ -114,9 +119,7 @@ def train(
         keys = jax.random.split(batches_key, (_RECORDS, steps // _RECORDS))
         state, course = jax.lax.scan(part, TrainState(params, opt_state), keys)
         return jax.tree.map(
-            lambda leaves, last: jnp.concatenate([leaves, last[None]]),
-            Course(*course),
-            Course(state.params, state.masks),
+            lambda leaves, last: jnp.concatenate([leaves, last[None]]), course, look(state)
         )
 
     return run(params, keys)
@@ -137,7 +140,7 @@ def measure_error(course: Course, points: Points) -> np.ndarray:
 def count_returned(course: Course) -> np.ndarray:
     """Counts the connections of each network that are kept in the end, after they were pruned."""
     back = jax.tree.map(
-        lambda masks: ~np.asarray(masks).all(axis=1) & np.asarray(masks)[:, -1], course.masks
+        lambda masks, returned: masks[:, -1] & returned[:, -1], course.masks, course.returned
     )
     return _sum_leaves(back)
 
@@ -193,7 +196,8 @@ def solve(config: XorConfig) -> dict[str, Any]:
                 for seed, numbers in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True))
             ]
     result = summarise(rows, config)
-    _write(Path(config.workdir), rows, result, courses, config)
+    _write(Path(config.workdir), rows, result)
+    _draw(Path(config.workdir), rows, courses, config.solved, steps)
     print(result['table'])
     print(f'\nTable and pictures: {config.workdir}')
     print(json.dumps({name: value for name, value in result.items() if name != 'table'}))
@@ -211,14 +215,21 @@ def make_pruner(method: str, c_rate: float, steps: int) -> optax.GradientTransfo
 
 
 def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, Any]:
-    """Counts the networks that solve XOR, for each c and with the best c of each network."""
+    """Counts the networks that solve XOR, and the connections of those, for each c.
+
+    The smallest network of a seed is that of its best c, by the same test points.
+    """
     solved = [row for row in rows if row['test_error'] <= config.solved]
+    references = [row['reference_error'] for row in rows[: config.seeds]]
+    references = [error for error in references if error <= config.solved]
     lines = []
     for method, c_rates in _C_RATES.items():
         for c_rate in c_rates:
             own = [row for row in solved if (row['method'], row['c_rate']) == (method, c_rate)]
             cells = [middle_and_range(own, name, '.0f') if own else '' for name in COLUMNS[-2:]]
-            lines.append((method, f'{c_rate:g}', f'{len(own)} of {config.seeds}', *cells))
+            still = sum(row['reference_error'] <= config.solved for row in own)
+            counts = (f'{len(own)} of {config.seeds}', f'{still} of {len(references)}')
+            lines.append((method, f'{c_rate:g}', *counts, *cells))
     smallest = {}
     for method in _C_RATES:
         own = [row for row in solved if row['method'] == method]
@@ -226,16 +237,16 @@ def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, An
             min((row['kept'] for row in own if row['seed'] == seed), default=None)
             for seed in range(config.seeds)
         ]
-    references = [row for row in rows[: config.seeds] if row['reference_error'] <= config.solved]
+    header = ('method', 'c', 'solved', 'solved as before', 'kept', 'of these returned')
     return {
-        'table': table(('method', 'c', 'solved', 'kept', 'of these returned'), lines),
+        'table': table(header, lines),
         'references_solved': len(references),
-        'reference_error': float(np.median([row['reference_error'] for row in references])),
+        'reference_error': statistics.median(references) if references else None,
         'smallest': smallest,
     }
 
 
-def _write(folder, rows, result, courses, config) -> None:
+def _write(folder, rows, result) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
@@ -246,22 +257,23 @@ def _write(folder, rows, result, courses, config) -> None:
     picture = io.BytesIO()
     xor_plots.smallest_figure(result['smallest']).savefig(picture, format='png')
     write_whole(folder / 'smallest.png', picture.getvalue())
-    solved = [row for row in rows if row['method'] == 'surgery' and row['returned']]
-    solved = [row for row in solved if row['test_error'] <= config.solved]
-    if solved:
-        # The smallest, of these one that shows most splicing.
-        best = min(solved, key=lambda row: (row['kept'], -row['returned']))
-        course = jax.tree.map(
-            lambda leaves: np.asarray(leaves[best['seed']]), courses['surgery', best['c_rate']]
-        )
-        picture = io.BytesIO()
-        xor_plots.course_figure(course.params, course.masks, config.steps).savefig(
-            picture, format='png'
-        )
-        write_whole(folder / 'course.png', picture.getvalue())
-        write_whole(
-            folder / 'course.gif', xor_plots.animate(course.params, course.masks, config.steps)
-        )
+
+
+def _draw(folder, rows, courses, solved, steps) -> None:
+    """Draws the smallest network of surgery, of these the one that shows most splicing."""
+    chosen = [row for row in rows if row['method'] == 'surgery' and row['test_error'] <= solved]
+    if not chosen:
+        for name in ('course.png', 'course.gif'):  # of an earlier run
+            (folder / name).unlink(missing_ok=True)
+        return
+    best = min(chosen, key=lambda row: (row['kept'], -row['returned']))
+    course = jax.tree.map(
+        lambda leaves: np.asarray(leaves[best['seed']]), courses['surgery', best['c_rate']]
+    )
+    picture = io.BytesIO()
+    xor_plots.course_figure(course, steps).savefig(picture, format='png')
+    write_whole(folder / 'course.png', picture.getvalue())
+    write_whole(folder / 'course.gif', xor_plots.animate(course, steps))
 
 
 if __name__ == '__main__':

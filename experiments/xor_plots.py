@@ -43,43 +43,41 @@ def smallest_figure(smallest: Mapping[str, Sequence[int | None]]) -> Figure:
     return figure
 
 
-def course_figure(params: Any, masks: Any, steps: int) -> Figure:
+def course_figure(course: Any, steps: int) -> Figure:
     """The network at some moments of its surgery, as a graph.
 
     Args:
-      params: its weights at all records, axes (records, …).
-      masks: the parallel masks.
+      course: its `experiments.xor.Course`, axes (records, …).
       steps: of the surgery.
     """
     figure = Figure(figsize=(11, 6.5), dpi=100)
-    records = len(masks['fc1']['kernel']) - 1
+    records = len(course.masks['fc1']['kernel']) - 1
     for axes, percent in zip(figure.subplots(2, 3).flat, _SHOWN, strict=True):
         record = percent * records // 100
-        _draw_network(axes, params, masks, record)
+        _draw_network(axes, course, record)
         axes.set_title(f'after {record * steps // records:,} steps', fontsize=10)
     _add_legend(figure)
     return figure
 
 
-def animate(params: Any, masks: Any, steps: int) -> bytes:
+def animate(course: Any, steps: int) -> bytes:
     """The same as an animated GIF, one picture for each record.
 
     Args:
-      params: as for `course_figure`.
-      masks: the parallel masks.
+      course: as for `course_figure`.
       steps: of the surgery.
 
     Returns:
       The file.
     """
     pictures = []
-    records = len(masks['fc1']['kernel']) - 1
+    records = len(course.masks['fc1']['kernel']) - 1
     moments = range(0, records + 1, 2)
     figure = Figure(figsize=(5, 4), dpi=70)
     axes = figure.subplots()
     for record in moments:
         axes.clear()
-        _draw_network(axes, params, masks, record)
+        _draw_network(axes, course, record)
         axes.set_title(f'after {record * steps // records:,} steps', fontsize=10)
         if not record:
             _add_legend(figure)
@@ -94,7 +92,7 @@ def animate(params: Any, masks: Any, steps: int) -> bytes:
     return content.getvalue()
 
 
-_KINDS = {'kept': BLUE, 'pruned once, kept again': GREEN, 'pruned': '0.75'}
+_KINDS = {'kept': BLUE, 'returned': GREEN, 'pruned': '0.75'}
 
 
 def _add_legend(figure: Figure) -> None:
@@ -105,7 +103,7 @@ def _add_legend(figure: Figure) -> None:
     figure.legend(handles, _KINDS, loc='lower center', ncols=3, frameon=False, fontsize=9)
 
 
-def _draw_network(axes: Any, params: Any, masks: Any, record: int) -> None:
+def _draw_network(axes: Any, course: Any, record: int) -> None:
     """Draws every connection, thicker where its weight is larger, and the units."""
     ends = {
         ('fc1', 'kernel'): [[(one, other) for other in _HIDDEN] for one in _INPUTS[:2]],
@@ -115,12 +113,13 @@ def _draw_network(axes: Any, params: Any, masks: Any, record: int) -> None:
     }
     lines, colours, widths, styles = [], [], [], []
     for (layer, leaf), places in ends.items():
-        weights = np.abs(params[layer][leaf][record]).ravel()
-        history = masks[layer][leaf][: record + 1].reshape(record + 1, -1)
-        largest = np.abs(params[layer]['kernel'][record]).max()
+        weights = np.abs(course.params[layer][leaf][record]).ravel()
+        kept = course.masks[layer][leaf][record].ravel()
+        returned = course.returned[layer][leaf][record].ravel()
+        largest = np.abs(course.params[layer]['kernel'][record]).max()
         for at, line in enumerate(np.asarray(places).reshape(-1, 2, 2)):
-            now, before = history[-1, at], history[:, at].all()
-            kind = 'pruned' if not now else 'kept' if before else 'pruned once, kept again'
+            now = kept[at]
+            kind = 'pruned' if not now else 'returned' if returned[at] else 'kept'
             lines.append(line)
             colours.append(_KINDS[kind])
             styles.append('-' if now else ':')

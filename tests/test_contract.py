@@ -50,7 +50,7 @@ TRANSFORMATIONS = {
     'a density over all': lambda key: surgery(GLOBAL, key),
     'surgery without splicing': lambda key: surgery(RULE, key, splicing=False),
     'Han': lambda key: pruners.han(0.3, [0, 3, 9], key),
-    'one shot': lambda key: pruners.one_shot(0.4, 0, key, importance=importance.taylor),
+    'iterative': lambda key: pruners.iterative(0.3, [0, 5], key, importance=importance.taylor),
     'SET': lambda key: pruners.regrow(0.3, 3, 9, key, growth=importance.chance),
     'RigL': lambda key: pruners.regrow(0.3, 2, 9, key, 0.5, initial=importance.magnitude),
     'gradual': lambda key: pruners.gradual(0.2, 0, 9, 3, key, importance=importance.chance),
@@ -218,7 +218,7 @@ def test_scan_over_steps_and_vmap_over_keys(name):
     for at, key in enumerate(keys):
         _, _, alone = run(before(TRANSFORMATIONS[name](key)), params)
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf, at=at: leaf[at], together), alone)
-    if name in ACTIVE and name not in ('Han', 'one shot', 'RigL'):  # other keys, other coins
+    if name in ACTIVE and name not in ('Han', 'iterative', 'RigL'):  # other keys, other coins
         assert any(jnp.any(leaf != leaf[:1]) for leaf in jax.tree.leaves(together))
 
 

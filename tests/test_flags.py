@@ -207,7 +207,55 @@ def test_every_pruner_is_another(make_config):
     for name in flags.PRUNERS:
         if name != 'han':
             outcomes[name] = outcome(make_config(**BY_DENSITY, pruner=name))[0]
+            last = json.loads(outcomes[name].splitlines()[-1])
+            assert sum(last['kept'].values()) == (784 * 8 + 8 + 90) // 4, name
     assert len(set(outcomes.values())) == len(flags.PRUNERS)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'rounds': 3}, '--rounds=3 has no meaning'),
+        ({'pruner': 'gradual', 'drop': 0.1}, '--drop=0.1 has no meaning .*=gradual'),
+        ({'pruner': 'rigl', 'drop': 2.0}, r'--drop=2.0 must be in \[0, 1\)'),
+        ({'refresh_statistics': 5}, '--refresh_statistics=5 has no meaning'),
+        ({'pruned_dropout': 'kept'}, '--pruned_dropout=kept has no meaning'),
+        ({'cut_at': '1'}, '--cut_at=1 has no meaning'),
+        ({'cut': 1.0}, r'--cut=1.0 must be in \[0, 1\)'),
+        ({'dropout': -0.1}, r'--dropout=-0.1 must be in \[0, 1\)'),
+        ({'pruner': 'set', 'count_returns': True}, '--count_returns=True has no meaning'),
+        ({'pruner': 'han'}, '--pruner=han must go with --c_rate'),
+        (
+            {'compression': None, 'c_rate': '1', 'importance': 'taylor'},
+            '--importance=taylor is not known at the start',
+        ),
+    ],
+)
+def test_flags_that_nothing_would_read(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**{**BY_DENSITY, **fields})
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'cut': 0.5, 'cut_at': '200%'}, '--cut_at=200% must be one of the 4 steps'),
+        ({'cut': 0.5, 'cut_at': '-1'}, '--cut_at=-1 must be one of the 4 steps'),
+        ({'pruner': 'gradual', 'ramp_end': '100%'}, '--ramp_end=100% must come before the end'),
+    ],
+)
+def test_steps_that_never_come(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        run.Trainer(make_config(**{**BY_DENSITY, **fields}))
+
+
+def test_what_a_cut_prunes_counts_as_pruned(make_config):
+    config = make_config(**BY_DENSITY, cut=0.5, cut_at='3', count_returns=True)
+    (summary,) = run.run_together([config])
+    returns = summary['returns']
+    assert returns['pruned'] >= returns['returned'] >= returns['returned_kept']
+    # 6,370 parameters, of which a quarter was kept and half of that cut.
+    assert returns['pruned'] == pytest.approx(6_370 * 7 / 8, rel=0.02)
 
 
 @pytest.mark.parametrize('dropout', ['kept', 'scaled'])

@@ -29,6 +29,7 @@ ALLOWED = {
     'optimizers': LEAVES,
     'surgery': MIDDLE,
     'pruners': MIDDLE | {'surgery'},
+    'training': LEAVES | {'masks'},
     'metrics': LEAVES | {'masks'},
     'compact': LEAVES | {'masks'},
     'sparse': LEAVES | {'masks'},
@@ -84,11 +85,11 @@ def test_there_are_entry_scripts():
 # Those that do not start an experiment have work of their own.
 TOOLS = {
     'bench': {'commands', 'flags', 'models', 'train'},
-    'compare': {'commands', 'files', 'flags', 'parsers', 'plots', 'report', 'sweep', 'workdir'},
-    'frontier': {'commands', 'files', 'flags', 'plots', 'report', 'sweep'},
+    'compare': {'commands', 'flags', 'parsers', 'plots', 'report', 'sweep', 'workdir'},
+    'frontier': {'commands', 'flags', 'plots', 'report', 'sweep'},
     'results': {'report'},
     'search': None,  # an experiment of its own, with modules of its own
-    'xor': {'commands', 'files', 'flags', 'models', 'report', 'train', 'xor_plots'},
+    'xor': {'commands', 'files', 'flags', 'models', 'probes', 'report', 'train', 'xor_plots'},
     'zoo': {'commands', 'files', 'flags', 'report'},
 }
 

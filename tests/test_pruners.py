@@ -5,7 +5,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import dns_jax
@@ -248,6 +247,10 @@ def test_nothing_returns_at_a_threshold_of_zero():
         (lambda: pruners.gradual(1.5, 0, 10, 2, KEY), r'final must be in \(0, 1\]'),
         (lambda: pruners.iterative(-0.5, [1, 2], KEY), r'density must be in \(0, 1\], but is -0.5'),
         (lambda: pruners.iterative(0.5, [], KEY), 'steps must name at least one step'),
+        (
+            lambda: pruners.iterative(0.5, [5, 5], KEY),
+            r'rounds must not name a step twice, but is \[5, 5\]',
+        ),
         (lambda: pruners.regrow(0.5, 0, 9, KEY), 'every must be at least 1, but is 0'),
         (lambda: pruners.regrow(0.5, 1, 9, KEY, 1.5), r'drop must be in \[0, 1\], but is 1.5'),
         (lambda: pruners.regrow(1.5, 1, 9, KEY), r'density must be in \(0, 1\], but is 1.5'),
@@ -312,6 +315,18 @@ def test_regrow_exchanges_the_smallest_for_the_most_important(by, every):
     assert np.mean(np.array(shares) > 0) > 0.7
 
 
+def test_regrow_grows_nothing_of_no_importance():
+    pruner = pruners.regrow(
+        0.4, 1, 20, KEY, 0.5, growth=importance.magnitude, initial=importance.magnitude
+    )
+    weights = {'fc1': jnp.arange(1.0, 51.0)}
+    _, state = pruner.update(weights, pruner.init(weights), weights)
+    left = jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, 0), weights, state.masks)
+    _, state = pruner.update(weights, state, left)
+    # What was dropped is all that has a magnitude, so it comes back.
+    np.testing.assert_array_equal(state.masks['fc1'], left['fc1'] > 0)
+
+
 def test_regrow_begins_at_random_unless_told():
     counts, masks = [], []
     for seed in range(2):
@@ -337,38 +352,3 @@ def test_regrow_keeps_its_number_where_gradients_and_weights_are_zero(drop):
     assert (np.array(state.masks['fc1']) == first).all() == (drop == 0)
     _, state = pruner.update(zeros, state, zeros)
     assert state.masks['fc1'].sum() == 20
-
-
-def test_train_kept_trains_nothing_else():
-    pruner = pruners.regrow(0.4, 2, 20, KEY, 0.5, initial=importance.magnitude)
-    optimizer = pruners.train_kept(pruner, optax.sgd(0.2, momentum=0.5))
-    weights = HISTORY[0][0]
-    state = optimizer.init(weights)
-    update, velocity = jax.jit(optimizer.update), jax.tree.map(np.zeros_like, weights)
-    expected_weights, grown = weights, 0
-    before = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), weights)
-    for _, gradients in HISTORY[:9]:
-        updates, state = update(gradients, state, weights)
-        masks = jax.device_get(optax.tree.get(state, 'masks'))
-        velocity = jax.tree.map(lambda v, g, m: 0.5 * v + g * m, velocity, gradients, masks)
-        expected_weights = jax.tree.map(
-            lambda w, v, m: (w - np.float32(0.2) * v) * m, expected_weights, velocity, masks
-        )
-        new = jax.tree.map(lambda m, old: m & ~old, masks, before)
-        for at_zero, leaf in zip(*map(jax.tree.leaves, (new, weights)), strict=True):
-            assert (leaf[at_zero] == 0).all()
-            grown += at_zero.sum()
-        before = masks
-        weights = optax.apply_updates(weights, updates)
-        for one, other in zip(*map(jax.tree.leaves, (weights, expected_weights)), strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-6)
-        pruned = jax.tree.map(lambda leaf, mask: leaf[~mask], weights, masks)
-        assert all((leaf == 0).all() for leaf in jax.tree.leaves(pruned))
-    assert grown > 10
-
-
-def test_dropout_falls_with_the_root_of_the_density():
-    masks = {'fc1': {'kernel': jnp.arange(8).reshape(4, 2) < 1, 'bias': jnp.array([True, False])}}
-    rates = pruners.scale_dropout(0.5, {**masks, 'fc2': jnp.ones((), bool)})
-    assert list(rates) == ['fc1']
-    assert float(rates['fc1']) == pytest.approx(0.5 * np.sqrt(2 / 10))

@@ -101,7 +101,11 @@ def test_error_and_counts_are_those_of_the_end(course, points):
         own = jax.tree.map(lambda leaf, at=at: np.array(leaf[at]), course)
         masks = np.concatenate([leaf.reshape(101, -1) for leaf in jax.tree.leaves(own.masks)], 1)
         assert kept[at] == masks[-1].sum() < 21
-        assert returned[at] == sum(mask[-1] and not mask.all() for mask in masks.T)
+        back = np.concatenate([leaf[-1].ravel() for leaf in jax.tree.leaves(own.returned)])
+        assert returned[at] == (back & masks[-1]).sum()
+        # What is seen pruned at a record and kept in the end has returned; some between records.
+        seen = masks[-1] & ~masks.all(axis=0)
+        assert not (seen & ~back).any()
         pruned = jax.tree.map(lambda w, t: w[-1] * t[-1], own.params, own.masks)
         logits = Xor().apply({'params': pruned}, points.places)
         wrong = (np.array(logits) > 0) != np.array(points.labels)
@@ -116,6 +120,15 @@ def test_the_rounds_of_han_never_splice(params, points):
         kept = np.array(leaf).reshape(3, 101, -1).sum(-1)
         assert (np.diff(kept, axis=1) <= 0).all()
     assert (xor.count_kept(han) < 21).all()
+
+
+def test_where_nothing_is_solved_there_is_no_course(tmp_path, params):
+    config = XorConfig(workdir=str(tmp_path), seeds=1, steps=100, solved=0.0)
+    (tmp_path / 'course.gif').write_bytes(b'old')
+    result = xor.solve(config)
+    assert result['reference_error'] is None
+    assert result['smallest'] == {'surgery': [None], 'Han et al.': [None]}
+    assert {path.name for path in tmp_path.iterdir()} == {'xor.csv', 'xor.md', 'smallest.png'}
 
 
 def test_each_network_counts_by_its_best_c():
@@ -137,9 +150,9 @@ def test_each_network_counts_by_its_best_c():
         tuple(cell.strip() for cell in line.strip('|').split('|'))
         for line in result['table'].splitlines()
     }
-    assert ('surgery', '0', '2 of 2', '16 (16 to 17)', '2 (2 to 3)') in cells
-    assert ('surgery', '0.4', '1 of 2', '12', '5') in cells
-    assert ('Han et al.', '0.5', '0 of 2', '', '') in cells
+    assert ('surgery', '0', '2 of 2', '1 of 1', '16 (16 to 17)', '2 (2 to 3)') in cells
+    assert ('surgery', '0.4', '1 of 2', '1 of 1', '12', '5') in cells
+    assert ('Han et al.', '0.5', '0 of 2', '0 of 1', '', '') in cells
 
 
 def test_the_whole_thing(tmp_path, capsys):
@@ -152,7 +165,7 @@ def test_the_whole_thing(tmp_path, capsys):
     assert (folder / 'xor.md').read_text().splitlines() == table[: len(table)]
     with (folder / 'xor.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 10
+    assert len(rows) == 3 * 12
     assert list(rows[0]) == list(xor.COLUMNS)
     for name in ('smallest.png', 'course.png'):
         assert (folder / name).read_bytes().startswith(b'\x89PNG')
@@ -170,7 +183,7 @@ def test_the_figure_is_the_share_of_networks_so_small():
 
 def test_pictures_tell_kept_from_pruned_and_returned(course):
     own = jax.tree.map(lambda leaf: np.array(leaf[0]), course)
-    figure = xor_plots.course_figure(own.params, own.masks, 200)
+    figure = xor_plots.course_figure(own, 200)
     masks = np.concatenate([leaf.reshape(101, -1) for leaf in jax.tree.leaves(own.masks)], 1)
     axes = figure.axes[-1]  # at the end
     lines = axes.collections[0]
@@ -178,11 +191,11 @@ def test_pictures_tell_kept_from_pruned_and_returned(course):
     assert len(widths) == 21
     kept = masks[-1].sum()
     colours = [to_hex(colour).upper() for colour in lines.get_colors()]
-    returned = sum(mask[-1] and not mask.all() for mask in masks.T)
+    returned = xor.count_returned(course)[0]
     assert colours.count(xor_plots.GREEN) == returned
     assert colours.count(xor_plots.BLUE) == kept - returned
     assert colours.count('#BFBFBF') == 21 - kept
-    film = Image.open(io.BytesIO(xor_plots.animate(own.params, own.masks, 200)))
+    film = Image.open(io.BytesIO(xor_plots.animate(own, 200)))
     assert film.format == 'GIF'
 
 
