@@ -243,6 +243,7 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.axvline(compression, color=colour, linestyle=':', label=who)
         else:
             axes.scatter([compression], [error], color=colour, marker=marker, label=who, zorder=3)
+    axes.set_ylim(bottom=0)
     return _finish_frontier(figure, axes)
 
 
@@ -273,6 +274,7 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             capsize=3,
             label=variant,
         )
+    _set_scale(axes, [row['test_error'] for row in rows])
     return _finish_frontier(figure, axes)
 
 
@@ -292,7 +294,6 @@ def _finish_frontier(figure: Figure, axes: Any) -> Figure:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}×'))
     axes.xaxis.set_minor_formatter('')
-    axes.set_ylim(bottom=0)
     axes.set_ylabel('test error (%)')
     axes.set_xlabel('compression: all parameters / kept parameters')
     figure.legend(loc='outside right upper', frameon=False, fontsize=9)
