@@ -158,7 +158,7 @@ EFFECTIVE_WITH = {  # the flags that the flag needs, or whose pruner reads it
     'importance': ('taylor', BY_DENSITY),
     'splicing': (False, BY_DENSITY | {'learning_rate': 'fixed:0.3'}),
     'refresh_statistics': (1, {'learning_rate': 'fixed:0.3'}),
-    'rounds': (2, BY_DENSITY | {'pruner': 'iterative'}),
+    'rounds': (1, BY_DENSITY | {'pruner': 'iterative', 'rounds': 2}),
     'drop': (0.7, BY_DENSITY | {'pruner': 'set'}),
     'pruned_dropout': ('dropped', {'dropout': 0.5}),
     'cut_at': ('25%', {'cut': 0.5}),
