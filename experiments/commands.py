@@ -172,6 +172,10 @@ class SearchConfig(Config):
     layer_density: str = ''
     c_rate: str = ''
     ramp_end: str = '80%'
+    refresh_statistics: int = 0
+    cut: float = 0.0
+    cut_at: str = '50%'
+    count_returns: bool = False
     train_on_all: bool = False
     resume: bool = False
     overwrite: bool = False

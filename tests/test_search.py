@@ -557,12 +557,22 @@ HANDED_ON = {
     'update_gamma': 0.5,
     'update_power': 0.5,
     'prune_biases': False,
+    'pruner': 'gradual',
+    'importance': 'taylor',
+    'splicing': False,
+    'rounds': 3,
+    'drop': 0.1,
+    'dropout': 0.5,
+    'pruned_dropout': 'kept',
 }
+# The flags beside which some of them have a meaning.
+BESIDE = {'rounds': '--pruner=iterative', 'drop': '--pruner=set', 'pruned_dropout': '--dropout=0.5'}
 # What these do is asked above, one by one.
 OWN = ('network', 'workdir', 'space', 'trials', 'tolerance', 'study', 'storage')
 SCALED = {'learning_rate': 'fixed:0.1', 'weight_decay': 0.1}
 CHOSEN = ('compression', 'density', 'layer_density', 'c_rate', 'ramp_end')
-NO_FLAGS = (*CHOSEN, 'train_on_all', 'resume', 'overwrite')
+PROBES = ('refresh_statistics', 'cut', 'cut_at', 'count_returns')
+NO_FLAGS = (*CHOSEN, *PROBES, 'train_on_all', 'resume', 'overwrite')
 
 
 def test_every_flag_is_tried():
@@ -575,7 +585,8 @@ def test_every_flag_is_tried():
 
 @pytest.mark.parametrize(('name', 'value'), (HANDED_ON | SCALED).items())
 def test_trials_have_the_flags_of_the_search(name, value):
-    plain, config = parse(), parse(f'--{name}={value}')
+    beside = [BESIDE[name]] if name in BESIDE else []
+    plain, config = parse(*beside), parse(*beside, f'--{name}={value}')
     choice = space.choice_at(plain, 0.4)
     own = space.make_run(config, choice)
     assert getattr(own, name) != getattr(space.make_run(plain, choice), name)
