@@ -131,7 +131,7 @@ class CompareConfig(FrontierConfig):
             define(Config, {}, flag_values)
             try:
                 left = flag_values(['--variant', *shlex.split(arguments)])[1:]
-            except absl_flags.Error as error:
+            except (absl_flags.Error, ValueError) as error:  # the latter for an open quote
                 raise ValueError(f'--variant={text}: {error}') from error
             names = [field.name for field in filter(is_flag, dataclasses.fields(Config))]
             changed = {name: flag_values[name].value for name in names if flag_values[name].present}

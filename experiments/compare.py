@@ -20,14 +20,8 @@ from experiments.workdir import read_records
 
 COLUMNS = (
     *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
-    *(
-        'reference_validation_error',
-        'test_error',
-        'validation_error',
-        'steps_to_reach',
-        'pruning_seconds',
-        'state_mebibytes',
-    ),
+    *('reference_validation_error', 'test_error', 'validation_error'),
+    *('steps_to_reach', 'pruning_seconds', 'state_mebibytes'),
     *('commit', 'jax', 'device'),
 )
 
@@ -86,7 +80,7 @@ def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
       The steps of the first record from which on its validation error is never more than a tenth
       of a point above the last, and what it keeps never more than a hundredth.
     """
-    steps, reached, before = 0, 0, 0
+    reached, before = 0, 0
     course = [record for record in records if record['phase'] != 'reference']
     error, kept = course[-1]['validation_error'], sum(course[-1]['kept'].values())
     for at, record in enumerate(course):

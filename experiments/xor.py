@@ -168,6 +168,8 @@ def solve(config: XorConfig) -> dict[str, Any]:
     Raises:
       OSError: if the folder cannot be written.
     """
+    folder = Path(config.workdir)
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, lest it be lost
     points_key, test_key, weights_key, *keys = jax.random.split(jax.random.key(config.seed), 5)
     points = make_points(points_key, _POINTS, config.noise)
     test = make_points(test_key, _POINTS, config.noise)
@@ -196,10 +198,10 @@ def solve(config: XorConfig) -> dict[str, Any]:
                 for seed, numbers in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True))
             ]
     result = summarise(rows, config)
-    _write(Path(config.workdir), rows, result)
-    _draw(Path(config.workdir), rows, courses, config.solved, steps)
+    _write(folder, rows, result)
+    _draw(folder, rows, courses, config.solved, steps)
     print(result['table'])
-    print(f'\nTable and pictures: {config.workdir}')
+    print(f'\nTable and pictures: {folder}')
     print(json.dumps({name: value for name, value in result.items() if name != 'table'}))
     return result
 
@@ -247,7 +249,6 @@ def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, An
 
 
 def _write(folder, rows, result) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     writer.writeheader()

@@ -172,6 +172,7 @@ def test_variants_are_flags():
         (('a: --pruner=magic',), '--variant=a: --pruner=magic: flag --pruner=magic'),
         (('a: --spicing',), "Unknown command line flag 'spicing'"),
         (('a: x',), r"not \['x'\]"),
+        (('a: --c_rate="1',), '--variant=a: --c_rate="1: No closing quotation'),
         (('a: --seed=1',), r"not \['seed'\]"),
         (('a: --reference_steps=1',), r"not \['reference_steps'\]"),
         (
