@@ -7,9 +7,7 @@ has a folder of its own in the workdir; with --resume those that are finished ar
 processes with seeds of their own may share a workdir.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments import flags, plots, report, sweep
@@ -39,19 +37,14 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     Raises:
       As `experiments.run.run` does.
     """
-    folder, runs = Path(config.workdir), config.named_runs()
-
-    def write_rows(summaries):
-        rows = _to_rows(runs, summaries)
-        figure, tables = plots.compare_figure(rows), report.compare_tables(rows)
-        sweep.write(folder, 'compare', rows, figure, tables)
-        return rows
-
-    rows = write_rows(sweep.run_all([run for _, run in runs], config.side_by_side, write_rows))
-    print(report.compare_tables(rows))
-    print(f'\nTable and picture: {folder / "compare.md"}, {folder / "compare.png"}')
-    print(json.dumps(rows))
-    return rows
+    runs = config.named_runs()
+    return sweep.report_all(
+        config,
+        'compare',
+        lambda summaries: _to_rows(runs, summaries),
+        report.compare_tables,
+        plots.compare_figure,
+    )
 
 
 def _to_rows(

@@ -7,9 +7,7 @@ with --resume as any run does; one that is finished is read. So processes with s
 may share a workdir, and one with all seeds and --resume joins their tables.
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments import flags, plots, report, sweep
@@ -24,7 +22,7 @@ COLUMNS = (
 
 
 def do_sweep(config: FrontierConfig) -> list[dict[str, Any]]:
-    """Does every run, writes `frontier.csv` and `frontier.png`, and prints the table.
+    """Does every run, writes `frontier.csv`, `.md` and `.png`, and prints the table.
 
     Args:
       config: from `experiments.flags`.
@@ -36,18 +34,14 @@ def do_sweep(config: FrontierConfig) -> list[dict[str, Any]]:
     Raises:
       As `experiments.run.run` does.
     """
-    folder, runs = Path(config.workdir), config.runs()
-
-    def write_rows(summaries):
-        rows = _to_rows(runs, summaries)
-        sweep.write(folder, 'frontier', rows, plots.frontier_figure(rows))
-        return rows
-
-    rows = write_rows(sweep.run_all(runs, config.side_by_side, write_rows))
-    print(report.frontier_table(rows))
-    print(f'\nTable and picture: {folder / "frontier.csv"}, {folder / "frontier.png"}')
-    print(json.dumps(rows))
-    return rows
+    runs = config.runs()
+    return sweep.report_all(
+        config,
+        'frontier',
+        lambda summaries: _to_rows(runs, summaries),
+        report.frontier_table,
+        plots.frontier_figure,
+    )
 
 
 def _to_rows(runs: Sequence[Config], summaries: sweep.Summaries) -> list[dict[str, Any]]:

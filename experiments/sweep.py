@@ -10,10 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.commands import FrontierConfig
 from experiments.files import write_whole
 from experiments.flags import Config
 from experiments.run import run_together
 
+Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
 
 
@@ -44,28 +46,47 @@ def run_all(
     return summaries
 
 
-def write(
-    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], figure: Figure, text: str = ''
-) -> None:
-    """Writes what a sweep has so far.
+def report_all(
+    config: FrontierConfig,
+    name: str,
+    to_rows: Callable[[Summaries], Rows],
+    to_table: Callable[[Rows], str],
+    to_figure: Callable[[Rows], Figure],
+) -> Rows:
+    """Does every run of a sweep, writes `NAME.csv`, `.md` and `.png`, and prints the table.
 
     Args:
-      folder: where to.
+      config: of the sweep.
       name: of the files.
-      rows: of `NAME.csv`; its columns are all that a row has.
-      figure: of `NAME.png`.
-      text: of `NAME.md`, which is not written where there is none.
+      to_rows: gives a row for each run that has a summary; the columns are all that a row has.
+      to_table: writes rows in Markdown.
+      to_figure: draws rows.
+
+    Returns:
+      The rows; the last line on standard output is the same as JSON.
+
+    Raises:
+      As `run_all` does.
     """
-    table, picture = io.StringIO(), io.BytesIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
-    writer = csv.DictWriter(table, list(columns), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    figure.savefig(picture, format='png')
-    write_whole(folder / f'{name}.csv', table.getvalue())
-    write_whole(folder / f'{name}.png', picture.getvalue())
-    if text:
-        write_whole(folder / f'{name}.md', text + '\n')
+    path = Path(config.workdir) / name
+
+    def write(summaries):
+        rows, text, picture = to_rows(summaries), io.StringIO(), io.BytesIO()
+        columns = dict.fromkeys(column for row in rows for column in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        to_figure(rows).savefig(picture, format='png')
+        write_whole(path.with_suffix('.csv'), text.getvalue())
+        write_whole(path.with_suffix('.md'), to_table(rows) + '\n')
+        write_whole(path.with_suffix('.png'), picture.getvalue())
+        return rows
+
+    rows = write(run_all(config.runs(), config.side_by_side, write))
+    print(to_table(rows))
+    print(f'\nTable and picture: {path}.md, {path}.png')
+    print(json.dumps(rows))
+    return rows
 
 
 def _without_seed(run: Config) -> dict[str, Any]:

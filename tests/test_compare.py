@@ -7,22 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_frontier
 
 from experiments import compare, data, plots, report, sweep
 from experiments.commands import CompareConfig
 
-SHORT = {
-    'dataset': 'digits',
-    'reference_steps': 100,
-    'surgery_steps': 100,
-    'finetuning_steps': 50,
-    'refresh_every': 20,
-    'record_every': 50,
-    'checkpoint_every': 50,
-    'batch_size': 16,
-    'seeds': 2,
-    'side_by_side': 1,
-}
+SHORT = {**test_frontier.SHORT, 'compressions': '30,60,120', 'side_by_side': 1}
 VARIANTS = (
     'surgery: --count_returns',
     'Han et al.: --pruner=han --c_rate=0.5 --rounds=2 --cut=0.2 --cut_at=49',
@@ -35,7 +25,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp('compare')
     data.load('digits', folder / 'tfds')
     places = {'data_dir': str(folder / 'tfds'), 'workdir': str(folder / 'compare')}
-    return CompareConfig(**SHORT, **places, compressions='20', variant=VARIANTS)
+    return CompareConfig(**{**SHORT, 'compressions': '20'}, **places, variant=VARIANTS)
 
 
 @pytest.fixture(scope='module')
@@ -140,9 +130,8 @@ def test_steps_to_reach():
 
 def test_variants_are_flags():
     config = CompareConfig(
-        **SHORT,
+        **{**SHORT, 'compressions': '20,50'},
         workdir='w',
-        compressions='20,50',
         variant=('a B: --pruner=set --drop=0.1', 'c: --c_rate=fc*:1 --nosplicing'),
     )
     runs = [
