@@ -10,7 +10,6 @@ ever run. A leaf with the path `p` (`dns_jax.layers.leaf_path`) is
 All other entries of the metadata are free. The same network gives the same bytes.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dns_jax.files import write_whole
 from dns_jax.layers import leaf_path
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks, Params
@@ -92,7 +92,7 @@ def save_sparse(
         values, indices = _kept(name, np.asarray(leaf), np.asarray(mask))
         tensors |= {f'{name}:values': values, f'{name}:indices': indices}
         entries[f'{name}:shape'] = json.dumps(jnp.shape(leaf))
-    _write_whole(Path(path), _in_order(save(tensors, entries)))
+    write_whole(Path(path), _in_order(save(tensors, entries)))
 
 
 def load_sparse(path: str | os.PathLike[str], max_parameters: int = 2**30) -> SparseNetwork:
@@ -231,16 +231,3 @@ def _in_order(data: bytes) -> bytes:
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, 'little') + text + data[end:]
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
-        with temporary.open('wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

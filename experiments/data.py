@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.files import write_whole
+from dns_jax.files import write_whole
 
 _CLASSES = 10
 _FILES = {

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dns_jax.chain import Convolution, Dense, Flatten, MaxPool, Relu, max_pool
+
 # Caffe's filler `xavier` is uniform in ±√(3 / fan-in).
 _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 
@@ -41,8 +43,8 @@ class LeNet5(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
-        hidden = _max_pool_2x2(_convolution(20, 'conv1')(images))
-        hidden = _max_pool_2x2(_convolution(50, 'conv2')(hidden))
+        hidden = max_pool(_convolution(20, 'conv1')(images), 2, axis=1)
+        hidden = max_pool(_convolution(50, 'conv2')(hidden), 2, axis=1)
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(nn.Dense(500, kernel_init=_XAVIER, name='fc1')(hidden))
         hidden = drop_out(self, hidden, dropout, 'fc1')
@@ -60,6 +62,15 @@ class Xor(nn.Module):
 
 
 NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5}
+
+# The same as chains, without dropout, for what becomes of them after training.
+CHAINS = {
+    'lenet300': (Flatten(), Dense('fc1'), Relu(), Dense('fc2'), Relu(), Dense('fc3')),
+    'lenet5': (
+        *(Convolution('conv1'), MaxPool(2), Convolution('conv2'), MaxPool(2)),
+        *(Flatten(), Dense('fc1'), Relu(), Dense('fc2')),
+    ),
+}
 
 
 def positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
@@ -174,10 +185,3 @@ def drop_out(
     kept = 1 - dropout[layer]
     chosen = jax.random.bernoulli(module.make_rng('dropout'), kept, hidden.shape)
     return jnp.where(chosen, hidden / kept, 0)
-
-
-def _max_pool_2x2(images: jax.Array) -> jax.Array:
-    # The gradient of `reduce_window` is a scatter, slow on CPU; that of `maximum` is not.
-    upper = jnp.maximum(images[:, 0::2, 0::2], images[:, 0::2, 1::2])
-    lower = jnp.maximum(images[:, 1::2, 0::2], images[:, 1::2, 1::2])
-    return jnp.maximum(upper, lower)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dns_jax.files import write_whole
 from experiments import plots
-from experiments.files import write_whole
 from experiments.workdir import read_records
 
 Summary = Mapping[str, Any]

@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
+from dns_jax.files import write_whole
 from experiments import flags, run
 from experiments.commands import SearchConfig
-from experiments.files import write_whole
 from experiments.flags import Config
 from experiments.rules import make_rules
 from experiments.space import choice_at, make_ranges, make_run, shapes

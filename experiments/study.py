@@ -20,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawing
 from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
 
+from dns_jax.files import write_whole
 from experiments.commands import SearchConfig
-from experiments.files import write_whole
 
 _HEARTBEAT = 60  # seconds; a trial that misses two was killed
 _JUDGES = 5  # completed trials before any is given up

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dns_jax.files import write_whole
 from experiments.commands import FrontierConfig
-from experiments.files import write_whole
 from experiments.flags import Config
 from experiments.run import run_together
 

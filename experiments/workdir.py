@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.files import write_whole
+from dns_jax.files import write_whole
 from experiments.flags import Config
 
 FLAGS_FILE = 'flags.json'

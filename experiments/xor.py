@@ -22,9 +22,9 @@ import optax
 
 import dns_jax
 from dns_jax import pruners
+from dns_jax.files import write_whole
 from experiments import flags, probes, xor_plots
 from experiments.commands import XorConfig
-from experiments.files import write_whole
 from experiments.models import Xor
 from experiments.report import middle_and_range, table
 from experiments.train import TrainState

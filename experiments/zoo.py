@@ -6,10 +6,10 @@ python -m experiments.zoo --workdir=runs/frontier_lenet300/120-0 --name=lenet300
 import json
 from pathlib import Path
 
+from dns_jax.files import write_whole
 from dns_jax.sparse import load_sparse
 from experiments import flags, report
 from experiments.commands import ZooConfig
-from experiments.files import write_whole
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 

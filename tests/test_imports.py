@@ -31,8 +31,10 @@ ALLOWED = {
     'pruners': MIDDLE | {'surgery'},
     'training': LEAVES | {'masks'},
     'metrics': LEAVES | {'masks'},
-    'compact': LEAVES | {'masks'},
-    'sparse': LEAVES | {'masks'},
+    'files': set(),
+    'chain': set(),
+    'compact': LEAVES | {'chain', 'masks'},
+    'sparse': LEAVES | {'files', 'masks'},
     'codec': LEAVES | {'masks'},
     'caffe': LEAVES,
 }
@@ -89,8 +91,8 @@ TOOLS = {
     'frontier': {'commands', 'flags', 'plots', 'report', 'sweep'},
     'results': {'report'},
     'search': None,  # an experiment of its own, with modules of its own
-    'xor': {'commands', 'files', 'flags', 'models', 'probes', 'report', 'train', 'xor_plots'},
-    'zoo': {'commands', 'files', 'flags', 'report'},
+    'xor': {'commands', 'flags', 'models', 'probes', 'report', 'train', 'xor_plots'},
+    'zoo': {'commands', 'flags', 'report'},
 }
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dns_jax.chain import max_pool
 from experiments import models
 
 IMAGE_SHAPE = (28, 28, 1)
@@ -172,7 +173,7 @@ def test_pooling_is_that_of_flax(shape):
     images, cotangent = random(shape), random((shape[0], shape[1] // 2, shape[2] // 2, shape[3]), 1)
     expected, found = (
         value_and_gradients(function, (images,), cotangent)
-        for function in (lambda x: nn.max_pool(x, (2, 2), (2, 2)), models._max_pool_2x2)
+        for function in (lambda x: nn.max_pool(x, (2, 2), (2, 2)), lambda x: max_pool(x, 2, axis=1))
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)

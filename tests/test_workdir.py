@@ -1,4 +1,4 @@
-"""Tests of experiments.workdir and experiments.files: who owns a folder, and what is written."""
+"""Tests of experiments.workdir and dns_jax.files: who owns a folder, and what is written."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.files import write_whole
+from dns_jax.files import write_whole
 from experiments.flags import Config
 from experiments.workdir import FLAGS_FILE, METRICS_FILE, Records, claim
 
