@@ -86,7 +86,7 @@ def save_sparse(
             raise ValueError(f'metadata has the key {key!r}, which is one of a shape')
 
     leaves = [(leaf_path(key_path), leaf) for key_path, leaf in jax.tree.leaves_with_path(params)]
-    _nest(leaves)  # what cannot be nested could not be loaded
+    nest_leaves(leaves)  # what cannot be nested could not be loaded
     tensors = {}
     for (name, leaf), mask in zip(leaves, jax.tree.leaves(masks), strict=True):
         values, indices = _kept(name, np.asarray(leaf), np.asarray(mask))
@@ -149,8 +149,8 @@ def _read(file: Any, max_parameters: int) -> SparseNetwork:
 
     dense = {path: _read_leaf(file, path, shape) for path, shape in shapes.items()}
     return SparseNetwork(
-        params=_nest((path, weights) for path, (weights, _) in dense.items()),
-        masks=_nest((path, mask) for path, (_, mask) in dense.items()),
+        params=nest_leaves((path, weights) for path, (weights, _) in dense.items()),
+        masks=nest_leaves((path, mask) for path, (_, mask) in dense.items()),
         metadata={key: value for key, value in entries.items() if not key.endswith(':shape')},
     )
 
@@ -203,8 +203,23 @@ def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray,
     return values, np.flatnonzero(mask).astype(np.uint32)
 
 
-def _nest(leaves: Iterable[tuple[str, Any]]) -> Any:
-    """Makes the nested dict of leaves, none of them a dict, by the parts of their paths."""
+def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
+    """Makes the nested dict of leaves, by the parts of their paths.
+
+    Args:
+      leaves: paths and leaves, none of them a dict.
+
+    Returns:
+      The dict, or the leaf itself where its path is `''`.
+
+    Raises:
+      ValueError: if there are no leaves, one has the place of another or lies within it, or a
+        path has more than 100 parts.
+
+    Example:
+      >>> nest_leaves([('fc1/bias', 1), ('fc1/kernel', 2)])
+      {'fc1': {'bias': 1, 'kernel': 2}}
+    """
     top: dict[str, Any] = {}
     for path, leaf in leaves:
         node, key = top, ''  # the whole tree is the one entry of `top`
