@@ -17,7 +17,12 @@ EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
 LEAVES = {'typing', 'layers'}
 MIDDLE = LEAVES | {'importance', 'masks', 'thresholds', 'schedules', 'optimizers'}
 # Which other packages an artefact module may import besides.
-ARTEFACT_PACKAGES = {'codec': {'sklearn'}, 'entropy': {'constriction'}, 'sparse': {'safetensors'}}
+ARTEFACT_PACKAGES = {
+    'codec': {'sklearn'},
+    'entropy': {'constriction'},
+    'sparse': {'safetensors'},
+    'steps': {'scipy'},
+}
 ALLOWED = {
     '__init__': None,  # the public names, from wherever they are
     'typing': set(),
@@ -37,6 +42,9 @@ ALLOWED = {
     'sparse': LEAVES | {'files', 'masks'},
     'codec': LEAVES | {'entropy', 'files', 'masks', 'sparse'},
     'entropy': set(),
+    'native': set(),
+    'steps': LEAVES | {'chain', 'native'},
+    'runners': LEAVES | {'chain', 'native', 'steps'},
     'caffe': LEAVES,
 }
 
