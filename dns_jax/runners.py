@@ -1,0 +1,230 @@
+"""Runners: several ways to compute a chain, one of them for each of its layers.
+
+Owns the functions that run a network, and the choice among them by time; `dns_jax.steps` owns how
+a layer is computed. Compaction (`dns_jax.compact`) belongs before any of it.
+
+A layer is computed as
+
+  - `dense`: by a matrix product or a convolution, zeros and all;
+  - `sparse`: from its kept weights alone;
+  - `native`: the same by a kernel in C++ (`dns_jax.native`), with JAX on CPU.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dns_jax import native
+from dns_jax.chain import Chain, Dense, Weighted, Weights, run_chain, trace_shapes
+from dns_jax.steps import MOST_WEIGHTS, make_jax, make_scipy, plan_steps
+
+Kinds = Mapping[str, str]
+"""How each layer with weights is computed, by its name."""
+
+Runner = Callable[[Any], Any]
+"""Maps a batch of inputs to outputs, as `dns_jax.chain.run_chain` does."""
+
+
+class Choice(NamedTuple):
+    """What `choose_kinds` found."""
+
+    kinds: dict[str, str]  # by layer
+    seconds: dict[str, dict[str, float]]  # by layer, then kind: the median of a call
+
+
+def jax_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds: Kinds) -> Runner:
+    """Makes a jitted function of JAX.
+
+    Without `native` layers it runs on any device and is differentiable in its inputs.
+
+    Args:
+      chain: the layers.
+      params: their weights, concrete; zero where pruned.
+      input_shape: of one example, without a batch axis.
+      kinds: `{layer name: 'dense', 'sparse' or 'native'}`, for every layer with weights.
+
+    Returns:
+      A function of inputs (batch, …) float32; it is compiled anew for each size of a batch.
+
+    Raises:
+      ValueError: if the chain does not fit, `kinds` is not about its layers, or a sparse
+        convolution has more than 4,096 kept weights.
+      RuntimeError: if a layer is `native` and there is no kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {'fc': {'kernel': jnp.array([[0.0], [2.0]]), 'bias': jnp.array([1.0])}}
+      >>> run = jax_runner((Dense('fc'),), params, (2,), {'fc': 'sparse'})
+      >>> run(jnp.array([[7.0, 3.0]]))
+      Array([[7.]], dtype=float32)
+    """
+    plan = plan_steps(chain, params, input_shape, kinds, ('dense', 'sparse', 'native'))
+    if 'native' in kinds.values() and (reason := native.why_unavailable()):
+        raise RuntimeError(reason)
+    if set(kinds.values()) <= {'dense'}:
+        weights = jax.tree.map(jnp.asarray, {name: dict(params[name]) for name in kinds})
+        run = jax.jit(lambda weights, inputs: run_chain(chain, weights, inputs))
+        return lambda inputs: run(weights, inputs)
+
+    made = [make_jax(step) for step in plan.steps]
+
+    @jax.jit
+    def run_steps(weights, inputs):
+        # A gather even where it changes nothing: XLA would transpose anew in each layer's loops.
+        flat = jnp.take(inputs.reshape(len(inputs), -1), plan.rows, axis=1, mode='clip')
+        outputs = flat.T.reshape(*plan.shape, -1)
+        for own, (_, compute) in zip(weights, made, strict=True):
+            outputs = compute(own, outputs)
+        return _batch_major(outputs)
+
+    weights = [jax.tree.map(jnp.asarray, own) for own, _ in made]
+    return lambda inputs: run_steps(weights, inputs)
+
+
+def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds: Kinds) -> Runner:
+    """Makes a function of NumPy and SciPy; JAX takes no part in its calls.
+
+    A sparse convolution is a CSR matrix with a row for each pixel of each filter.
+
+    Args:
+      chain: the layers.
+      params: their weights, concrete; zero where pruned.
+      input_shape: of one example, without a batch axis.
+      kinds: `{layer name: 'dense' or 'sparse'}`, for every layer with weights.
+
+    Returns:
+      A function of inputs (batch, …), NumPy float32.
+
+    Raises:
+      ValueError: if the chain does not fit, `kinds` is not about its layers, or a sparse
+        convolution has more than 4,096 kept weights.
+
+    Example:
+      >>> import numpy as np
+      >>> params = {'fc': {'kernel': np.float32([[0], [2]]), 'bias': np.float32([1])}}
+      >>> run = scipy_runner((Dense('fc'),), params, (2,), {'fc': 'sparse'})
+      >>> run(np.float32([[7, 3]]))
+      array([[7.]], dtype=float32)
+    """
+    plan = plan_steps(chain, params, input_shape, kinds, ('dense', 'sparse'))
+    computes = [make_scipy(step) for step in plan.steps]
+
+    def run(inputs):
+        outputs = inputs.reshape(len(inputs), -1).T[plan.rows].reshape(*plan.shape, -1)
+        for compute in computes:
+            outputs = compute(outputs)
+        return _batch_major(outputs)
+
+    return run
+
+
+def _batch_major(outputs: Any) -> Any:
+    return outputs.transpose(-1, *range(1, outputs.ndim - 1), 0)
+
+
+def choose_kinds(
+    make_runner: Callable[..., Runner],
+    offered: Sequence[str],
+    chain: Chain,
+    params: Weights,
+    input_shape: Sequence[int],
+    batch: int,
+    turns: int = 15,
+) -> Choice:
+    """Chooses how to compute each layer, by the time it takes on this machine.
+
+    Each layer is timed by itself; then the network of the fastest against one all dense.
+
+    Args:
+      make_runner: `jax_runner` or `scipy_runner`.
+      offered: the kinds to choose from. `native` is left out where there is no kernel, `sparse`
+        where a convolution has too many kept weights.
+      chain: the layers, as for `make_runner`.
+      params: as for `make_runner`.
+      input_shape: as for `make_runner`.
+      batch: examples in a call.
+      turns: how often each way is timed.
+
+    Returns:
+      The kinds, and the times they were chosen by.
+
+    Raises:
+      ValueError: if nothing is offered, or as `make_runner` does.
+
+    Example:
+      >>> import numpy as np
+      >>> params = {'fc': {'kernel': np.eye(2, dtype=np.float32), 'bias': np.zeros(2, np.float32)}}
+      >>> choose_kinds(scipy_runner, ['dense'], (Dense('fc'),), params, (2,), batch=1).kinds
+      {'fc': 'dense'}
+    """
+    if not offered or not set(offered) <= {'dense', 'sparse', 'native'}:
+        raise ValueError(f'offered must be some of dense, sparse and native, but is {offered}')
+    kinds, seconds = {}, {}
+    for layer, shape in zip(chain, trace_shapes(chain, params, input_shape), strict=False):
+        if isinstance(layer, Weighted):
+            suited = [kind for kind in offered if _is_suited(layer, params, kind)] or ['dense']
+            ways = {kind: ((layer,), shape, {layer.name: kind}) for kind in suited}
+            own = _time_ways(make_runner, ways, params, batch, turns)
+            kinds[layer.name], seconds[layer.name] = min(own, key=own.__getitem__), own
+    dense = dict.fromkeys(kinds, 'dense')
+    if 'dense' in offered and kinds != dense:
+        ways = {'dense': (chain, input_shape, dense), 'chosen': (chain, input_shape, kinds)}
+        whole = _time_ways(make_runner, ways, params, batch, turns)
+        kinds = dense if whole['dense'] < whole['chosen'] else kinds
+    return Choice(kinds, seconds)
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], Any]], turns: int, least: float = 0.002
+) -> dict[str, np.ndarray]:
+    """Times functions that take turns, so that all see the same changes of the machine.
+
+    Args:
+      calls: the functions, by any names; a JAX array that one returns is waited for.
+      turns: how many each has, after one that is not counted.
+      least: of a turn, in seconds; a function is called as often as that takes.
+
+    Returns:
+      Seconds per call, (turns,) for each name.
+
+    Example:
+      >>> sorted(time_in_turns({'a': lambda: 1, 'b': lambda: 2}, turns=3, least=0))
+      ['a', 'b']
+    """
+
+    def seconds(call, repeats):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            jax.block_until_ready(call())
+        return (time.perf_counter() - started) / repeats
+
+    repeats = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())  # compiles
+        repeats[name] = 1 + int(least / max(seconds(call, 1), 1e-9))
+    times = {name: np.zeros(turns) for name in calls}
+    for turn in range(turns):
+        for name, call in calls.items():
+            times[name][turn] = seconds(call, repeats[name])
+    return times
+
+
+def _time_ways(make_runner, ways, params, batch, turns) -> dict[str, float]:
+    calls = {}
+    for name, (chain, shape, kinds) in ways.items():
+        run = make_runner(chain, params, shape, kinds)
+        inputs = np.random.default_rng(0).random((batch, *shape), np.float32)
+        inputs = jnp.asarray(inputs) if make_runner is jax_runner else inputs
+        calls[name] = lambda run=run, inputs=inputs: run(inputs)
+    return {name: float(np.median(times)) for name, times in time_in_turns(calls, turns).items()}
+
+
+def _is_suited(layer: Weighted, params: Weights, kind: str) -> bool:
+    if kind == 'native':
+        return not native.why_unavailable()
+    kept = int(np.count_nonzero(np.asarray(params[layer.name]['kernel'])))
+    return kind == 'dense' or isinstance(layer, Dense) or kept <= MOST_WEIGHTS

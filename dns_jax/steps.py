@@ -1,0 +1,349 @@
+"""Steps of the runners: the layers of a chain for feature-major arrays, and what computes each.
+
+Arrays are (channels, height, width, batch) and (elements, batch), so that a kept weight meets
+whole rows of numbers. Owns how a pruned layer is computed, by JAX and by SciPy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+
+from dns_jax import native
+from dns_jax.chain import (
+    Chain,
+    Convolution,
+    Dense,
+    Flatten,
+    Layer,
+    MaxPool,
+    Relu,
+    Select,
+    Weighted,
+    Weights,
+    max_pool,
+    trace_shapes,
+)
+
+MOST_WEIGHTS = 4_096
+"""Of a sparse convolution: each is an instruction of its program, or hundreds of matrix entries."""
+
+
+class Step(NamedTuple):
+    """A layer made for feature-major arrays; what it does not have is empty."""
+
+    layer: Layer
+    shape: tuple[int, ...]  # of what comes in, without the batch
+    kernel: np.ndarray = np.zeros(0, np.float32)  # (units, inputs), (filters, channels, h, w)
+    bias: np.ndarray = np.zeros(0, np.float32)  # (units,)
+    rows: np.ndarray = np.zeros(0, int)  # which it keeps of what comes in
+    kind: str = ''  # how it is computed
+
+
+class Plan(NamedTuple):
+    """A chain for feature-major arrays."""
+
+    rows: np.ndarray  # which of an example's flat inputs come first, second, …
+    shape: tuple[int, ...]  # what they make, without the batch
+    steps: list[Step]
+
+
+def plan_steps(
+    chain: Chain,
+    params: Weights,
+    input_shape: Sequence[int],
+    kinds: Mapping[str, str],
+    known: Sequence[str],
+) -> Plan:
+    """Checks everything and makes the steps.
+
+    Args:
+      chain: the layers.
+      params: their weights, concrete.
+      input_shape: of one example, without a batch axis.
+      kinds: how each layer with weights is computed, by its name.
+      known: the kinds there are.
+
+    Returns:
+      The plan.
+
+    Raises:
+      TypeError, ValueError: if the chain does not fit, or `kinds` is not about its layers.
+    """
+    shapes = trace_shapes(chain, params, input_shape)
+    names = [layer.name for layer in chain if isinstance(layer, Weighted)]
+    if sorted(kinds) != sorted(names) or not set(kinds.values()) <= set(known):
+        raise ValueError(f'kinds must give one of {known} for each of {names}, but is {kinds}')
+    rows, steps = np.arange(np.prod(shapes[0])), []
+    if len(shapes[0]) > 1 and chain[:1] != (Flatten(),):
+        rows = np.moveaxis(rows.reshape(shapes[0]), -1, 0).ravel()
+    for layer, before in zip(chain, shapes, strict=False):
+        step = Step(layer, _feature_major(before))
+        match layer:
+            case Dense() | Convolution():
+                kernel, bias = (np.asarray(params[layer.name][leaf]) for leaf in ('kernel', 'bias'))
+                order = (-1, -2, *range(kernel.ndim - 2))
+                kernel = np.ascontiguousarray(kernel.transpose(order), np.float32)
+                step = step._replace(
+                    kernel=kernel, bias=bias.astype(np.float32), kind=kinds[layer.name]
+                )
+            case Flatten() if len(before) == 1 or not steps:
+                continue
+            case Flatten():
+                image = np.arange(np.prod(before)).reshape(step.shape)
+                step = step._replace(rows=np.moveaxis(image, 0, -1).ravel())
+            case Select(indices) if len(before) == 1 and not steps:
+                rows = rows[np.array(indices)]
+                continue
+            case Select(indices) if steps and isinstance(steps[-1].layer, Flatten):
+                steps[-1] = steps[-1]._replace(rows=steps[-1].rows[np.array(indices)])
+                continue
+            case Select(indices):
+                step = step._replace(rows=np.array(indices))
+        steps.append(step)
+    first = steps[0].shape if steps else _feature_major(shapes[-1])
+    return Plan(rows, first, steps)
+
+
+def _feature_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[-1], *shape[:-1])
+
+
+def _pad(step: Step, images: Any) -> Any:
+    """Puts zeros around images where the convolution wants outputs as large as they are."""
+    if isinstance(step.layer, Convolution) and step.layer.padding == 'SAME':
+        lost = [side - 1 for side in step.kernel.shape[2:]]
+        widths = [(0, 0), *((side // 2, side - side // 2) for side in lost), (0, 0)]
+        return (np if isinstance(images, np.ndarray) else jnp).pad(images, widths)
+    return images
+
+
+def _padded_shape(step: Step) -> tuple[int, int, int]:
+    """The shape of the images that the convolution slides over; a vector is of single pixels."""
+    channels, *sides = step.shape
+    if isinstance(step.layer, Convolution) and step.layer.padding == 'SAME':
+        sides = [whole + part - 1 for whole, part in zip(sides, step.kernel.shape[2:], strict=True)]
+    height, width = sides or (1, 1)
+    return channels, height, width
+
+
+def _check_few(step: Step) -> None:
+    if (kept := np.count_nonzero(step.kernel)) > MOST_WEIGHTS:
+        raise ValueError(f'{step.layer} keeps {kept} weights; sparse, it may keep {MOST_WEIGHTS}')
+
+
+def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
+    """Makes the computation of a step by JAX.
+
+    Args:
+      step: the step.
+
+    Returns:
+      The step's arrays, and a function of them and of the inputs, to be traced.
+
+    Raises:
+      ValueError: if a sparse convolution has too many kept weights.
+    """
+    match step.layer:
+        case Relu():
+            return (), lambda _, x: jnp.maximum(x, 0)
+        case MaxPool(size):
+            # XLA would pool anew for each of the weights that read the result, but not gather.
+            rows = np.arange(step.shape[0], dtype=np.int32)
+            return rows, lambda rows, x: _take(max_pool(x, size, axis=1), rows)
+        case Flatten():
+            return np.int32(step.rows), lambda rows, x: _take(x.reshape(-1, x.shape[-1]), rows)
+        case Select():
+            return np.int32(step.rows), lambda rows, x: _take(x, rows)
+    return _JAX_LAYERS[type(step.layer), step.kind](step)
+
+
+def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.take(x, rows, axis=0, mode='clip')
+
+
+def _jax_dense_product(step: Step):
+    def compute(weights, x):
+        kernel, bias = weights
+        return kernel @ x + bias[:, None]
+
+    return (step.kernel, step.bias), compute
+
+
+def _jax_dense_convolution(step: Step):
+    def compute(weights, x):
+        kernel, bias = weights
+        axes = ('CHWN', 'OIHW', 'CHWN')
+        x = jax.lax.conv_general_dilated(
+            _pad(step, x), kernel, (1, 1), 'VALID', dimension_numbers=axes
+        )
+        return x + bias[:, None, None, None]
+
+    return (step.kernel, step.bias), compute
+
+
+def _jax_sparse_product(step: Step):
+    """Pads the kept weights of all units to one number, so that slot by slot they are arrays."""
+    counts = np.count_nonzero(step.kernel, axis=1)
+    unit, position = np.nonzero(step.kernel)
+    slot = np.arange(len(unit)) - np.repeat(np.cumsum(counts) - counts, counts)
+    values = np.zeros((len(counts), max(counts.max(initial=0), 1)), np.float32)
+    positions = np.zeros(values.shape, np.int32)
+    values[unit, slot], positions[unit, slot] = step.kernel[unit, position], position
+
+    def compute(weights, x):
+        values, positions, bias = weights
+        if x.shape[-1] == 1:
+            # A product, as XLA would fuse a sum with what gathers from it, and sum anew each time.
+            return (
+                jnp.einsum('us,us->u', values, _take(x[:, 0], positions))[:, None] + bias[:, None]
+            )
+
+        def add(total, one):
+            value, position = one
+            return total + value[:, None] * _take(x, position), None
+
+        start = jnp.broadcast_to(bias[:, None], (len(bias), x.shape[-1]))
+        return jax.lax.scan(add, start, (values.T, positions.T))[0]
+
+    return (values, positions, step.bias), compute
+
+
+def _jax_sparse_convolution(step: Step):
+    _check_few(step)
+
+    def compute(bias, x):
+        x = _pad(step, x)
+        height, width = (1 + x.shape[at] - step.kernel.shape[1 + at] for at in (1, 2))
+        # Columns and batch in one axis: XLA then takes whole vectors at any size of the batch.
+        batch = x.shape[-1]
+        x = x.reshape(*x.shape[:2], -1)
+        filters = []
+        for number, kernel in enumerate(step.kernel):
+            total = jnp.full((height, width * batch), bias[number])
+            for channel, row, column in zip(*np.nonzero(kernel), strict=True):
+                piece = x[channel, row : row + height, column * batch : (column + width) * batch]
+                total = total + kernel[channel, row, column] * piece
+            filters.append(total)
+        return jnp.stack(filters).reshape(-1, height, width, batch)
+
+    return step.bias, compute
+
+
+def _jax_native(step: Step):
+    kernel = step.kernel if step.kernel.ndim == 4 else step.kernel[..., None, None]
+    _, height, width = _padded_shape(step)
+    unit, channel, row, column = np.nonzero(kernel)
+    taps = native.Taps(
+        starts=np.concatenate([[0], np.cumsum(np.bincount(unit, minlength=len(kernel)))]).astype(
+            np.int32
+        ),
+        positions=((channel * height + row) * width + column).astype(np.int32),
+        values=kernel[unit, channel, row, column],
+    )
+    rows, columns = height - kernel.shape[2] + 1, width - kernel.shape[3] + 1
+
+    def compute(bias, x):
+        x = _pad(step, x).reshape(-1, x.shape[-1])
+        outputs = native.sum_weighted_slices(x, taps, bias, rows, width, columns)
+        return outputs if isinstance(step.layer, Convolution) else outputs[:, 0, 0]
+
+    return step.bias, compute
+
+
+def make_scipy(step: Step) -> Callable[[np.ndarray], np.ndarray]:
+    """Makes the computation of a step by NumPy and SciPy.
+
+    Args:
+      step: the step.
+
+    Returns:
+      A function of the inputs.
+
+    Raises:
+      ValueError: if a sparse convolution has too many kept weights.
+    """
+    match step.layer:
+        case Relu():
+            return lambda x: np.maximum(x, 0)
+        case MaxPool(size):
+            return lambda x: max_pool(x, size, axis=1)
+        case Flatten():
+            return lambda x: x.reshape(-1, x.shape[-1])[step.rows]
+        case Select():
+            return lambda x: x[step.rows]
+    return _SCIPY_LAYERS[type(step.layer), step.kind](step)
+
+
+_JAX_LAYERS = {
+    (Dense, 'dense'): _jax_dense_product,
+    (Dense, 'sparse'): _jax_sparse_product,
+    (Dense, 'native'): _jax_native,
+    (Convolution, 'dense'): _jax_dense_convolution,
+    (Convolution, 'sparse'): _jax_sparse_convolution,
+    (Convolution, 'native'): _jax_native,
+}
+
+
+def _scipy_dense_product(step: Step):
+    return lambda x: step.kernel @ x + step.bias[:, None]
+
+
+def _scipy_dense_convolution(step: Step):
+    def compute(x):
+        windows = np.lib.stride_tricks.sliding_window_view(
+            _pad(step, x), step.kernel.shape[2:], axis=(1, 2)
+        )
+        products = np.tensordot(step.kernel, windows, axes=((1, 2, 3), (0, 4, 5)))
+        return products + step.bias[:, None, None, None]
+
+    return compute
+
+
+def _scipy_sparse_product(step: Step):
+    matrix = scipy.sparse.csr_array(step.kernel)
+    return lambda x: _multiply(matrix, x) + step.bias[:, None]
+
+
+def _scipy_sparse_convolution(step: Step):
+    """One row for each pixel of each filter, one column for each of each channel."""
+    _check_few(step)
+    channels, height, width = _padded_shape(step)
+    filters, _, rows, columns = step.kernel.shape
+    shape = filters, height - rows + 1, width - columns + 1
+    unit, channel, row, column = np.nonzero(step.kernel)
+    y, x = np.indices(shape[1:]).reshape(2, -1, 1)  # each pixel, for each weight
+    matrix = scipy.sparse.csr_array(
+        (
+            np.broadcast_to(step.kernel[unit, channel, row, column], (y.size, unit.size)).ravel(),
+            (
+                ((unit * shape[1] + y) * shape[2] + x).ravel(),
+                ((channel * height + y + row) * width + x + column).ravel(),
+            ),
+        ),
+        shape=(np.prod(shape), channels * height * width),
+    )
+    bias = np.repeat(step.bias, shape[1] * shape[2])[:, None]
+
+    def compute(x):
+        outputs = _multiply(matrix, _pad(step, x).reshape(-1, x.shape[-1]))
+        outputs += bias
+        return outputs.reshape(*shape, -1)
+
+    return compute
+
+
+def _multiply(matrix: scipy.sparse.csr_array, x: np.ndarray) -> np.ndarray:
+    # SciPy takes half the time for a vector that it takes for a matrix of one column.
+    return (matrix @ x[:, 0])[:, None] if x.shape[1] == 1 else matrix @ x
+
+
+_SCIPY_LAYERS = {
+    (Dense, 'dense'): _scipy_dense_product,
+    (Dense, 'sparse'): _scipy_sparse_product,
+    (Convolution, 'dense'): _scipy_dense_convolution,
+    (Convolution, 'sparse'): _scipy_sparse_convolution,
+}
