@@ -20,6 +20,7 @@ MIDDLE = LEAVES | {'importance', 'masks', 'thresholds', 'schedules', 'optimizers
 ARTEFACT_PACKAGES = {
     'codec': {'sklearn'},
     'entropy': {'constriction'},
+    'export': {'flax', 'jax2onnx', 'onnx', 'safetensors'},
     'sparse': {'safetensors'},
     'steps': {'scipy'},
 }
@@ -45,6 +46,7 @@ ALLOWED = {
     'native': set(),
     'steps': LEAVES | {'chain', 'native'},
     'runners': LEAVES | {'chain', 'native', 'steps'},
+    'export': LEAVES | {'chain', 'files', 'sparse'},
     'caffe': LEAVES,
 }
 
