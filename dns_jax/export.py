@@ -21,6 +21,7 @@ from safetensors.numpy import save
 
 from dns_jax.chain import (
     Chain,
+    Dense,
     Flatten,
     MaxPool,
     Relu,
@@ -204,11 +205,13 @@ def _float32(name: str, leaf: Any) -> np.ndarray:
 
 
 def _run_for_onnx(chain: Chain, weights: Weights, inputs: jax.Array) -> jax.Array:
-    """Does as `run_chain`, by functions for which jax2onnx has one node of ONNX."""
+    """Does as `run_chain`, by functions that jax2onnx turns into nodes that run fast."""
     from flax import linen
 
     for layer in chain:
         match layer:
+            case Dense(name):  # `@` gives a Gemm beside its bias, which runtimes leave so
+                inputs = jnp.matmul(inputs, weights[name]['kernel']) + weights[name]['bias'][None]
             case MaxPool(size):
                 inputs = linen.max_pool(inputs, window_shape=(size, size), strides=(size, size))
             case Relu():
