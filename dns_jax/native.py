@@ -43,7 +43,7 @@ def why_unavailable() -> str:
       True
     """
     compiler = os.environ.get('CXX', 'c++')
-    flags = ['-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w']
+    flags = ['-std=c++17', '-O3', '-march=native', '-fopenmp-simd', '-fPIC', '-shared', '-w']
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / 'weighted_slices.so'
         command = [compiler, *flags, f'-I{jax.ffi.include_dir()}', _SOURCE, '-o', library]

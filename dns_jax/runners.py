@@ -20,7 +20,7 @@ import numpy as np
 
 from dns_jax import native
 from dns_jax.chain import Chain, Dense, Weighted, Weights, run_chain, trace_shapes
-from dns_jax.steps import MOST_WEIGHTS, make_jax, make_scipy, plan_steps
+from dns_jax.steps import MOST_WEIGHTS, is_in_order, make_jax, make_scipy, plan_steps
 
 Kinds = Mapping[str, str]
 """How each layer with weights is computed, by its name."""
@@ -74,9 +74,11 @@ def jax_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds:
 
     @jax.jit
     def run_steps(weights, inputs):
-        # A gather even where it changes nothing: XLA would transpose anew in each layer's loops.
-        flat = jnp.take(inputs.reshape(len(inputs), -1), plan.rows, axis=1, mode='clip')
-        outputs = flat.T.reshape(*plan.shape, -1)
+        outputs = inputs.reshape(len(inputs), -1)
+        # Images are gathered even in order: XLA would transpose them anew in each layer's loops.
+        if len(plan.shape) > 1 or not is_in_order(plan.rows, input_shape):
+            outputs = jnp.take(outputs, plan.rows, axis=1, mode='clip')
+        outputs = outputs.T.reshape(*plan.shape, -1)
         for own, (_, compute) in zip(weights, made, strict=True):
             outputs = compute(own, outputs)
         return _batch_major(outputs)
@@ -112,9 +114,12 @@ def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kind
     """
     plan = plan_steps(chain, params, input_shape, kinds, ('dense', 'sparse'))
     computes = [make_scipy(step) for step in plan.steps]
+    in_order = is_in_order(plan.rows, input_shape)
 
     def run(inputs):
-        outputs = inputs.reshape(len(inputs), -1).T[plan.rows].reshape(*plan.shape, -1)
+        outputs = inputs.reshape(len(inputs), -1).T
+        outputs = np.ascontiguousarray(outputs) if in_order else outputs[plan.rows]
+        outputs = outputs.reshape(*plan.shape, -1)
         for compute in computes:
             outputs = compute(outputs)
         return _batch_major(outputs)

@@ -4,6 +4,8 @@ Arrays are (channels, height, width, batch) and (elements, batch), so that a kep
 whole rows of numbers. Owns how a pruned layer is computed, by JAX and by SciPy.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,7 +107,37 @@ def plan_steps(
                 step = step._replace(rows=np.array(indices))
         steps.append(step)
     first = steps[0].shape if steps else _feature_major(shapes[-1])
-    return Plan(rows, first, steps)
+    return _read_in_place(Plan(rows, first, steps), int(np.prod(shapes[0])))
+
+
+def is_in_order(rows: np.ndarray, shape: Sequence[int]) -> bool:
+    """Says whether rows are all that an array has, as they are.
+
+    Args:
+      rows: their numbers.
+      shape: of the array.
+
+    Returns:
+      Whether to take them changes nothing.
+    """
+    return np.array_equal(rows, np.arange(np.prod(shape)))
+
+
+def _read_in_place(plan: Plan, inputs: int) -> Plan:
+    """Lets sparse products take what they read from where it is, unless a copy is far smaller."""
+    # What puts the inputs in order is such a step too.
+    steps = [Step(Flatten(), (inputs,), rows=plan.rows), *plan.steps]
+    shape = plan.shape
+    for number, (before, step) in enumerate(itertools.pairwise(steps)):
+        whole = math.prod(before.shape)
+        is_sparse = isinstance(step.layer, Dense) and step.kind != 'dense'
+        if is_sparse and isinstance(before.layer, Flatten) and len(before.rows) > whole * 3 // 4:
+            kernel = np.zeros((len(step.kernel), whole), np.float32)
+            kernel[:, before.rows] = step.kernel
+            steps[number] = before._replace(rows=np.arange(whole))
+            steps[number + 1] = step._replace(kernel=kernel, shape=(whole,))
+            shape = shape if number else (whole,)
+    return Plan(steps[0].rows, shape, steps[1:])
 
 
 def _feature_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -154,6 +186,8 @@ def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
             # XLA would pool anew for each of the weights that read the result, but not gather.
             rows = np.arange(step.shape[0], dtype=np.int32)
             return rows, lambda rows, x: _take(max_pool(x, size, axis=1), rows)
+        case Flatten() if is_in_order(step.rows, step.shape):
+            return (), lambda _, x: x.reshape(-1, x.shape[-1])
         case Flatten():
             return np.int32(step.rows), lambda rows, x: _take(x.reshape(-1, x.shape[-1]), rows)
         case Select():
@@ -271,6 +305,8 @@ def make_scipy(step: Step) -> Callable[[np.ndarray], np.ndarray]:
             return lambda x: np.maximum(x, 0)
         case MaxPool(size):
             return lambda x: max_pool(x, size, axis=1)
+        case Flatten() if is_in_order(step.rows, step.shape):
+            return lambda x: x.reshape(-1, x.shape[-1])
         case Flatten():
             return lambda x: x.reshape(-1, x.shape[-1])[step.rows]
         case Select():

@@ -38,15 +38,12 @@ void SumTile(const float* inputs, const Taps& taps, int64_t batch, float bias, f
 }
 
 float SumOne(const float* inputs, const Taps& taps, int64_t batch, float bias) {
-  float sums[4] = {bias, 0, 0, 0};  // so that one addition need not wait for the one before
-  int64_t k = 0;
-  for (; k + 4 <= taps.count; k += 4) {
-    for (int i = 0; i < 4; ++i) {
-      sums[i] += taps.values[k + i] * inputs[taps.positions[k + i] * batch];
-    }
+  float sum = bias;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < taps.count; ++k) {
+    sum += taps.values[k] * inputs[taps.positions[k] * batch];
   }
-  for (; k < taps.count; ++k) sums[0] += taps.values[k] * inputs[taps.positions[k] * batch];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return sum;
 }
 
 ffi::Error WeightedSlicesImpl(

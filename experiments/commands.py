@@ -237,3 +237,29 @@ class BenchConfig:
             raise ValueError(
                 f'--peer_rounds={self.peer_rounds} must be at most --rounds={self.rounds}'
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyConfig:
+    """What `experiments.latency` measures."""
+
+    model: str = flag(
+        'zoo/lenet5.safetensors', 'A pruned network: its file, or fc:INPUTSxUNITS:DENSITY.'
+    )
+    batches: str = flag('1,64', 'Examples in a call, with commas between.')
+    turns: int = flag(31, 'Timed turns of each way, in alternation.', lower_bound=1)
+    break_even: bool = flag(
+        False, 'Also find, for a layer fc:…, the densities at which sparse is as fast as dense.'
+    )
+    output: str | None = flag(None, 'A JSON file to write the result to.')
+
+    def __post_init__(self):
+        self.sizes()
+        if self.break_even and not self.model.startswith('fc:'):
+            raise ValueError(f'--break_even is of a layer, not of --model={self.model}')
+
+    def sizes(self) -> list[int]:
+        """Returns the sizes of the batches."""
+        if not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', self.batches):
+            raise ValueError(f'--batches={self.batches} must be numbers with commas between')
+        return [int(size) for size in self.batches.split(',')]

@@ -1,0 +1,89 @@
+"""Pruned networks from files, and such as no file holds, ready for the runners."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import dns_jax
+from dns_jax.chain import Chain, Dense, Weights, chain_from_json, trace_shapes
+from dns_jax.codec import expand, load_coded
+from dns_jax.compact import CompactNetwork, compact
+from dns_jax.sparse import load_sparse
+from experiments import models
+
+IMAGE_SHAPE = (28, 28, 1)
+_SYNTHETIC = re.compile(r'fc:([1-9]\d{0,5})x([1-9]\d{0,5}):(0?\.\d+|1)')
+
+
+class Model(NamedTuple):
+    """A pruned network."""
+
+    name: str
+    chain: Chain
+    params: Weights  # NumPy float32, zero where pruned
+    masks: dns_jax.Masks
+    input_shape: tuple[int, ...]
+    metadata: dict[str, str]
+
+    def compact(self) -> CompactNetwork:
+        """Removes all that does not change what the network gives."""
+        return compact(self.chain, self.params, self.masks, self.input_shape)
+
+
+def load_model(name: str) -> Model:
+    """Loads a pruned network.
+
+    Args:
+      name: a sparse file, such as one of the zoo's; a coded one, `*.dns`; or `fc:INPUTSxUNITS:
+        DENSITY`, one fully connected layer of random weights at random places.
+
+    Returns:
+      The network. Its chain is that of the file's metadata, or of the network they name.
+
+    Raises:
+      ValueError: if the file is damaged or names no network known.
+      OSError: if it cannot be read.
+    """
+    if name.startswith('fc:'):
+        return _make_layer(name)
+    path = Path(name)
+    params: Any
+    if path.suffix == '.dns':
+        shared = load_coded(path)
+        params, masks, metadata = expand(*shared[:3]), shared.masks, shared.metadata
+    else:
+        params, masks, metadata = load_sparse(path)
+    if 'chain' in metadata:
+        chain = chain_from_json(metadata['chain'])
+        input_shape = tuple(json.loads(metadata.get('input_shape', 'null')) or IMAGE_SHAPE)
+    elif metadata.get('network') in models.CHAINS:
+        chain, input_shape = models.CHAINS[metadata['network']], IMAGE_SHAPE
+    else:
+        raise ValueError(
+            f'{path} has no chain and names the network {metadata.get("network")!r}, which is none '
+            f'of {sorted(models.CHAINS)}'
+        )
+    params = {
+        layer: {leaf: np.asarray(array) for leaf, array in weights.items()}
+        for layer, weights in params.items()
+    }
+    trace_shapes(chain, params, input_shape)
+    return Model(path.stem, chain, params, masks, input_shape, metadata)
+
+
+def _make_layer(name: str) -> Model:
+    match = _SYNTHETIC.fullmatch(name)
+    if not match:
+        raise ValueError(f'{name!r} must be fc:INPUTSxUNITS:DENSITY, as fc:800x500:0.007')
+    inputs, units, density = int(match[1]), int(match[2]), float(match[3])
+    random = np.random.default_rng(0)
+    mask = random.random((inputs, units), np.float32) < density
+    kernel = np.where(mask, random.standard_normal((inputs, units), np.float32), np.float32(0))
+    params = {'fc': {'kernel': kernel, 'bias': np.zeros(units, np.float32)}}
+    masks = {'fc': {'kernel': mask, 'bias': np.array(True)}}
+    return Model(
+        f'fc {inputs}×{units} at {density:.1%}', (Dense('fc'),), params, masks, (inputs,), {}
+    )

@@ -1,0 +1,241 @@
+"""How fast a pruned network runs: every runner beside the dense network, on one core.
+
+python -m experiments.latency --model=zoo/lenet5.safetensors
+
+All ways take turns in one process, and each row's ratio is against the fastest dense JAX of the
+same run. `fc:9216x4096:0.037` is one layer, AlexNet's largest, with random weights.
+"""
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import threadpoolctl
+
+from dns_jax.chain import Chain, Weighted, Weights, trace_shapes
+from dns_jax.export import save_onnx
+from dns_jax.files import write_whole
+from dns_jax.runners import choose_kinds, jax_runner, scipy_runner, time_in_turns
+from experiments import flags, latency_report, models
+from experiments.artefacts import Model, load_model
+from experiments.commands import LatencyConfig
+
+Calls = dict[str, Callable[[], Any]]
+
+# The last kind is the one of which the break-even is told.
+_RUNNERS = {
+    'JAX': (jax_runner, ('dense', 'sparse')),
+    'JAX and C++': (jax_runner, ('dense', 'sparse', 'native')),
+    'SciPy': (scipy_runner, ('dense', 'sparse')),
+}
+_DENSITIES = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01, 0.005)
+
+
+def measure(config: LatencyConfig) -> dict[str, Any]:
+    """Times every way to run a network, prints the tables, and as the last line all as JSON.
+
+    Args:
+      config: which network and what batches.
+
+    Returns:
+      What was measured, as `experiments.latency_report`  wants it.
+
+    Raises:
+      ValueError: if the model cannot be read, or a way gives other outputs than the network.
+      OSError: if the model cannot be read, or the result not written.
+    """
+    model = load_model(config.model)
+    with _one_core():
+        result = {
+            'model': model.name,
+            'command': f'python -m experiments.latency --model={config.model}',
+            'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}',
+            'batches': {},
+            **_measure_machine(),
+        }
+        for batch in config.sizes():
+            result['batches'][str(batch)] = _measure_batch(model, batch, config.turns)
+        result['layers'] = _describe_layers(model)
+        if config.break_even:
+            result['break_even'] = _find_break_even(config)
+    print(latency_report.latency_tables(result))
+    if config.output:
+        write_whole(Path(config.output), json.dumps(result, indent=2) + '\n')
+    print(json.dumps(result))
+    return result
+
+
+@contextlib.contextmanager
+def _one_core():
+    """Keeps the process, and with it every thread that is still to come, on one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with threadpoolctl.threadpool_limits(1):
+            yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
+    small = model.compact()
+    inputs = np.random.default_rng(0).random((batch, *model.input_shape), np.float32)
+    calls = _dense_calls(model, inputs)
+    dense = list(calls)
+    result: dict[str, Any] = {'kinds': {}, 'seconds': {}}
+    run = jax_runner(small.chain, small.params, model.input_shape, _all_dense(small.chain))
+    calls['JAX, compact'] = partial(run, jnp.asarray(inputs))
+    for name, (make_runner, offered) in _RUNNERS.items():
+        arguments = small.chain, small.params, model.input_shape
+        choice = choose_kinds(make_runner, offered, *arguments, batch)
+        run = make_runner(*arguments, choice.kinds)
+        label = f'{name}, compact, chosen by layer'
+        calls[label] = partial(run, jnp.asarray(inputs) if make_runner is jax_runner else inputs)
+        result['kinds'][label], result['seconds'][name] = choice.kinds, choice.seconds
+    calls['ONNX Runtime'] = _onnx_call(model.chain, model.params, model.input_shape, inputs)
+    calls['ONNX Runtime, compact'] = _onnx_call(
+        small.chain, small.params, model.input_shape, inputs
+    )
+    _check_outputs(calls, dense[0])
+    # Long turns, so that a small network finds its weights in the cache, as it would in use.
+    times = time_in_turns(calls, turns, least=0.02)
+    best = min(np.median(times[name]) for name in dense)
+    result['ways'] = {
+        name: {
+            'median_us': 1e6 * float(np.median(each)),
+            'least_us': 1e6 * float(each.min()),
+            'ratio': float(best / np.median(each)),
+        }
+        for name, each in times.items()
+    }
+    return result
+
+
+def _dense_calls(model: Model, inputs: np.ndarray) -> Calls:
+    """The masked network as it was trained, and as its chain."""
+    calls: Calls = {}
+    run = jax_runner(model.chain, model.params, model.input_shape, _all_dense(model.chain))
+    calls['dense JAX'] = partial(run, jnp.asarray(inputs))
+    params = jax.tree.map(jnp.asarray, model.params)
+    if network := models.NETWORKS.get(model.metadata.get('network', '')):
+        apply = jax.jit(lambda params, inputs: network().apply({'params': params}, inputs))
+        calls['dense JAX, as trained'] = partial(apply, params, jnp.asarray(inputs))
+    elif len(model.chain) == 1:
+        product = jax.jit(lambda kernel, bias, inputs: (kernel @ inputs + bias[:, None]).T)
+        kernel, bias = params['fc']['kernel'].T, params['fc']['bias']
+        calls['dense JAX, batch last'] = partial(product, kernel, bias, jnp.asarray(inputs.T))
+    return calls
+
+
+def _onnx_call(
+    chain: Chain, params: Weights, input_shape: tuple[int, ...], inputs: np.ndarray
+) -> Callable[[], Any]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as folder:
+        save_onnx(f'{folder}/network.onnx', chain, params, input_shape)
+        session = onnxruntime.InferenceSession(f'{folder}/network.onnx', options)
+    return lambda: session.run(None, {'inputs': inputs})[0]
+
+
+def _all_dense(chain: Chain) -> dict[str, str]:
+    return {layer.name: 'dense' for layer in chain if isinstance(layer, Weighted)}
+
+
+def _check_outputs(calls: Calls, dense: str) -> None:
+    expected = np.asarray(calls[dense]())
+    for name, call in calls.items():
+        error = np.abs(np.asarray(call()) - expected).max()
+        if not error <= 1e-4 * max(1, np.abs(expected).max()):
+            raise ValueError(f'{name} is off by {error} from {dense}')
+
+
+def _measure_machine() -> dict[str, float]:
+    """Measures what bounds all ways: multiply-adds and bytes moved in a second."""
+    side = 1_024
+    matrix = jnp.ones((side, side))
+    product = jax.jit(jnp.matmul)
+    source = np.ones(2**26, np.float32)
+    target = np.zeros_like(source)
+    times = time_in_turns(
+        {'product': lambda: product(matrix, matrix), 'copy': lambda: np.copyto(target, source)}, 9
+    )
+    return {
+        'multiply_adds_per_s': side**3 / float(np.median(times['product'])),
+        'bytes_per_s': 2 * source.nbytes / float(np.median(times['copy'])),
+    }
+
+
+def _describe_layers(model: Model) -> dict[str, dict[str, int]]:
+    """Counts, for one example, what each layer of the compact network must compute and move."""
+    small, layers = model.compact(), {}
+    shapes = trace_shapes(small.chain, small.params, model.input_shape)
+    for layer, before, after in zip(small.chain, shapes, shapes[1:], strict=False):
+        if isinstance(layer, Weighted):
+            kernel = small.params[layer.name]['kernel']
+            kept, positions = int(np.count_nonzero(kernel)), math.prod(after[:-1])
+            layers[layer.name] = {
+                'inputs': kernel.shape[-2],
+                'units': kernel.shape[-1],
+                'weights': kernel.size,
+                'kept': kept,
+                'multiply_adds': kernel.size * positions,
+                'kept_multiply_adds': kept * positions,
+                'numbers': math.prod(before) + math.prod(after),  # in and out
+            }
+    return layers
+
+
+def _find_break_even(config: LatencyConfig) -> dict[str, dict[str, float]]:
+    """Finds the density of random weights below which a runner beats the dense product.
+
+    Returns:
+      `{batch: {way: density}}`; 0 where it never does.
+    """
+    shape = config.model.rpartition(':')[0]
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for density in _DENSITIES:
+        model = load_model(f'{shape}:{density}')
+        arguments = model.chain, model.params, model.input_shape
+        for batch in config.sizes():
+            inputs = np.random.default_rng(0).random((batch, *model.input_shape), np.float32)
+            calls = _dense_calls(model, inputs)
+            dense = list(calls)
+            for name, (make_runner, offered) in _RUNNERS.items():
+                own = jnp.asarray(inputs) if make_runner is jax_runner else inputs
+                calls[name] = partial(make_runner(*arguments, {'fc': offered[-1]}), own)
+            times = time_in_turns(calls, turns=5)
+            medians = {name: np.median(each) for name, each in times.items()}
+            best = min(medians[name] for name in dense)
+            for name in _RUNNERS:
+                of_batch = ratios.setdefault(str(batch), {})
+                of_batch.setdefault(name, []).append(float(best / medians[name]))
+    return {
+        batch: {name: _crossing(each) for name, each in of_batch.items()}
+        for batch, of_batch in ratios.items()
+    }
+
+
+def _crossing(ratios: list[float]) -> float:
+    """Finds where the ratio passes 1, between densities by their logarithms."""
+    faster = [number for number, ratio in enumerate(ratios) if ratio >= 1]
+    if not faster or faster[0] == 0:
+        return _DENSITIES[0] if faster else 0.0
+    above, below = (math.log(ratios[number]) for number in (faster[0] - 1, faster[0]))
+    share = above / (above - below)
+    before, after = _DENSITIES[faster[0] - 1], _DENSITIES[faster[0]]
+    return before * (after / before) ** share
+
+
+if __name__ == '__main__':
+    flags.launch({}, measure, LatencyConfig)
