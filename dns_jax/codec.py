@@ -274,11 +274,11 @@ def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _clusters_by_layer(clusters: int | Mapping[str, int], layers: list[str]) -> dict[str, int]:
     table = clusters if isinstance(clusters, Mapping) else {'*': clusters}
     amounts = {layer: amount for layer, (_, amount) in match_patterns(table, layers).items()}
-    for layer in layers:
-        if not 1 <= amounts.get(layer, 0) <= _MAX_CLUSTERS:
-            raise ValueError(
-                f'clusters must give the layer {layer!r} 1 to {_MAX_CLUSTERS} values; it is {clusters}'
-            )
+    wrong = [layer for layer in layers if not 1 <= amounts.get(layer, 0) <= _MAX_CLUSTERS]
+    if wrong:
+        raise ValueError(
+            f'clusters={clusters!r}: wanted 1 to {_MAX_CLUSTERS} for the layers {wrong}'
+        )
     return amounts
 
 
@@ -290,7 +290,7 @@ def _codebook(values: np.ndarray, clusters: int) -> np.ndarray:
     centroids = np.unique(values)
     if len(centroids) > clusters:
         start = np.linspace(values.min(), values.max(), clusters)[:, None]
-        means = KMeans(clusters, init=start, n_init=1)  # pyright: ignore[reportArgumentType]
+        means = KMeans(clusters, init=start, n_init=1, tol=0)  # pyright: ignore[reportArgumentType]
         centroids = means.fit(values[:, None]).cluster_centers_[:, 0]
     return np.unique(round_codebooks({'': centroids})[''])
 
@@ -326,13 +326,11 @@ def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f'metadata must map strings to strings, but has {key!r}: {value!r}')
     leaves = []
-    for (key_path, assignment), mask in zip(
+    for (key_path, leaf), mask in zip(
         jax.tree.leaves_with_path(network.assignments), jax.tree.leaves(network.masks), strict=True
     ):
-        assignment, mask = np.asarray(assignment), np.asarray(mask)
-        if not mask.ndim:
-            mask = np.ones(assignment.shape, bool)
-        leaves.append(_Leaf(leaf_path(key_path), assignment, mask))
+        mask = np.asarray(mask) if jnp.ndim(mask) else np.ones(jnp.shape(leaf), bool)
+        leaves.append(_Leaf(leaf_path(key_path), np.asarray(leaf), mask))
     leaves.sort(key=lambda leaf: leaf.path)
     nest_leaves((leaf.path, leaf) for leaf in leaves)  # what cannot be nested cannot be loaded
     layers: dict[str, list[_Leaf]] = {}
@@ -346,7 +344,9 @@ def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     for layer, book in network.codebooks.items():
         if book.dtype != np.float32:
             raise TypeError(f'codebooks[{layer!r}] must be float32, but is {book.dtype}')
-        if book.ndim != 1 or (round_codebooks({layer: book})[layer] != book).any():
+        if book.ndim != 1 or len(book) > _MAX_CLUSTERS:
+            raise ValueError(f'codebooks[{layer!r}] must have one axis of at most {_MAX_CLUSTERS}')
+        if (round_codebooks({layer: book})[layer] != book).any():
             raise ValueError(f'codebooks[{layer!r}] must be what round_codebooks gives')
         for leaf in layers[layer]:
             _check_leaf(leaf, len(book))
@@ -378,7 +378,10 @@ def _decode(data: bytes, max_parameters: int) -> SharedNetwork:
     codebooks, layers = {}, {}
     for _ in range(reader.number()):
         layer = reader.text()
-        book = np.frombuffer(reader.take(2 * reader.number()), '<u2')
+        clusters = reader.number()
+        if clusters > _MAX_CLUSTERS:
+            raise ValueError(f'the layer {layer!r} has {clusters} clusters, over {_MAX_CLUSTERS}')
+        book = np.frombuffer(reader.take(2 * clusters), '<u2')
         codebooks[layer] = book.astype(np.uint16).view(jnp.bfloat16).astype(np.float32)
         layers[layer] = [_read_form(reader, layer) for _ in range(reader.number())]
     forms = [form for layer in layers.values() for form in layer]
@@ -412,7 +415,7 @@ def _read_form(reader: Reader, layer: str) -> _Form:
     shape = tuple(reader.number() for _ in range(axes))
     kept, size = reader.number(), math.prod(shape)
     if kept > size or size > _MAX_SIZE:
-        raise ValueError(f'{path!r} has {kept} kept weights of {size}')
+        raise ValueError(f'{path!r} has {kept} kept weights of {size}; 2**31 are the most')
     if not shape and not kept:
         raise ValueError(f'{path!r} is a scalar that is not kept; scalars take no part in surgery')
     return _Form(path, shape, kept)

@@ -1,0 +1,677 @@
+"""Tests of dns_jax.codec and dns_jax.entropy: shared weights, and files sound and damaged."""
+
+import struct
+import time
+import tracemalloc
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dns_jax.codec import SharedNetwork, expand, load_coded, round_codebooks, save_coded
+from dns_jax.codec import share_weights as share
+from dns_jax.entropy import Decoder, Encoder, Reader, decode_mask, encode_mask, number, text
+from dns_jax.layers import leaf_path
+from dns_jax.masks import check_parallel
+
+KERNEL = np.array([[0.0, 1.5, 0.0], [-2.0, 0.0, 0.25]], np.float32)
+PARAMS = {'fc': {'kernel': KERNEL, 'bias': np.array([7, 8], np.float32)}}
+MASKS = {'fc': {'kernel': KERNEL != 0, 'bias': np.array(True)}}
+FREE = {'network': 'tiny', 'Überschrift': 'σ\n"\0😀', '': ''}
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp('codec') / 'network.dns'
+
+
+def full(masks, params):
+    """Masks as they come back: those of leaves that take no part in full."""
+    return jax.tree.map(
+        lambda mask, leaf: np.asarray(mask) if np.ndim(mask) else np.ones(np.shape(leaf), bool),
+        masks,
+        params,
+    )
+
+
+def bits(array):
+    assert array.dtype == np.float32
+    return np.asarray(array).view(np.uint32)
+
+
+def by_path(tree):
+    """The leaves, whose order may be another in nested dicts."""
+    return {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def assert_comes_back(path, network):
+    """What is saved is loaded, to the bit, and is the same file when it is saved again."""
+    save_coded(path, network)
+    data = path.read_bytes()
+    loaded = load_coded(path)
+    assert loaded.metadata == network.metadata
+    assert loaded.codebooks.keys() == network.codebooks.keys()
+    for layer, book in network.codebooks.items():
+        np.testing.assert_array_equal(bits(loaded.codebooks[layer]), bits(book), strict=True)
+    masks = by_path(full(network.masks, network.assignments))
+    for name, mask in by_path(loaded.masks).items():
+        np.testing.assert_array_equal(mask, masks.pop(name), strict=True)
+    wanted = by_path(expand(*network[:3]))
+    for name, weights in by_path(expand(*loaded[:3])).items():
+        np.testing.assert_array_equal(bits(weights), bits(wanted.pop(name)), strict=True)
+    assert not masks
+    assert not wanted
+    save_coded(path, loaded)
+    assert path.read_bytes() == data
+    return loaded
+
+
+def random_network(seed=0, scale=0.05):
+    """A convolution, a layer that it is flattened into, and one that is kept whole."""
+    random = np.random.default_rng(seed)
+    shapes = {'a': (3, 3, 2, 6), 'b': (4 * 6, 30), 'c': (30, 5)}
+    params = {
+        layer: {
+            'kernel': random.normal(size=shape).astype(np.float32),
+            'bias': random.normal(size=shape[-1]).astype(np.float32),
+        }
+        for layer, shape in shapes.items()
+    }
+    masks = jax.tree.map(lambda leaf: random.random(leaf.shape) < scale, params)
+    masks['c'] = {'kernel': np.array(True), 'bias': random.random(5) < 0.5}
+    return params, masks
+
+
+def test_golden_bytes(path):
+    params = {'w': jnp.array([[9.0, -1.0], [9.0, 0.5]])}
+    masks = {'w': jnp.array([[False, True], [False, True]])}
+    save_coded(path, share(params, masks, 2, {'network': 'tiny'}))
+    content = (
+        b'\x01\x07network\x04tiny'  # one entry of metadata
+        b'\x01\x00\x02\x80\xbf\x00\x3f'  # one layer '', two values: -1 and 0.5 in bfloat16
+        b'\x01\x01w\x02\x02\x02\x02'  # one leaf: its path, two axes of 2 and 2, two weights
+    )
+    data = path.read_bytes()
+    head = b'DNS\x01' + struct.pack('<I', zlib.crc32(data[8:]))
+    assert data[: 8 + len(content)] == head + content
+    assert data[8 + len(content) :].hex() == GOLDEN_STREAM
+
+
+GOLDEN_STREAM = '8797d07a'
+
+
+@pytest.mark.parametrize('clusters', [1, 2, 5, 16])
+def test_each_weight_is_in_the_nearest_cluster(clusters):
+    params, masks = random_network(scale=0.5)
+    network = share(params, masks, clusters)
+    for layer, book in network.codebooks.items():
+        assert 1 <= len(book) <= clusters
+        assert (np.diff(book) > 0).all()
+        used = []
+        for leaf, mask in full(masks, params)[layer].items():
+            weights = params[layer][leaf][mask].astype(np.float64)
+            places = network.assignments[layer][leaf][mask]
+            distances = np.abs(weights[:, None] - book.astype(np.float64))
+            chosen = distances[np.arange(len(weights)), places]
+            np.testing.assert_array_equal(chosen, distances.min(1))
+            used.append(places)
+        np.testing.assert_array_equal(np.unique(np.concatenate(used)), np.arange(len(book)))
+
+
+def lloyd(values, clusters):
+    """K-means from evenly spaced centroids, until nothing moves."""
+    centroids = np.linspace(values.min(), values.max(), clusters)
+    while True:
+        nearest = np.abs(values[:, None] - centroids).argmin(1)
+        moved = np.array([values[nearest == each].mean() for each in range(clusters)])
+        if (moved == centroids).all():
+            return centroids
+        centroids = moved
+
+
+def test_centroids_are_those_of_k_means():
+    values = np.random.default_rng(1).uniform(-1, 1, 500).astype(np.float32)
+    book = share(values, np.ones(500, bool), 6).codebooks['']
+    wanted = round_codebooks({'': lloyd(values.astype(np.float64), 6)})['']
+    np.testing.assert_array_equal(book, wanted)
+
+
+def test_initialisation_is_linear_not_by_density():
+    """A lone large weight keeps a centroid of its own, as the paper wants."""
+    values = np.concatenate([np.linspace(0, 0.1, 1000), [1.0]]).astype(np.float32)
+    assert share(values, np.ones(1001, bool), 2).codebooks[''][1] == 1.0
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_few_distinct_weights_are_kept_as_they_are(path, dtype):
+    values = jnp.array([0.5, -3.0, 0.5, 7.0, jnp.nan], dtype)
+    mask = jnp.array([True, True, True, True, False])
+    network = share(values, mask, 16)
+    np.testing.assert_array_equal(network.codebooks[''], np.float32([-3, 0.5, 7]), strict=True)
+    weights = expand(*assert_comes_back(path, network)[:3])
+    np.testing.assert_array_equal(weights, np.float32([0.5, -3, 0.5, 7, 0]))
+
+
+def test_values_that_round_to_one_are_one():
+    network = share(np.float32([1, 1 + 2**-20, 2]), np.ones(3, bool), 3)
+    np.testing.assert_array_equal(network.codebooks[''], np.float32([1, 2]))
+
+
+def test_bias_and_kernel_share_a_codebook():
+    network = share(PARAMS, MASKS, 2)
+    assert list(network.codebooks) == ['fc']
+    np.testing.assert_array_equal(
+        network.codebooks['fc'], round_codebooks({'': [-1 / 12, 7.5]})['']
+    )
+    np.testing.assert_array_equal(network.assignments['fc']['bias'], [1, 1])
+
+
+def test_clusters_by_pattern():
+    params, masks = random_network(scale=0.9)
+    network = share(params, masks, {'a': 3, '*': 5})
+    assert {layer: len(book) for layer, book in network.codebooks.items()} == {
+        'a': 3,
+        'b': 5,
+        'c': 5,
+    }
+
+
+def test_rounding():
+    edges = [0.0, 1.0, 0.1, -0.1, 1e-45, 3.4028235e38, -3.4028235e38]
+    (rounded,) = round_codebooks({'a': edges}).values()
+    assert rounded.dtype == np.float32
+    assert not (rounded.view(np.uint32) & 0xFFFF).any()
+    np.testing.assert_allclose(rounded[:4], edges[:4], rtol=2**-8)
+    assert np.isfinite(rounded).all()
+    np.testing.assert_array_equal(round_codebooks({'a': rounded})['a'], rounded)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match=r"codebooks\['a'\] has a value that is not finite"):
+            round_codebooks({'a': [1.0, bad]})
+
+
+def test_gradient_of_a_centroid_is_the_sum_over_its_cluster():
+    params, masks = random_network(scale=0.5)
+    network = share(params, masks, 4)
+    factors = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size)).reshape(leaf.shape), params)
+
+    @jax.jit
+    def loss(codebooks):
+        weights = expand(codebooks, network.assignments, network.masks)
+        parts = jax.tree.map(
+            lambda leaf, factor: jnp.sum(jnp.sin(leaf) * factor.astype(np.float32)),
+            weights,
+            factors,
+        )
+        return sum(jax.tree.leaves(parts))
+
+    gradients = jax.grad(loss)(jax.tree.map(jnp.asarray, network.codebooks))
+    masks = full(masks, params)
+    for layer, book in network.codebooks.items():
+        wanted = np.zeros(len(book))
+        for leaf, mask in masks[layer].items():
+            places = network.assignments[layer][leaf][mask]
+            of_weights = (np.cos(book[places].astype(np.float64))) * factors[layer][leaf][mask]
+            np.add.at(wanted, places, of_weights)
+        np.testing.assert_allclose(gradients[layer], wanted, atol=1e-5)
+
+
+def test_expand_writes_zeros_where_pruned_and_all_under_a_scalar_mask():
+    books = {'': np.float32([5, 6])}
+    assignments = {'a': np.int32([[0, 1], [1, 0]]), 'b': np.int32([1, 1])}
+    masks = {'a': np.array([[True, False], [True, False]]), 'b': np.array(False)}
+    weights = expand(books, assignments, masks)
+    np.testing.assert_array_equal(weights['a'], np.float32([[5, 0], [6, 0]]), strict=True)
+    np.testing.assert_array_equal(weights['b'], np.float32([6, 6]), strict=True)
+
+
+def test_expand_refuses():
+    with pytest.raises(ValueError, match="codebooks must have the layer 'a'"):
+        expand({'b': np.zeros(1)}, {'a': {'w': np.zeros(2, int)}}, {'a': {'w': np.ones(2, bool)}})
+    with pytest.raises(ValueError, match='masks must have the structure'):
+        expand({'': np.zeros(1)}, {'w': np.zeros(2, int)}, {'v': np.ones(2, bool)})
+
+
+ONES = np.ones((2, 3), np.float32)
+TREES = {
+    'bare array': ONES,
+    'scalar': {'t': np.float32(3)},
+    'empty leaf': {'a': np.zeros((0, 7), np.float32), 'b': np.zeros((3, 0), np.float32), 'c': ONES},
+    'empty alone': {'a': np.zeros(0, np.float32)},
+    'one weight': {'a': np.ones((1, 1), np.float32)},
+    'tuple of twelve': tuple(np.full(2, at, np.float32) for at in range(12)),
+    'slashes': {'mlp/~/linear': {'w': ONES}, 'mlp': {'b': ONES}, 'é ': {'': ONES}},
+    'slash first': {'': {'a': ONES}, 'b': ONES},
+    'many axes': {'a': np.ones((1,) * 63 + (2,), np.float32)},
+    'wide': {'a': np.arange(300_000, dtype=np.float32).reshape(3, -1)},
+}
+
+
+@pytest.mark.parametrize('params', TREES.values(), ids=TREES)
+@pytest.mark.parametrize('keep', ['all', 'scalar', 'none', 'first', 'last', 'some'])
+def test_any_tree_and_mask_comes_back(path, params, keep):
+    random = np.random.default_rng(0)
+
+    def make(leaf):
+        mask = np.zeros(leaf.shape, bool)
+        if keep == 'scalar' or not leaf.ndim:
+            return np.array(True)
+        if keep in ('first', 'last') and leaf.size:
+            mask.reshape(-1)[0 if keep == 'first' else -1] = True  # `flat` has 32 axes
+        if keep == 'some':
+            mask = random.random(leaf.shape) < 0.2
+        return mask | (keep == 'all')
+
+    assert_comes_back(path, share(params, jax.tree.map(make, params), 3, FREE))
+
+
+@st.composite
+def networks(draw):
+    """Weights and masks, of which some take no part, in layers of all shapes."""
+    params, masks = {}, {}
+    for at in range(draw(st.integers(1, 4))):
+        shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=6))
+        name = draw(st.sampled_from(['', 'a/', 'b/', 'ab/c/'])) + str(at)
+        floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+        params[name] = draw(hnp.arrays(np.float32, shape, elements=floats))
+        masks[name] = draw(hnp.arrays(bool, shape)) if shape else np.array(True)
+        if draw(st.booleans()):
+            masks[name] = np.array(True)
+    return params, masks
+
+
+@given(
+    network=networks(),
+    clusters=st.integers(1, 20),
+    metadata=st.dictionaries(st.text('ab', max_size=3), st.text('σ"\\')),
+)
+def test_round_trip(path, network, clusters, metadata):
+    params, masks = network
+    assert_comes_back(path, share(params, masks, clusters, metadata))
+
+
+@given(data=st.data(), shape=hnp.array_shapes(max_dims=4, max_side=9), fed=hnp.arrays(bool, 3))
+def test_masks_come_back(data, shape, fed):
+    masks = [data.draw(hnp.arrays(bool, shape)) for _ in range(2)]
+    encoder, states = Encoder(), [fed]
+    for mask in masks:
+        states.append(encode_mask(encoder, mask, states[-1]))
+    decoder = Decoder(encoder.getvalue())
+    for mask, before, after in zip(masks, states[:-1], states[1:], strict=True):
+        got, state = decode_mask(decoder, mask.shape, int(mask.sum()), before)
+        np.testing.assert_array_equal(got, mask, strict=True)
+        np.testing.assert_array_equal(state, after)
+
+
+def test_bits_and_symbols_of_all_widths():
+    widths = np.tile(np.arange(32), 40)
+    values = np.random.default_rng(0).integers(0, 2**31, len(widths)) & ((1 << widths) - 1)
+    values[-32:] = (1 << np.arange(32)) - 1
+    symbols = np.random.default_rng(1).integers(0, 2**16, 500)
+    encoder = Encoder()
+    encoder.bits(values, widths)
+    encoder.symbols(symbols, 2**16)
+    encoder.bits(values[::-1], widths[::-1])
+    decoder = Decoder(encoder.getvalue())
+    np.testing.assert_array_equal(decoder.bits(widths), values)
+    np.testing.assert_array_equal(decoder.symbols(500, 2**16), symbols)
+    np.testing.assert_array_equal(decoder.bits(widths[::-1]), values[::-1])
+    assert len(encoder.getvalue()) < 2 * widths.sum() / 8 + 1200
+
+
+def test_symbols_take_their_entropy():
+    random = np.random.default_rng(0)
+    shares = np.array([0.7, 0.2, 0.05, 0.05])
+    symbols = random.choice(4, 20_000, p=shares)
+    encoder = Encoder()
+    encoder.symbols(symbols, 4)
+    ideal = -np.log2(shares[symbols]).sum() / 8
+    assert ideal - 10 < len(encoder.getvalue()) < ideal + 20
+
+
+def test_positions_take_what_dead_units_leave():
+    """The model of the masks: dead units and inputs cost next to nothing."""
+    random = np.random.default_rng(0)
+    units, inputs = random.random(300) < 0.3, random.random(800) < 0.3
+    mask = np.outer(inputs, units) & (random.random((800, 300)) < 0.05)
+    encoder = Encoder()
+    encode_mask(encoder, mask, np.zeros(0, bool))
+    size = len(encoder.getvalue())
+    grid = units.sum() * inputs.sum()
+    iid = mask.sum() / 8 * (np.log2(grid / mask.sum()) + 1.45)  # in the grid that is left
+    assert size < iid + 1100 / 8 + 20
+    feeding = Encoder()
+    encode_mask(feeding, mask, mask.any(1))
+    assert len(feeding.getvalue()) < size - 600 / 8
+
+
+def test_numbers_and_texts():
+    for value in (0, 1, 127, 128, 300, 2**31, 2**63 - 1):
+        reader = Reader(number(value) + text('σ\0') + b'end')
+        assert reader.number() == value
+        assert reader.text() == 'σ\0'
+        assert reader.rest() == b'end'
+    assert number(300) == b'\xac\x02'
+    for data in (b'', b'\x80', b'\xff' * 20):
+        with pytest.raises(ValueError, match=r'ends too early|2\*\*63'):
+            Reader(data).number()
+    with pytest.raises(ValueError, match='ends too early'):
+        Reader(b'\x05abc').text()
+    with pytest.raises(ValueError, match='utf-8'):
+        Reader(b'\x01\xff').text()
+    with pytest.raises(ValueError, match='multiple of 4'):
+        Decoder(b'123')
+
+
+def test_sharded_weights_are_gathered(path, mesh):
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    params = {'w': jax.device_put(jnp.arange(32.0).reshape(16, 2), rows)}
+    masks = {'w': jax.device_put(params['w'] % 3 == 1, rows)}
+    loaded = assert_comes_back(path, share(params, masks, 32))
+    wanted = np.where(np.arange(32) % 3 == 1, np.arange(32), 0).reshape(16, 2)
+    np.testing.assert_array_equal(expand(*loaded[:3])['w'], wanted)
+
+
+def test_a_large_mask_takes_seconds():
+    """As many positions as fully connected layers of VGG-16 have, in a twentieth of the size."""
+    mask = np.random.default_rng(0).random((2048, 1024)) < 0.05
+    start = time.monotonic()
+    encoder = Encoder()
+    encode_mask(encoder, mask, np.zeros(0, bool))
+    got, _ = decode_mask(
+        Decoder(encoder.getvalue()), mask.shape, int(mask.sum()), np.zeros(0, bool)
+    )
+    np.testing.assert_array_equal(got, mask)
+    assert time.monotonic() - start < 10
+
+
+W, T = np.ones(2, np.float32), np.ones(2, bool)
+
+
+@pytest.mark.parametrize(
+    ('params', 'masks', 'clusters', 'error', 'message'),
+    [
+        ({'a': W}, {'b': T}, 2, ValueError, 'masks must have the structure'),
+        ({'a': W}, {'a': T[:1]}, 2, ValueError, r"masks\['a'\] has shape"),
+        ({'a': W}, {'a': W}, 2, TypeError, r"masks\['a'\] must be boolean"),
+        ({'a': np.ones(2)}, {'a': T}, 2, TypeError, r"params\['a'\].*float64"),
+        ({'a': np.ones(2, int)}, {'a': T}, 2, TypeError, r"params\['a'\].*int64"),
+        ({'a': W * np.nan}, {'a': T}, 2, ValueError, r"params\['a'\].*not finite"),
+        ({'a': W * np.inf}, {'a': np.array(True)}, 2, ValueError, r"params\['a'\].*not finite"),
+        ({'a': W}, {'a': T}, 0, ValueError, r"clusters=0: wanted 1 to 65536 for the layers \[''\]"),
+        ({'a': W}, {'a': T}, 65537, ValueError, 'clusters=65537'),
+        ({'a': {'w': W}, 'b': {'w': W}}, {'a': {'w': T}, 'b': {'w': T}}, {'a': 3}, ValueError, 'b'),
+        ({'a': W}, {'a': T}, {'*': 3, 'x': 4}, ValueError, "pattern 'x' is the first match"),
+    ],
+)
+def test_what_cannot_be_shared(params, masks, clusters, error, message):
+    with pytest.raises(error, match=message):
+        share(params, masks, clusters)
+
+
+GOOD = SharedNetwork(
+    {'fc': np.float32([-1, 2])},
+    {'fc': {'w': np.int32([[0, 1], [1, 9]])}},
+    {'fc': {'w': np.array([[True, True], [True, False]])}},
+    {'network': 'tiny'},
+)
+WIDE = np.broadcast_to(np.int32(0), (2**16, 2**15 + 1))  # takes no memory
+BAD = [
+    ({'codebooks': {}}, ValueError, r"codebooks must be of the layers \['fc'\], not \[\]"),
+    ({'codebooks': GOOD.codebooks | {'x': W}}, ValueError, "not \\['fc', 'x'\\]"),
+    ({'codebooks': {'fc': np.float64([1, 2])}}, TypeError, 'must be float32, but is float64'),
+    ({'codebooks': {'fc': np.float32([[1, 2]])}}, ValueError, 'must have one axis'),
+    ({'codebooks': {'fc': np.zeros(2**16 + 1, np.float32)}}, ValueError, 'of at most 65536'),
+    ({'codebooks': {'fc': np.float32([0.1, 2])}}, ValueError, 'what round_codebooks gives'),
+    ({'codebooks': {'fc': np.float32([np.nan, 2])}}, ValueError, 'not finite'),
+    ({'codebooks': {'fc': np.float32([1])}}, ValueError, 'from 0 to 0, but has 0 to 1'),
+    ({'assignments': {'fc': {'w': -GOOD.assignments['fc']['w']}}}, ValueError, 'but has -1 to 0'),
+    ({'assignments': {'fc': {'w': np.ones((2, 2))}}}, TypeError, 'must be integers, not float64'),
+    ({'assignments': {'fc': {'v': np.ones((2, 2), int)}}}, ValueError, 'must have the structure'),
+    ({'masks': {'fc': {'w': np.ones((2, 2))}}}, TypeError, 'must be boolean'),
+    ({'metadata': {'scale': 1.0}}, TypeError, "'scale': 1.0"),
+    ({'metadata': {3: 'three'}}, TypeError, "3: 'three'"),
+    ({'metadata': {'a': '\ud800'}}, ValueError, 'surrogates'),
+    ({'assignments': {}, 'masks': {}, 'codebooks': {}}, ValueError, 'at least one leaf'),
+    (
+        {'assignments': {'fc': {'w': WIDE}}, 'masks': {'fc': {'w': WIDE == 0}}},
+        ValueError,
+        r'2147549184 elements, over 2\*\*31',
+    ),
+    (
+        {
+            'assignments': {'x' * 1001: np.int32([0])},
+            'masks': {'x' * 1001: np.array(True)},
+            'codebooks': {'': np.float32([1])},
+        },
+        ValueError,
+        'over 1000 characters',
+    ),
+    (
+        {
+            'assignments': {'a': np.int32([0]), 'a/b': np.int32([0])},
+            'masks': {'a': np.array(True), 'a/b': np.array(True)},
+        },
+        ValueError,
+        "'a/b' has the place of another, or lies within it",
+    ),
+]
+
+
+@pytest.mark.parametrize(('changes', 'error', 'message'), BAD)
+def test_what_cannot_be_saved_leaves_no_trace(tmp_path, changes, error, message):
+    save_coded(tmp_path / 'network', GOOD)
+    (tmp_path / 'network').unlink()
+    with pytest.raises(error, match=message):
+        save_coded(tmp_path / 'network', GOOD._replace(**changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_assigned_where_pruned_is_of_no_concern(path):
+    loaded = assert_comes_back(path, GOOD)
+    np.testing.assert_array_equal(loaded.assignments['fc']['w'], np.int32([[0, 1], [1, 0]]))
+
+
+def test_file_or_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save_coded(tmp_path / 'no' / 'network', GOOD)
+    with pytest.raises(FileNotFoundError):
+        load_coded(tmp_path / 'network')
+
+
+def assert_refused(path, message, **arguments):
+    """A ValueError that names the file and what is wrong."""
+    with pytest.raises(ValueError, match=message) as caught:
+        load_coded(path, **arguments)
+    assert str(caught.value).startswith(f'cannot load {str(path)!r}: ')
+
+
+def sealed(content):
+    """The bytes of a file with this content and the checksum of it."""
+    return b'DNS\x01' + struct.pack('<I', zlib.crc32(content)) + content
+
+
+def form(*layers, metadata=b'\0'):
+    return metadata + number(len(layers)) + b''.join(layers)
+
+
+def layer(name='', book=b'\x80\x3f', leaves=(('w', (2,), 2),), clusters=None, amount=None):
+    parts = [text(name), number(len(book) // 2 if clusters is None else clusters), book]
+    parts.append(number(len(leaves) if amount is None else amount))
+    for suffix, shape, kept in leaves:
+        parts += [text(suffix), number(len(shape)), *map(number, shape), number(kept)]
+    return b''.join(parts)
+
+
+HEADERS = {
+    'sound': (form(layer()), None),
+    'nothing in it': (form(), 'at least one leaf'),
+    'ends in the metadata': (b'\x05\x01a', 'ends too early'),
+    'ends in the layers': (number(2**62) + b'\x01a\x01b', 'ends too early'),
+    'many layers': (b'\0' + number(2**62) + layer(), 'ends too early'),
+    'many leaves': (form(layer(amount=2**62)), 'ends too early'),
+    'many clusters': (form(layer(clusters=2**62)), 'over 65536'),
+    'more clusters than there are': (form(layer(clusters=60_000)), 'ends too early'),
+    'many axes': (form(layer(leaves=[('w', (1,) * 65, 1)])), '65 axes, over 64'),
+    'number too long': (b'\xff' * 10, r'2\*\*63'),
+    'number with a zero too many': (b'\x80\0' + form(layer())[1:], 'not what its network'),
+    'not UTF-8': (b'\x01\x01\xff\x00' + form(layer())[1:], 'utf-8'),
+    'metadata unsorted': (form(layer(), metadata=b'\x02\x01b\0\x01a\0'), 'not what its network'),
+    'metadata twice': (form(layer(), metadata=b'\x02\x01a\0\x01a\0'), 'not what its network'),
+    'kept over its size': (form(layer(leaves=[('w', (2,), 3)])), '3 kept weights of 2'),
+    'leaf too large': (form(layer(leaves=[('w', (2**31 + 1,), 3)])), '3 kept weights of'),
+    'scalar pruned': (form(layer(leaves=[('w', (), 0)])), 'scalar that is not kept'),
+    'too large': (form(layer(leaves=[('w', (10**6, 2), 3)])), '2000000 parameters'),
+    'too large but empty': (form(layer(leaves=[('w', (0, 2**62), 0)])), 'max_parameters'),
+    'too large together': (
+        form(layer(leaves=[(str(at), (600_000,), 3) for at in range(2)])),
+        '1200000 parameters',
+    ),
+    'codebook not finite': (form(layer(book=b'\xc0\x7f')), 'not finite'),
+    'no codebook': (form(layer(book=b'')), 'from 0 to -1'),
+    'layers unsorted': (form(layer('b', leaves=[('/w', (2,), 2)]), layer()), 'not what its'),
+    'layer twice': (form(layer(), layer()), 'not what its network'),
+    'layer of no leaves': (form(layer('a', leaves=())), ''),
+    'leaf of another layer': (form(layer('a', leaves=[('w', (2,), 2)])), 'codebooks must be of'),
+    'leaf twice': (form(layer(leaves=[('w', (2,), 2)] * 2)), ''),
+    'leaf in a leaf': (
+        form(layer(), layer('w', leaves=[('/v', (2,), 2)])),
+        'has the place of another',
+    ),
+    'path too long': (form(layer(leaves=[('w' * 1001, (2,), 2)])), 'over 1000 characters'),
+    'path too deep': (form(layer('/'.join('a' * 101), leaves=[('/w', (2,), 2)])), '102 parts'),
+    'words left over': (form(layer()) + bytes(4), 'not what its network'),
+    'bytes left over': (form(layer()) + bytes(1), 'multiple of 4'),
+    'words missing': (form(layer(leaves=[('w', (8,), 3)])), ''),
+}
+
+
+@pytest.mark.parametrize(('content', 'message'), HEADERS.values(), ids=HEADERS)
+def test_damaged_headers(path, content, message):
+    path.write_bytes(sealed(content))
+    if message is None:
+        np.testing.assert_array_equal(load_coded(path).masks['w'], [True, True])
+    else:
+        assert_refused(path, message or '.', max_parameters=10**6)
+
+
+def test_other_files_are_refused(path):
+    save_coded(path, GOOD)
+    data = path.read_bytes()
+    for other in (b'', b'DNS', b'DNS\x02' + data[4:], b'PK\x03\x04' + bytes(60), b'\x80\x04]'):
+        path.write_bytes(other)
+        assert_refused(path, 'must begin with')
+    for other in (
+        b'DNS\x01',
+        b'DNS\x01\0\0',
+        data[:-1],
+        data + b'\0',
+        data[:8] + b'\x09' + data[9:],
+    ):
+        path.write_bytes(other)
+        assert_refused(path, 'checksum')
+
+
+def test_max_parameters(path):
+    params = {'a': ONES, 'b': np.ones(4, np.float32), 'c': np.zeros((0, 5), np.float32)}
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params)
+    save_coded(path, share(params, masks, 1))
+    load_coded(path, max_parameters=15)
+    assert_refused(path, 'it has 15 .* max_parameters is 14', max_parameters=14)
+
+
+HUGE = [(2**30 + 1,), (2**15, 2**15 + 1), (0, *(2**62,) * 63)]
+
+
+@pytest.mark.parametrize('shape', HUGE, ids=str)
+def test_huge_networks_are_refused_before_memory_is_taken(path, shape):
+    path.write_bytes(sealed(form(layer(leaves=[('w', shape, 0)]))))
+    tracemalloc.start()
+    try:
+        assert_refused(path, 'max_parameters is 1073741824')
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The bytes of a small sound file."""
+    path = tmp_path_factory.mktemp('small') / 'network'
+    params, masks = random_network(scale=0.1)
+    save_coded(path, share(params, masks, 4, {'network': 'tiny'}))
+    return path.read_bytes()
+
+
+def refusal(path):
+    """Loads a file that may be damaged: why it was refused, or None where it is sound."""
+    try:
+        loaded = load_coded(path, max_parameters=10**5)
+    except ValueError as error:
+        return str(error)
+    check_parallel(loaded.assignments, loaded.masks)
+    assert all(np.isfinite(book).all() for book in loaded.codebooks.values())
+    return None
+
+
+def damage(random, data):
+    """Flips bits, cuts, repeats, swaps or replaces some of the bytes."""
+    damaged = bytearray(data)
+    kind = random.integers(6)
+    at, other = sorted(random.integers(0, len(data), 2))
+    if kind < 2:
+        for _ in range(random.integers(1, 4)):
+            damaged[random.integers(len(data))] ^= 1 << random.integers(8)
+    elif kind == 2:
+        del damaged[at : other + 1]
+    elif kind == 3:
+        damaged[at:at] = damaged[at : other + 1]
+    elif kind == 4:
+        damaged[at] = random.choice([0, 1, 127, 128, 255])
+    else:
+        damaged[at : at + 8] = random.bytes(random.integers(12))
+    return bytes(damaged)
+
+
+def test_ten_thousand_damaged_files(path, small):
+    """Half have the checksum of what they became, so that what lies behind it is tested."""
+    random = np.random.default_rng(0)
+    reasons, sound = set(), 0
+    for at in range(10_000):
+        if at % 2:
+            data = damage(random, small)
+            path.write_bytes(data)
+            assert data == small or refusal(path) is not None
+        else:
+            path.write_bytes(sealed(damage(random, small[8:])))
+            reason = refusal(path)
+            sound += reason is None
+            reasons.add((reason or '').removeprefix(f'cannot load {str(path)!r}: ')[:12])
+    assert len(reasons) > 15
+    assert sound  # a value of a codebook, or a name, that became another
+
+
+def test_damaged_files_take_little_memory(path, small):
+    random = np.random.default_rng(1)
+    tracemalloc.start()
+    try:
+        for _ in range(500):
+            path.write_bytes(sealed(damage(random, small[8:])))
+            refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@settings(max_examples=300)
+@given(words=st.binary(max_size=64), kept=st.integers(0, 40), clusters=st.integers(1, 4))
+def test_random_streams(path, words, kept, clusters):
+    book = np.arange(1, clusters + 1).astype(jnp.bfloat16).tobytes()
+    leaves = [('kernel', (5, 8), kept), ('zernel', (8, 5), kept)]
+    content = form(layer(book=book, leaves=leaves)) + words + bytes(-len(words) % 4)
+    path.write_bytes(sealed(content))
+    assert (refusal(path) or 'cannot load ').startswith('cannot load ')
