@@ -34,7 +34,7 @@ from dns_jax.chain import (
 )
 from dns_jax.files import write_whole
 from dns_jax.layers import leaf_path
-from dns_jax.sparse import _in_order
+from dns_jax.sparse import sort_metadata
 from dns_jax.typing import Params
 
 _OPSET = 17  # of ONNX: old enough for most runtimes, and all that a chain needs
@@ -79,7 +79,7 @@ def save_dense(
         tensors[name] = _float32(name, leaf)
     if not tensors:
         raise ValueError('params must have at least one leaf')
-    write_whole(Path(path), _in_order(save(tensors, dict(metadata or {}))))
+    write_whole(Path(path), sort_metadata(save(tensors, dict(metadata or {}))))
 
 
 def save_onnx(

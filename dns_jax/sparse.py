@@ -92,7 +92,7 @@ def save_sparse(
         values, indices = _kept(name, np.asarray(leaf), np.asarray(mask))
         tensors |= {f'{name}:values': values, f'{name}:indices': indices}
         entries[f'{name}:shape'] = json.dumps(jnp.shape(leaf))
-    write_whole(Path(path), _in_order(save(tensors, entries)))
+    write_whole(Path(path), sort_metadata(save(tensors, entries)))
 
 
 def load_sparse(path: str | os.PathLike[str], max_parameters: int = 2**30) -> SparseNetwork:
@@ -238,8 +238,15 @@ def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
     return top['']
 
 
-def _in_order(data: bytes) -> bytes:
-    """Sorts the metadata, which safetensors writes in an order that changes from run to run."""
+def sort_metadata(data: bytes) -> bytes:
+    """Sorts the metadata, which safetensors writes in an order that changes from run to run.
+
+    Args:
+      data: a safetensors file with metadata.
+
+    Returns:
+      The same file, but for that order.
+    """
     end = 8 + int.from_bytes(data[:8], 'little')
     header = json.loads(data[8:end])
     header['__metadata__'] = dict(sorted(header['__metadata__'].items()))

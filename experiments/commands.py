@@ -12,7 +12,9 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from experiments import data
 from experiments.flags import Config, define, flag, is_flag
+from experiments.parsers import parse_table
 
 # What all variants of a comparison have in common.
 _SHARED = {
@@ -263,3 +265,51 @@ class LatencyConfig:
         if not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', self.batches):
             raise ValueError(f'--batches={self.batches} must be numbers with commas between')
         return [int(size) for size in self.batches.split(',')]
+
+
+_OF_CODING = (
+    *('clusters', 'finetuning_steps', 'learning_rate', 'batch_size', 'seed'),
+    *('dataset', 'data_dir', 'manual_dir'),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What `experiments.export` writes."""
+
+    model: str = flag('zoo/lenet5.safetensors', 'File of a pruned network.')
+    format: str = flag(
+        'sparse',
+        'dense and sparse are safetensors, coded is Deep Compression; sparse, onnx and stablehlo '
+        'hold the network as compaction leaves it.',
+        choices=('dense', 'sparse', 'coded', 'onnx', 'stablehlo'),
+    )
+    output: str | None = flag(None, 'The file to write; by default it goes to runs/exports.')
+    batch: int = flag(
+        1, 'Examples in a call, for which sparse records the fastest kinds.', lower_bound=1
+    )
+
+    clusters: str = flag('16', 'Values that the weights of a layer share, as LAYER:NUMBER,…')
+    finetuning_steps: int = flag(2_000, 'Steps of tuning these values.', lower_bound=0)
+    learning_rate: float = flag(1e-3, "Adam's rate at the start of that.", lower_bound=0.0)
+    batch_size: int = flag(64, 'Images per step.', lower_bound=1)
+    seed: int = flag(0, 'Seeds the order of the images.', lower_bound=0)
+    dataset: str = flag('mnist', 'Data set to tune on.', choices=data.DATASETS)
+    data_dir: str | None = flag(None, 'TFDS folder; by default TFDS chooses.')
+    manual_dir: str | None = flag(None, "Folder with the set's published files, read offline.")
+
+    def __post_init__(self):
+        unread = [] if self.format == 'coded' else list(_OF_CODING)
+        unread += [] if self.format == 'sparse' else ['batch']
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in unread and value != field.default:
+                raise ValueError(f'--{field.name}={value} has no meaning with {self.format}')
+        self.parse_clusters()
+
+    def parse_clusters(self) -> dict[str, int]:
+        """Returns how many values each layer may have, by patterns."""
+        try:
+            return parse_table(self.clusters, int)
+        except ValueError as error:
+            raise ValueError(f'--clusters: {error}') from error

@@ -26,6 +26,7 @@ from dns_jax.chain import Chain, Weighted, Weights, trace_shapes
 from dns_jax.export import save_onnx
 from dns_jax.files import write_whole
 from dns_jax.runners import choose_kinds, jax_runner, scipy_runner, time_in_turns
+from dns_jax.steps import make_scipy, plan_steps
 from experiments import flags, latency_report, models
 from experiments.artefacts import Model, load_model
 from experiments.commands import LatencyConfig
@@ -102,6 +103,11 @@ def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
         label = f'{name}, compact, chosen by layer'
         calls[label] = partial(run, jnp.asarray(inputs) if make_runner is jax_runner else inputs)
         result['kinds'][label], result['seconds'][name] = choice.kinds, choice.seconds
+    if len(model.chain) == 1:  # its product alone, as it stands within a network
+        whole = model.chain, model.params, model.input_shape
+        compute = make_scipy(plan_steps(*whole, {'fc': 'sparse'}, ['sparse']).steps[0])
+        batch_last = np.ascontiguousarray(inputs.T)
+        calls['SciPy, batch last'] = lambda: compute(batch_last).T
     calls['ONNX Runtime'] = _onnx_call(model.chain, model.params, model.input_shape, inputs)
     calls['ONNX Runtime, compact'] = _onnx_call(
         small.chain, small.params, model.input_shape, inputs
@@ -127,8 +133,9 @@ def _dense_calls(model: Model, inputs: np.ndarray) -> Calls:
     run = jax_runner(model.chain, model.params, model.input_shape, _all_dense(model.chain))
     calls['dense JAX'] = partial(run, jnp.asarray(inputs))
     params = jax.tree.map(jnp.asarray, model.params)
-    if network := models.NETWORKS.get(model.metadata.get('network', '')):
-        apply = jax.jit(lambda params, inputs: network().apply({'params': params}, inputs))
+    name = model.metadata.get('network', '')
+    if models.CHAINS.get(name) == model.chain:
+        apply = jax.jit(lambda params, x: models.NETWORKS[name]().apply({'params': params}, x))
         calls['dense JAX, as trained'] = partial(apply, params, jnp.asarray(inputs))
     elif len(model.chain) == 1:
         product = jax.jit(lambda kernel, bias, inputs: (kernel @ inputs + bias[:, None]).T)

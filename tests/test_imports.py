@@ -99,7 +99,9 @@ def test_there_are_entry_scripts():
 TOOLS = {
     'bench': {'commands', 'flags', 'models', 'train'},
     'compare': {'commands', 'flags', 'parsers', 'plots', 'report', 'sweep', 'workdir'},
+    'export': {*('artefacts', 'commands', 'data', 'flags', 'models', 'report', 'sharing', 'train')},
     'frontier': {'commands', 'flags', 'plots', 'report', 'sweep'},
+    'latency': {'artefacts', 'commands', 'flags', 'latency_report', 'models'},
     'results': {'report'},
     'search': None,  # an experiment of its own, with modules of its own
     'xor': {'commands', 'flags', 'models', 'probes', 'report', 'train', 'xor_plots'},

@@ -1,0 +1,143 @@
+"""Writes a pruned network as a file for others, and says how large it is.
+
+python -m experiments.export --model=zoo/lenet5.safetensors --format=onnx
+
+`coded` shares weights and tunes the shared values on the training images of a data set; every
+other format is exact.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dns_jax.chain import chain_to_json
+from dns_jax.codec import expand, load_coded, save_coded, share_weights
+from dns_jax.export import save_dense, save_onnx, save_stablehlo
+from dns_jax.runners import choose_kinds, jax_runner
+from dns_jax.sparse import save_sparse
+from experiments import data, flags, models
+from experiments.artefacts import Model, load_model
+from experiments.commands import ExportConfig
+from experiments.report import table
+from experiments.sharing import finetune_codebooks
+from experiments.train import make_error
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Writes the file, and prints its size, and as the last line the same as JSON.
+
+    Args:
+      config: which network and what format.
+
+    Returns:
+      `{model, format, path, bytes, dense_bytes, ratio}`, for `coded` also the errors in percent
+      before and after, on the test images.
+
+    Raises:
+      ValueError: if the model cannot be read, or not be written in this format.
+      OSError: if a file cannot be read or written.
+      FloatingPointError: if tuning diverges.
+    """
+    model = load_model(config.model)
+    path = Path(config.output or f'runs/exports/{model.name}.{_ENDINGS[config.format]}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    errors = _FORMATS[config.format](config, model, path)
+    dense_bytes = 4 * sum(leaf.size for layer in model.params.values() for leaf in layer.values())
+    result = {
+        'model': config.model,
+        'format': config.format,
+        'path': str(path),
+        'bytes': path.stat().st_size,
+        'dense_bytes': dense_bytes,
+        'ratio': dense_bytes / path.stat().st_size,
+        **errors,
+    }
+    row = [config.format, f'{result["bytes"]:,}', f'{result["ratio"]:.1f}×']
+    print(table(['format', 'bytes', 'float32 dense / it'], [row]))
+    print(json.dumps(result))
+    return result
+
+
+def _write_dense(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
+    save_dense(path, model.params, model.metadata)
+    return {}
+
+
+def _write_sparse(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
+    """Compacts the network, and records how this machine computes each layer fastest."""
+    small = model.compact()
+    offered = ('dense', 'sparse', 'native')
+    choice = choose_kinds(
+        jax_runner, offered, small.chain, small.params, model.input_shape, config.batch
+    )
+    metadata = {
+        **model.metadata,
+        'chain': chain_to_json(small.chain),
+        'input_shape': json.dumps(model.input_shape),
+        'kinds': json.dumps(choice.kinds),
+    }
+    masks = {
+        name: {'kernel': weights['kernel'] != 0, 'bias': np.ones_like(weights['bias'], bool)}
+        for name, weights in small.params.items()
+    }
+    save_sparse(path, small.params, masks, metadata)
+    return {}
+
+
+def _write_onnx(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
+    small = model.compact()
+    save_onnx(path, small.chain, small.params, model.input_shape)
+    return {}
+
+
+def _write_stablehlo(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
+    small = model.compact()
+    save_stablehlo(path, small.chain, small.params, model.input_shape)
+    return {}
+
+
+def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
+    """Shares weights, tunes what they share, and measures what was written, read back."""
+    if model.metadata.get('network') not in models.NETWORKS:
+        raise ValueError(f'--format=coded needs a network of {sorted(models.NETWORKS)}')
+    network = models.NETWORKS[model.metadata['network']]()
+    dataset = data.load(config.dataset, config.data_dir, config.manual_dir, train_on_all=True)
+    shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
+    if config.finetuning_steps:
+        shared = finetune_codebooks(
+            network,
+            shared,
+            dataset.train,
+            steps=config.finetuning_steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+        )
+    save_coded(path, shared)
+    error = make_error(network)
+    return {
+        'error_before': error(model.params, dataset.test),
+        'error': error(expand(*load_coded(path)[:3]), dataset.test),
+    }
+
+
+_FORMATS: dict[str, Callable[[ExportConfig, Model, Path], dict[str, float]]] = {
+    'dense': _write_dense,
+    'sparse': _write_sparse,
+    'coded': _write_coded,
+    'onnx': _write_onnx,
+    'stablehlo': _write_stablehlo,
+}
+_ENDINGS = {
+    'dense': 'dense.safetensors',
+    'sparse': 'sparse.safetensors',
+    'coded': 'dns',
+    'onnx': 'onnx',
+    'stablehlo': 'stablehlo',
+}
+
+if __name__ == '__main__':
+    flags.launch({}, export, ExportConfig)

@@ -1,0 +1,217 @@
+"""Tests of experiments.artefacts, export and latency: files of networks, and their timing."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import onnxruntime
+import pytest
+from networks import LENET5, LENET300
+from safetensors.numpy import load_file
+
+from dns_jax.chain import run_chain
+from dns_jax.codec import load_coded
+from dns_jax.runners import jax_runner
+from dns_jax.sparse import load_sparse, save_sparse
+from experiments import latency_report
+from experiments.artefacts import load_model
+from experiments.commands import ExportConfig, LatencyConfig
+from experiments.export import export
+from experiments.latency import _crossing, _one_core, measure
+from experiments.zoo import FOLDER
+
+ZOO = str(FOLDER / 'lenet300.safetensors')
+IMAGES = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+
+
+@pytest.fixture(scope='module')
+def expected():
+    model = load_model(ZOO)
+    return np.asarray(run_chain(model.chain, model.params, IMAGES))
+
+
+def test_models_of_the_zoo():
+    for name, chain in (('lenet300', LENET300), ('lenet5', LENET5)):
+        model = load_model(str(FOLDER / f'{name}.safetensors'))
+        assert model.chain == chain
+        assert model.input_shape == (28, 28, 1)
+        assert model.metadata['network'] == model.name == name
+
+
+def test_synthetic_layer():
+    model = load_model('fc:80x50:0.1')
+    kernel = model.params['fc']['kernel']
+    assert kernel.shape == (80, 50)
+    assert 0.05 < np.count_nonzero(kernel) / kernel.size < 0.15
+    np.testing.assert_array_equal(kernel != 0, model.masks['fc']['kernel'])
+    np.testing.assert_array_equal(kernel, load_model('fc:80x50:0.1').params['fc']['kernel'])
+
+
+@pytest.mark.parametrize('name', ['fc:', 'fc:3x4', 'fc:0x4:0.1', 'fc:3x4:2', 'fc:3x4:1.5'])
+def test_synthetic_layer_of_no_shape(name):
+    with pytest.raises(ValueError, match='must be fc:INPUTSxUNITS:DENSITY'):
+        load_model(name)
+
+
+def test_file_of_an_unknown_network(tmp_path):
+    save_sparse(tmp_path / 'w', np.ones(2, np.float32), np.array(True), {'network': 'resnet'})
+    with pytest.raises(ValueError, match="names the network 'resnet', which is none of"):
+        load_model(str(tmp_path / 'w'))
+
+
+def run_export(tmp_path, capsys, **flags):
+    path = tmp_path / 'file.dns'
+    result = export(ExportConfig(model=ZOO, output=str(path), **flags))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result['bytes'] == path.stat().st_size
+    assert result['dense_bytes'] == 1_066_440
+    assert result['ratio'] == result['dense_bytes'] / result['bytes']
+    return path, result
+
+
+def test_export_dense(tmp_path, capsys, expected):
+    path, _ = run_export(tmp_path, capsys, format='dense')
+    tensors = load_file(path)
+    params = {
+        name: {leaf: tensors[f'{name}.{leaf}'] for leaf in ('kernel', 'bias')}
+        for name in ('fc1', 'fc2', 'fc3')
+    }
+    np.testing.assert_array_equal(run_chain(LENET300, params, IMAGES), expected)
+
+
+def test_export_sparse(tmp_path, capsys, expected):
+    path, _ = run_export(tmp_path, capsys, format='sparse')
+    path = path.rename(tmp_path / 'file.safetensors')
+    model = load_model(str(path))
+    assert model.params['fc1']['kernel'].shape[0] < 784
+    kinds = json.loads(load_sparse(path).metadata['kinds'])
+    run = jax_runner(model.chain, model.params, model.input_shape, kinds)
+    np.testing.assert_allclose(run(jax.numpy.asarray(IMAGES)), expected, atol=1e-5)
+
+
+def test_export_onnx(tmp_path, capsys, expected):
+    path, result = run_export(tmp_path, capsys, format='onnx')
+    outputs = onnxruntime.InferenceSession(path).run(None, {'inputs': IMAGES})[0]
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    assert result['ratio'] > 5  # compact
+
+
+def test_export_stablehlo(tmp_path, capsys, expected):
+    path, result = run_export(tmp_path, capsys, format='stablehlo')
+    program = jax.export.deserialize(path.read_bytes())
+    np.testing.assert_allclose(program.call(IMAGES), expected, atol=1e-5)
+    assert result['ratio'] > 5
+
+
+def test_export_coded(tmp_path, capsys):
+    """Digits stand in for MNIST, which only makes the errors meaningless."""
+    flags = {'dataset': 'digits', 'data_dir': str(tmp_path / 'tfds'), 'clusters': 'fc1:4,*:8'}
+    path, untuned = run_export(tmp_path, capsys, format='coded', finetuning_steps=0, **flags)
+    before = load_coded(path)
+    assert {layer: len(book) for layer, book in before.codebooks.items()} == {
+        'fc1': 4,
+        'fc2': 8,
+        'fc3': 8,
+    }
+    with jax.numpy_dtype_promotion('standard'):  # which optax's Adam takes for granted
+        _, tuned = run_export(tmp_path, capsys, format='coded', finetuning_steps=40, **flags)
+    after = load_coded(path)
+    assert tuned['bytes'] < 4_000
+    assert any((before.codebooks[name] != after.codebooks[name]).any() for name in after.codebooks)
+    assert untuned['error_before'] == tuned['error_before']
+    assert tuned['error'] < untuned['error']  # tuned on digits, which MNIST's network has not seen
+    model = load_model(str(path))
+    assert model.chain == LENET300
+    for name, weights in load_model(ZOO).params.items():
+        np.testing.assert_array_equal(
+            model.masks[name]['kernel'], load_sparse(ZOO).masks[name]['kernel']
+        )
+        assert weights['kernel'].shape == model.params[name]['kernel'].shape
+
+
+def test_export_of_what_has_no_network(tmp_path):
+    with pytest.raises(ValueError, match='--format=coded needs a network of'):
+        export(ExportConfig(model='fc:3x4:1', format='coded', output=str(tmp_path / 'x')))
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {'format': 'onnx', 'clusters': '3'},
+        {'format': 'sparse', 'finetuning_steps': 3},
+        {'format': 'dense', 'batch': 3},
+        {'format': 'coded', 'batch': 3},
+        {'format': 'coded', 'clusters': 'fc1:x'},
+    ],
+)
+def test_export_flags_that_mean_nothing(flags):
+    with pytest.raises(ValueError, match=r'has no meaning with|--clusters'):
+        ExportConfig(**flags)
+
+
+def test_latency_of_a_network(tmp_path, capsys):
+    output = tmp_path / 'latency.json'
+    result = measure(LatencyConfig(model=ZOO, batches='1,3', turns=1, output=str(output)))
+    printed = capsys.readouterr().out
+    assert json.loads(output.read_text()) == json.loads(printed.splitlines()[-1]) == result
+    for batch in '1', '3':
+        ways = result['batches'][batch]['ways']
+        dense = [way for name, way in ways.items() if name.startswith('dense')]
+        assert max(way['ratio'] for way in dense) == 1
+        best = min(way['median_us'] for way in dense)
+        for way in ways.values():
+            assert way['ratio'] == pytest.approx(best / way['median_us'])
+            assert 0 < way['least_us'] <= way['median_us']
+    layer = result['layers']['fc1']
+    kernel = load_model(ZOO).compact().params['fc1']['kernel']
+    assert (layer['inputs'], layer['units']) == kernel.shape
+    assert layer['kept_multiply_adds'] == layer['kept'] == np.count_nonzero(kernel)
+    assert layer['multiply_adds'] == kernel.size
+    assert printed.startswith(latency_report.latency_tables(result))
+
+
+def test_latency_of_a_layer(capsys):
+    flags = {'model': 'fc:30x20:0.1', 'batches': '2', 'turns': 1, 'break_even': True}
+    result = measure(LatencyConfig(**flags))
+    assert {'JAX', 'JAX and C++', 'SciPy'} == set(result['break_even']['2'])
+    assert all(0 <= density <= 0.5 for density in result['break_even']['2'].values())
+    assert 'Sparse is as fast as dense' in capsys.readouterr().out
+
+
+def test_crossing_is_where_the_ratio_is_1():
+    assert _crossing([0.1] * 11) == 0
+    assert _crossing([2.0] * 11) == 0.5
+    # Half way, by logarithms, from 0.25 to 0.18.
+    assert _crossing([0.1, 0.2, 0.5, 2, *[3] * 7]) == pytest.approx((0.25 * 0.18) ** 0.5)
+
+
+def test_one_core():
+    before = os.sched_getaffinity(0)
+    with _one_core():
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
+
+
+def test_bounds_are_those_of_the_machine():
+    layer = {'inputs': 10, 'units': 20, 'weights': 200, 'kept': 50, 'numbers': 30}
+    layer |= {'multiply_adds': 200, 'kept_multiply_adds': 50}
+    batch = {'seconds': {'JAX and C++': {'fc': {'dense': 4e-6, 'native': 3e-6}}}}
+    batch['ways'] = {'dense JAX': {'median_us': 1, 'least_us': 1, 'ratio': 1}}
+    result = {'model': 'm', 'command': 'c', 'device': 'd', 'layers': {'fc': layer}}
+    result |= {'batches': {'1': batch, '1000': batch}}
+    text = latency_report.latency_tables({**result, 'multiply_adds_per_s': 1e9, 'bytes_per_s': 1e9})
+    row = text.splitlines()[-1]
+    # Bytes: 30 · 4 + 200 · 4 and 30 · 4 + 50 · 8; of 1,000 examples, multiply-adds count more.
+    assert [cell.strip() for cell in row.split('|')[5:-1]] == [
+        *('0.92', '0.52', '3.0 (native)', '200.00', '120.40', '3.0 (native)')
+    ]
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [{'batches': '0'}, {'batches': '1,'}, {'batches': 'x'}, {'break_even': True}],
+)
+def test_latency_flags_that_do_not_fit(flags):
+    with pytest.raises(ValueError, match=r'--batches|--break_even'):
+        LatencyConfig(**flags)
