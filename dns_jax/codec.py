@@ -1,17 +1,19 @@
-"""Deep Compression: weights of a layer share a few values, and the file is entropy-coded.
+"""The coded artefact of a pruned network with shared weights: a byte or so for a kept weight.
 
-Owns the file format. A coded file holds a pruned network in about one byte a kept weight; it is
-the four bytes `DNS` and the version, the CRC-32 of all that follows, and
+Owns the file format, the third stage of Deep Compression. A file is the four bytes `DNS` and the
+version, the CRC-32 of all that follows, and
 
-  - a header of numbers (LEB128) and texts (a number of bytes, then UTF-8): the metadata; each
-    layer with its codebook (bfloat16) and its leaves with their shapes and counts of kept weights;
+  - a header of numbers (LEB128) and texts (a number of bytes, then UTF-8): the metadata; the
+    names of leaves, such as `/kernel`; each layer with its codebook (bfloat16) and its leaves,
+    which are the place of their name, their shape and count of kept weights;
   - one stream of a range coder, which holds where the kept weights are, leaf by leaf, then which
     value of the codebook each has, layer by layer.
 
-How a mask becomes symbols is said in `dns_jax.entropy`. The positions of the zoo's LeNets take
-1,4xx and 1,3xx bytes so; plain gaps took 1,800 and 1,830, bits with probabilities
-from the counts of rows and columns 1,545 and 1,490, the rest of the grid as trees of empty
-blocks, or bit by bit in the context of those before, no less than gaps.
+How masks become symbols is said in `dns_jax.entropy`. The positions of the zoo's LeNets take
+1,436 and 1,376 bytes so. Plain gaps took 1,801 and 1,831; gaps in what dead units and inputs
+leave, row by row, 1,537 and 1,506, by columns, as here, but without a look at the layer before,
+1,427 and 1,458 (the former with other counts of symbols); bits with probabilities from the
+counts of rows and columns 1,546 and 1,486; the same bit by bit, 1,493 and 1,440.
 
 What a file decodes to is encoded again and must give the same file: so there is one file for a
 network, and no damage goes unseen.
@@ -24,9 +26,8 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,25 +35,15 @@ import numpy as np
 
 from dns_jax.entropy import Decoder, Encoder, Reader, decode_mask, encode_mask, number, text
 from dns_jax.files import write_whole
-from dns_jax.layers import leaf_path, match_patterns, parent
+from dns_jax.layers import leaf_path, parent
 from dns_jax.masks import check_parallel
+from dns_jax.sharing import MAX_CLUSTERS, SharedNetwork, round_codebooks
 from dns_jax.sparse import nest_leaves
-from dns_jax.typing import Masks, Params
 
 _MAGIC = b'DNS\x01'
 _MAX_PATH = 1_000  # characters: a layer's name counts for each of its leaves
 _MAX_AXES = 64  # NumPy's
 _MAX_SIZE = 2**31  # of a leaf: sums of its gaps fit int64
-_MAX_CLUSTERS = 2**16  # bfloat16 has no more values
-
-
-class SharedNetwork(NamedTuple):
-    """A pruned network whose weights share the values of a few codebooks."""
-
-    codebooks: dict[str, np.ndarray]  # {layer: its values}, shape=(clusters,), dtype=np.float32
-    assignments: Params  # int32 arrays, shaped as the leaves: places in the codebook of the layer
-    masks: Masks  # parallel to the assignments, boolean; one of shape () keeps the whole leaf
-    metadata: dict[str, str]  # free strings
 
 
 class _Leaf(NamedTuple):
@@ -67,139 +58,6 @@ class _Form(NamedTuple):
     path: str
     shape: tuple[int, ...]
     kept: int
-
-
-def share_weights(
-    params: Params,
-    masks: Masks,
-    clusters: int | Mapping[str, int],
-    metadata: Mapping[str, str] | None = None,
-) -> SharedNetwork:
-    """Clusters the kept weights of each layer by k-means and rounds the centroids.
-
-    The centroids start evenly spaced between the smallest and the largest weight of the layer.
-    They are rounded as `round_codebooks` does, and only then does each weight choose the
-    nearest.
-
-    Args:
-      params: dense weights, concrete arrays of float32 or a narrower floating-point type,
-        finite where they are kept.
-      masks: the parallel masks. A leaf with a mask of shape `()` is kept whole.
-      clusters: how many values a layer may have, for all layers or by patterns as in
-        `dns_jax.layers.match_patterns`. A layer with fewer distinct weights gets fewer, one
-        without kept weights none.
-      metadata: free strings, such as the name of the network.
-
-    Returns:
-      The network, in the structure of `params`.
-
-    Raises:
-      ValueError: if the trees do not match, a kept weight is not finite, a layer has no number
-        of clusters, or that is not in 1 to 65,536.
-      TypeError: if a mask is not boolean or a leaf not of a type that float32 can hold.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params = {'fc1': {'kernel': jnp.array([[3.0, -2.0], [1.0, 5.0]])}}
-      >>> masks = {'fc1': {'kernel': jnp.array([[True, True], [False, True]])}}
-      >>> network = share_weights(params, masks, clusters=2)
-      >>> network.codebooks['fc1'], network.assignments['fc1']['kernel']
-      (array([-2.,  4.], dtype=float32), array([[1, 0],
-             [0, 1]], dtype=int32))
-
-    Reference:
-      Han, Mao and Dally 2016, section 3.
-    """
-    check_parallel(params, masks)
-    values: dict[str, list[np.ndarray]] = {}
-    for (key_path, leaf), mask in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True
-    ):
-        path = leaf_path(key_path)
-        values.setdefault(parent(path), []).append(_kept(path, np.asarray(leaf), np.asarray(mask)))
-    codebooks = {
-        layer: _codebook(np.concatenate(values[layer]), amount)
-        for layer, amount in _clusters_by_layer(clusters, sorted(values)).items()
-    }
-
-    def assign(key_path, leaf, mask):
-        assignment = np.zeros(np.shape(leaf), np.int32)
-        full = np.broadcast_to(np.asarray(mask), assignment.shape) | (np.ndim(mask) == 0)
-        book = codebooks[parent(leaf_path(key_path))].astype(np.float64)
-        borders = (book[1:] + book[:-1]) / 2
-        assignment[full] = np.searchsorted(borders, np.asarray(leaf)[full].astype(np.float64))
-        return assignment
-
-    return SharedNetwork(
-        codebooks,
-        jax.tree.map_with_path(assign, params, masks),
-        jax.tree.map(np.asarray, masks),
-        dict(metadata or {}),
-    )
-
-
-def round_codebooks(codebooks: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Rounds codebooks to values that a coded file holds: those of bfloat16.
-
-    Args:
-      codebooks: `{layer: its values}`, finite.
-
-    Returns:
-      The same in float32, each at the nearest value that bfloat16 has.
-
-    Raises:
-      ValueError: if a value is not finite.
-
-    Example:
-      >>> round_codebooks({'fc1': [0.1, 1.0]})
-      {'fc1': array([0.10009766, 1.        ], dtype=float32)}
-    """
-    rounded = {}
-    largest = np.float32(jnp.finfo(jnp.bfloat16).max)
-    for layer, values in codebooks.items():
-        book = np.asarray(values, np.float32)
-        if not np.isfinite(book).all():
-            raise ValueError(f'codebooks[{layer!r}] has a value that is not finite')
-        rounded[layer] = book.clip(-largest, largest).astype(jnp.bfloat16).astype(np.float32)
-    return rounded
-
-
-def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> Params:
-    """Writes out the weights that a network with codebooks computes with.
-
-    Differentiable in the codebooks: the gradient of a centroid is the sum of those of its
-    weights, so that an optimizer may tune the centroids through it.
-
-    Args:
-      codebooks: `{layer: its values}`, arrays of one axis.
-      assignments: the parallel places in the codebooks.
-      masks: the parallel masks.
-
-    Returns:
-      A tree like `assignments` of arrays of the type of the codebooks, 0 where pruned.
-
-    Raises:
-      ValueError: if the trees do not match, or a layer has no codebook.
-      TypeError: if a mask is not boolean.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> expand({'': jnp.array([-2.0, 4.0])}, jnp.array([1, 0, 0]), jnp.array([True, True, False]))
-      Array([ 4., -2.,  0.], dtype=float32)
-    """
-    check_parallel(assignments, masks)
-
-    def expand_leaf(key_path, assignment, mask):
-        layer = parent(leaf_path(key_path))
-        if layer not in codebooks:
-            raise ValueError(f'codebooks must have the layer {layer!r}; it has {list(codebooks)}')
-        book = jnp.asarray(codebooks[layer])
-        if not book.size:
-            return jnp.zeros(assignment.shape, book.dtype)
-        weights = book[jnp.asarray(assignment)]
-        return jnp.where(mask, weights, 0) if jnp.ndim(mask) else weights
-
-    return jax.tree.map_with_path(expand_leaf, assignments, masks)
 
 
 def save_coded(path: str | os.PathLike[str], network: SharedNetwork) -> None:
@@ -221,6 +79,7 @@ def save_coded(path: str | os.PathLike[str], network: SharedNetwork) -> None:
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
+      >>> from dns_jax.sharing import expand, share_weights
       >>> params = {'fc1': {'kernel': jnp.array([[3.0, -2.0], [1.0, 5.0]])}}
       >>> masks = {'fc1': {'kernel': jnp.array([[True, True], [False, True]])}}
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -262,39 +121,6 @@ def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**30) -> Sha
     return network
 
 
-def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype.itemsize > 4:
-        raise TypeError(f'params[{path!r}] must be floats that fit float32, not {weights.dtype}')
-    values = (weights[mask] if mask.ndim else weights.ravel()).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
-    return values
-
-
-def _clusters_by_layer(clusters: int | Mapping[str, int], layers: list[str]) -> dict[str, int]:
-    table = clusters if isinstance(clusters, Mapping) else {'*': clusters}
-    amounts = {layer: amount for layer, (_, amount) in match_patterns(table, layers).items()}
-    wrong = [layer for layer in layers if not 1 <= amounts.get(layer, 0) <= _MAX_CLUSTERS]
-    if wrong:
-        raise ValueError(
-            f'clusters={clusters!r}: wanted 1 to {_MAX_CLUSTERS} for the layers {wrong}'
-        )
-    return amounts
-
-
-def _codebook(values: np.ndarray, clusters: int) -> np.ndarray:
-    """The centroids of the values, rounded, ascending, each once."""
-    # Only here, so that a file can be read where there is no scikit-learn.
-    from sklearn.cluster import KMeans
-
-    centroids = np.unique(values)
-    if len(centroids) > clusters:
-        start = np.linspace(values.min(), values.max(), clusters)[:, None]
-        means = KMeans(clusters, init=start, n_init=1, tol=0)  # pyright: ignore[reportArgumentType]
-        centroids = means.fit(values[:, None]).cluster_centers_[:, 0]
-    return np.unique(round_codebooks({'': centroids})[''])
-
-
 def _encode(network: SharedNetwork) -> bytes:
     layers = _checked_layers(network)
     coder = Encoder()
@@ -308,13 +134,16 @@ def _encode(network: SharedNetwork) -> bytes:
     header = [number(len(network.metadata))]
     for key, value in sorted(network.metadata.items()):
         header += [text(key), text(value)]
-    header.append(number(len(layers)))
+    names = {leaf.path.removeprefix(layer) for layer in layers for leaf in layers[layer]}
+    places = {name: place for place, name in enumerate(sorted(names))}
+    header += [number(len(places)), *map(text, places), number(len(layers))]
     for layer, leaves in layers.items():
         book = network.codebooks[layer].astype(jnp.bfloat16).view('<u2')
         header += [text(layer), number(len(book)), book.tobytes(), number(len(leaves))]
         for leaf in leaves:
-            numbers = (leaf.mask.ndim, *leaf.mask.shape, int(leaf.mask.sum()))
-            header += [text(leaf.path.removeprefix(layer)), *map(number, numbers)]
+            place = places[leaf.path.removeprefix(layer)]
+            numbers = (place, leaf.mask.ndim, *leaf.mask.shape, int(leaf.mask.sum()))
+            header += map(number, numbers)
     content = b''.join(header) + coder.getvalue()
     return _MAGIC + struct.pack('<I', zlib.crc32(content)) + content
 
@@ -344,8 +173,8 @@ def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     for layer, book in network.codebooks.items():
         if book.dtype != np.float32:
             raise TypeError(f'codebooks[{layer!r}] must be float32, but is {book.dtype}')
-        if book.ndim != 1 or len(book) > _MAX_CLUSTERS:
-            raise ValueError(f'codebooks[{layer!r}] must have one axis of at most {_MAX_CLUSTERS}')
+        if book.ndim != 1 or len(book) > MAX_CLUSTERS:
+            raise ValueError(f'codebooks[{layer!r}] must have one axis of at most {MAX_CLUSTERS}')
         if (round_codebooks({layer: book})[layer] != book).any():
             raise ValueError(f'codebooks[{layer!r}] must be what round_codebooks gives')
         for leaf in layers[layer]:
@@ -375,16 +204,19 @@ def _decode(data: bytes, max_parameters: int) -> SharedNetwork:
         raise ValueError('its content does not have the checksum that it says')
     reader = Reader(data[8:])
     metadata = {reader.text(): reader.text() for _ in range(reader.number())}
+    names = [reader.text() for _ in range(reader.number())]
     codebooks, layers = {}, {}
     for _ in range(reader.number()):
         layer = reader.text()
         clusters = reader.number()
-        if clusters > _MAX_CLUSTERS:
-            raise ValueError(f'the layer {layer!r} has {clusters} clusters, over {_MAX_CLUSTERS}')
+        if clusters > MAX_CLUSTERS:
+            raise ValueError(f'the layer {layer!r} has {clusters} clusters, over {MAX_CLUSTERS}')
         book = np.frombuffer(reader.take(2 * clusters), '<u2')
         codebooks[layer] = book.astype(np.uint16).view(jnp.bfloat16).astype(np.float32)
-        layers[layer] = [_read_form(reader, layer) for _ in range(reader.number())]
+        layers[layer] = [_read_form(reader, layer, names) for _ in range(reader.number())]
     forms = [form for layer in layers.values() for form in layer]
+    if len({form.path for form in forms}) != len(forms):
+        raise ValueError('it has a leaf twice')
     parameters = sum(math.prod(max(axis, 1) for axis in form.shape) for form in forms)
     if parameters > max_parameters:
         raise ValueError(f'it has {parameters} parameters; max_parameters is {max_parameters}')
@@ -405,8 +237,11 @@ def _decode(data: bytes, max_parameters: int) -> SharedNetwork:
     )
 
 
-def _read_form(reader: Reader, layer: str) -> _Form:
-    path = layer + reader.text()
+def _read_form(reader: Reader, layer: str, names: list[str]) -> _Form:
+    name = reader.number()
+    if name >= len(names):
+        raise ValueError(f'it has {len(names)} names of leaves, but wants that at {name}')
+    path = layer + names[name]
     if len(path) > _MAX_PATH:
         raise ValueError(f'the path {path[:80]!r}... has over {_MAX_PATH} characters')
     axes = reader.number()

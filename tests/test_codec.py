@@ -1,4 +1,4 @@
-"""Tests of dns_jax.codec and dns_jax.entropy: shared weights, and files sound and damaged."""
+"""Tests of dns_jax.sharing, codec and entropy: shared weights, and files sound and damaged."""
 
 import struct
 import time
@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dns_jax.codec import SharedNetwork, expand, load_coded, round_codebooks, save_coded
-from dns_jax.codec import share_weights as share
+from dns_jax.codec import load_coded, save_coded
 from dns_jax.entropy import Decoder, Encoder, Reader, decode_mask, encode_mask, number, text
 from dns_jax.layers import leaf_path
 from dns_jax.masks import check_parallel
+from dns_jax.sharing import SharedNetwork, expand, round_codebooks
+from dns_jax.sharing import share_weights as share
 
 KERNEL = np.array([[0.0, 1.5, 0.0], [-2.0, 0.0, 0.25]], np.float32)
 PARAMS = {'fc': {'kernel': KERNEL, 'bias': np.array([7, 8], np.float32)}}
@@ -93,8 +94,9 @@ def test_golden_bytes(path):
     save_coded(path, share(params, masks, 2, {'network': 'tiny'}))
     content = (
         b'\x01\x07network\x04tiny'  # one entry of metadata
+        b'\x01\x01w'  # one name of a leaf
         b'\x01\x00\x02\x80\xbf\x00\x3f'  # one layer '', two values: -1 and 0.5 in bfloat16
-        b'\x01\x01w\x02\x02\x02\x02'  # one leaf: its path, two axes of 2 and 2, two weights
+        b'\x01\x00\x02\x02\x02\x02'  # one leaf: its name, two axes of 2 and 2, two weights
     )
     data = path.read_bytes()
     head = b'DNS\x01' + struct.pack('<I', zlib.crc32(data[8:]))
@@ -495,15 +497,16 @@ def sealed(content):
     return b'DNS\x01' + struct.pack('<I', zlib.crc32(content)) + content
 
 
-def form(*layers, metadata=b'\0'):
-    return metadata + number(len(layers)) + b''.join(layers)
+def form(*layers, metadata=b'\0', names=('w',)):
+    names = number(len(names)) + b''.join(map(text, names))
+    return metadata + names + number(len(layers)) + b''.join(layers)
 
 
-def layer(name='', book=b'\x80\x3f', leaves=(('w', (2,), 2),), clusters=None, amount=None):
+def layer(name='', book=b'\x80\x3f', leaves=((0, (2,), 2),), clusters=None, amount=None):
     parts = [text(name), number(len(book) // 2 if clusters is None else clusters), book]
     parts.append(number(len(leaves) if amount is None else amount))
-    for suffix, shape, kept in leaves:
-        parts += [text(suffix), number(len(shape)), *map(number, shape), number(kept)]
+    for name, shape, kept in leaves:
+        parts += [number(name), number(len(shape)), *map(number, shape), number(kept)]
     return b''.join(parts)
 
 
@@ -511,42 +514,48 @@ HEADERS = {
     'sound': (form(layer()), None),
     'nothing in it': (form(), 'at least one leaf'),
     'ends in the metadata': (b'\x05\x01a', 'ends too early'),
+    'ends in the names': (b'\0' + number(2**62) + b'\x01a', 'ends too early'),
+    'name that is not there': (form(layer(leaves=[(1, (2,), 2)])), '1 names of leaves'),
+    'names unsorted': (form(layer(leaves=[(0, (2,), 2)]), names=('w', 'v')), 'not what its'),
     'ends in the layers': (number(2**62) + b'\x01a\x01b', 'ends too early'),
-    'many layers': (b'\0' + number(2**62) + layer(), 'ends too early'),
+    'many layers': (b'\0\x01\x01w' + number(2**62) + layer(), 'ends too early'),
     'many leaves': (form(layer(amount=2**62)), 'ends too early'),
     'many clusters': (form(layer(clusters=2**62)), 'over 65536'),
     'more clusters than there are': (form(layer(clusters=60_000)), 'ends too early'),
-    'many axes': (form(layer(leaves=[('w', (1,) * 65, 1)])), '65 axes, over 64'),
+    'many axes': (form(layer(leaves=[(0, (1,) * 65, 1)])), '65 axes, over 64'),
     'number too long': (b'\xff' * 10, r'2\*\*63'),
     'number with a zero too many': (b'\x80\0' + form(layer())[1:], 'not what its network'),
     'not UTF-8': (b'\x01\x01\xff\x00' + form(layer())[1:], 'utf-8'),
     'metadata unsorted': (form(layer(), metadata=b'\x02\x01b\0\x01a\0'), 'not what its network'),
     'metadata twice': (form(layer(), metadata=b'\x02\x01a\0\x01a\0'), 'not what its network'),
-    'kept over its size': (form(layer(leaves=[('w', (2,), 3)])), '3 kept weights of 2'),
-    'leaf too large': (form(layer(leaves=[('w', (2**31 + 1,), 3)])), '3 kept weights of'),
-    'scalar pruned': (form(layer(leaves=[('w', (), 0)])), 'scalar that is not kept'),
-    'too large': (form(layer(leaves=[('w', (10**6, 2), 3)])), '2000000 parameters'),
-    'too large but empty': (form(layer(leaves=[('w', (0, 2**62), 0)])), 'max_parameters'),
+    'kept over its size': (form(layer(leaves=[(0, (2,), 3)])), '3 kept weights of 2'),
+    'leaf too large': (form(layer(leaves=[(0, (2**31 + 1,), 3)])), '3 kept weights of'),
+    'scalar pruned': (form(layer(leaves=[(0, (), 0)])), 'scalar that is not kept'),
+    'too large': (form(layer(leaves=[(0, (10**6, 2), 3)])), '2000000 parameters'),
+    'too large but empty': (form(layer(leaves=[(0, (0, 2**62), 0)])), 'max_parameters'),
     'too large together': (
-        form(layer(leaves=[(str(at), (600_000,), 3) for at in range(2)])),
+        form(layer(leaves=[(at, (600_000,), 3) for at in range(2)]), names='vw'),
         '1200000 parameters',
     ),
     'codebook not finite': (form(layer(book=b'\xc0\x7f')), 'not finite'),
     'no codebook': (form(layer(book=b'')), 'from 0 to -1'),
-    'layers unsorted': (form(layer('b', leaves=[('/w', (2,), 2)]), layer()), 'not what its'),
+    'layers unsorted': (
+        form(layer('b', leaves=[(0, (2,), 2)]), layer(leaves=[(1, (2,), 2)]), names=('/w', 'w')),
+        'not what its',
+    ),
     'layer twice': (form(layer(), layer()), 'not what its network'),
     'layer of no leaves': (form(layer('a', leaves=())), ''),
-    'leaf of another layer': (form(layer('a', leaves=[('w', (2,), 2)])), 'codebooks must be of'),
-    'leaf twice': (form(layer(leaves=[('w', (2,), 2)] * 2)), ''),
+    'leaf of another layer': (form(layer('a')), 'codebooks must be of'),
+    'leaf twice': (form(layer(leaves=[(0, (2,), 2), (0, (2, 2), 2)])), 'a leaf twice'),
     'leaf in a leaf': (
-        form(layer(), layer('w', leaves=[('/v', (2,), 2)])),
+        form(layer(leaves=[(1, (2,), 2)]), layer('w'), names=('/v', 'w')),
         'has the place of another',
     ),
-    'path too long': (form(layer(leaves=[('w' * 1001, (2,), 2)])), 'over 1000 characters'),
-    'path too deep': (form(layer('/'.join('a' * 101), leaves=[('/w', (2,), 2)])), '102 parts'),
+    'path too long': (form(layer(), names=('w' * 1001,)), 'over 1000 characters'),
+    'path too deep': (form(layer('/'.join('a' * 101)), names=('/w',)), '102 parts'),
     'words left over': (form(layer()) + bytes(4), 'not what its network'),
     'bytes left over': (form(layer()) + bytes(1), 'multiple of 4'),
-    'words missing': (form(layer(leaves=[('w', (8,), 3)])), ''),
+    'words missing': (form(layer(leaves=[(0, (8,), 3)])), ''),
 }
 
 
@@ -589,7 +598,7 @@ HUGE = [(2**30 + 1,), (2**15, 2**15 + 1), (0, *(2**62,) * 63)]
 
 @pytest.mark.parametrize('shape', HUGE, ids=str)
 def test_huge_networks_are_refused_before_memory_is_taken(path, shape):
-    path.write_bytes(sealed(form(layer(leaves=[('w', shape, 0)]))))
+    path.write_bytes(sealed(form(layer(leaves=[(0, shape, 0)]))))
     tracemalloc.start()
     try:
         assert_refused(path, 'max_parameters is 1073741824')
@@ -671,7 +680,7 @@ def test_damaged_files_take_little_memory(path, small):
 @given(words=st.binary(max_size=64), kept=st.integers(0, 40), clusters=st.integers(1, 4))
 def test_random_streams(path, words, kept, clusters):
     book = np.arange(1, clusters + 1).astype(jnp.bfloat16).tobytes()
-    leaves = [('kernel', (5, 8), kept), ('zernel', (8, 5), kept)]
-    content = form(layer(book=book, leaves=leaves)) + words + bytes(-len(words) % 4)
+    leaves = [(0, (5, 8), kept), (1, (8, 5), kept)]
+    content = form(layer(book=book, leaves=leaves), names='vw') + words + bytes(-len(words) % 4)
     path.write_bytes(sealed(content))
     assert (refusal(path) or 'cannot load ').startswith('cannot load ')

@@ -18,9 +18,9 @@ LEAVES = {'typing', 'layers'}
 MIDDLE = LEAVES | {'importance', 'masks', 'thresholds', 'schedules', 'optimizers'}
 # Which other packages an artefact module may import besides.
 ARTEFACT_PACKAGES = {
-    'codec': {'sklearn'},
     'entropy': {'constriction'},
     'export': {'flax', 'jax2onnx', 'onnx', 'safetensors'},
+    'sharing': {'sklearn'},
     'sparse': {'safetensors'},
     'steps': {'scipy'},
 }
@@ -41,8 +41,9 @@ ALLOWED = {
     'chain': set(),
     'compact': LEAVES | {'chain', 'masks'},
     'sparse': LEAVES | {'files', 'masks'},
-    'codec': LEAVES | {'entropy', 'files', 'masks', 'sparse'},
+    'codec': LEAVES | {'entropy', 'files', 'masks', 'sharing', 'sparse'},
     'entropy': set(),
+    'sharing': LEAVES | {'masks'},
     'native': set(),
     'steps': LEAVES | {'chain', 'native'},
     'runners': LEAVES | {'chain', 'native', 'steps'},
