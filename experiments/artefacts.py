@@ -9,8 +9,9 @@ import numpy as np
 
 import dns_jax
 from dns_jax.chain import Chain, Dense, Weights, chain_from_json, trace_shapes
-from dns_jax.codec import expand, load_coded
+from dns_jax.codec import load_coded
 from dns_jax.compact import CompactNetwork, compact
+from dns_jax.sharing import expand
 from dns_jax.sparse import load_sparse
 from experiments import models
 
@@ -58,7 +59,7 @@ def load_model(name: str) -> Model:
         params, masks, metadata = load_sparse(path)
     if 'chain' in metadata:
         chain = chain_from_json(metadata['chain'])
-        input_shape = tuple(json.loads(metadata.get('input_shape', 'null')) or IMAGE_SHAPE)
+        input_shape = _parse_shape(metadata.get('input_shape', ''))
     elif metadata.get('network') in models.CHAINS:
         chain, input_shape = models.CHAINS[metadata['network']], IMAGE_SHAPE
     else:
@@ -72,6 +73,12 @@ def load_model(name: str) -> Model:
     }
     trace_shapes(chain, params, input_shape)
     return Model(path.stem, chain, params, masks, input_shape, metadata)
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r'\[[1-9]\d{0,5}(, ?[1-9]\d{0,5}){0,3}\]', text):
+        raise ValueError(f'the input_shape must be a list of lengths, but is {text[:80]!r}')
+    return tuple(json.loads(text))
 
 
 def _make_layer(name: str) -> Model:

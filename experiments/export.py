@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from dns_jax.chain import chain_to_json
-from dns_jax.codec import expand, load_coded, save_coded, share_weights
+from dns_jax.codec import load_coded, save_coded
 from dns_jax.export import save_dense, save_onnx, save_stablehlo
 from dns_jax.runners import choose_kinds, jax_runner
+from dns_jax.sharing import expand, share_weights
 from dns_jax.sparse import save_sparse
 from experiments import data, flags, models
 from experiments.artefacts import Model, load_model

@@ -10,11 +10,20 @@ import pytest
 from networks import LENET5, LENET300
 from safetensors.numpy import load_file
 
-from dns_jax.chain import run_chain
+from dns_jax.chain import (
+    Convolution,
+    Dense,
+    Flatten,
+    MaxPool,
+    Relu,
+    Select,
+    chain_to_json,
+    run_chain,
+)
 from dns_jax.codec import load_coded
 from dns_jax.runners import jax_runner
 from dns_jax.sparse import load_sparse, save_sparse
-from experiments import latency_report
+from experiments import artefacts, latency_report
 from experiments.artefacts import load_model
 from experiments.commands import ExportConfig, LatencyConfig
 from experiments.export import export
@@ -58,6 +67,42 @@ def test_file_of_an_unknown_network(tmp_path):
     save_sparse(tmp_path / 'w', np.ones(2, np.float32), np.array(True), {'network': 'resnet'})
     with pytest.raises(ValueError, match="names the network 'resnet', which is none of"):
         load_model(str(tmp_path / 'w'))
+
+
+def test_files_whose_metadata_is_damaged(tmp_path):
+    """10,000 chains and shapes with letters changed, lost or doubled: a network or ValueError."""
+    random = np.random.default_rng(0)
+    path = tmp_path / 'small.safetensors'
+    chain = (Convolution('a'), Relu(), MaxPool(2), Flatten(), Select((0, 3)), Dense('b'))
+    params = {
+        'a': {'kernel': np.ones((2, 2, 1, 1), np.float32), 'bias': np.ones(1, np.float32)},
+        'b': {'kernel': np.ones((2, 3), np.float32), 'bias': np.ones(3, np.float32)},
+    }
+    masks = {name: {'kernel': np.array(True), 'bias': np.array(True)} for name in params}
+    sound = {'chain': chain_to_json(chain), 'input_shape': '[5, 5, 1]'}
+    save_sparse(path, params, masks, sound)
+    assert load_model(str(path)).chain == chain
+    network = load_sparse(path)
+    refused = 0
+    for _ in range(10_000):
+        damaged = dict(sound)
+        name = random.choice(list(damaged))
+        text = list(damaged[name])
+        for _ in range(random.integers(1, 4)):
+            at = random.integers(len(text))
+            text[at] = random.choice(['', '0', '9', '-', '"', ',', ']', '{', 'x', 2 * text[at]])
+        damaged[name] = ''.join(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                artefacts,
+                'load_sparse',
+                lambda _, damaged=damaged: network._replace(metadata=damaged),
+            )
+            try:
+                load_model(str(path))
+            except ValueError:
+                refused += 1
+    assert refused > 5_000
 
 
 def run_export(tmp_path, capsys, **flags):
@@ -115,12 +160,15 @@ def test_export_coded(tmp_path, capsys):
         'fc3': 8,
     }
     with jax.numpy_dtype_promotion('standard'):  # which optax's Adam takes for granted
-        _, tuned = run_export(tmp_path, capsys, format='coded', finetuning_steps=40, **flags)
+        flags |= {'finetuning_steps': 200, 'learning_rate': 0.02}
+        _, tuned = run_export(tmp_path, capsys, format='coded', **flags)
     after = load_coded(path)
     assert tuned['bytes'] < 4_000
     assert any((before.codebooks[name] != after.codebooks[name]).any() for name in after.codebooks)
     assert untuned['error_before'] == tuned['error_before']
-    assert tuned['error'] < untuned['error']  # tuned on digits, which MNIST's network has not seen
+    assert (
+        tuned['error'] < untuned['error'] - 5
+    )  # tuned on digits, which MNIST's network has not seen
     model = load_model(str(path))
     assert model.chain == LENET300
     for name, weights in load_model(ZOO).params.items():
