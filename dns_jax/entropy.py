@@ -96,7 +96,7 @@ def encode_mask(coder: Encoder, mask: np.ndarray, fed: np.ndarray) -> np.ndarray
     Args:
       coder: where to.
       mask: any shape, bool. Its shape and its count are known when it is read.
-      fed: of the kernel before, which of its units have kept weights; None of it is needed.
+      fed: which units of the kernel before have kept weights, bool; of length 0 for the first.
 
     Returns:
       The `fed` for the next mask.
