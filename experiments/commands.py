@@ -268,8 +268,8 @@ class LatencyConfig:
 
 
 _OF_CODING = (
-    *('clusters', 'finetuning_steps', 'learning_rate', 'batch_size', 'seed'),
-    *('dataset', 'data_dir', 'manual_dir'),
+    *('clusters', 'tuned', 'finetuning_steps', 'learning_rate', 'batch_size', 'seed'),
+    *('dataset', 'data_dir', 'manual_dir', 'train_on_all'),
 )
 
 
@@ -290,13 +290,19 @@ class ExportConfig:
     )
 
     clusters: str = flag('16', 'Values that the weights of a layer share, as LAYER:NUMBER,…')
-    finetuning_steps: int = flag(2_000, 'Steps of tuning these values.', lower_bound=0)
-    learning_rate: float = flag(1e-3, "Adam's rate at the start of that.", lower_bound=0.0)
+    tuned: str = flag(
+        'weights',
+        'What is tuned: the shared values alone, or also the weights, which then choose anew.',
+        choices=('codebooks', 'weights'),
+    )
+    finetuning_steps: int = flag(1_500, 'Steps of tuning.', lower_bound=0)
+    learning_rate: float = flag(5e-4, "Adam's rate at its start.", lower_bound=0.0)
     batch_size: int = flag(64, 'Images per step.', lower_bound=1)
     seed: int = flag(0, 'Seeds the order of the images.', lower_bound=0)
     dataset: str = flag('mnist', 'Data set to tune on.', choices=data.DATASETS)
     data_dir: str | None = flag(None, 'TFDS folder; by default TFDS chooses.')
     manual_dir: str | None = flag(None, "Folder with the set's published files, read offline.")
+    train_on_all: bool = flag(False, 'Tune on the validation images too.')
 
     def __post_init__(self):
         unread = [] if self.format == 'coded' else list(_OF_CODING)

@@ -23,7 +23,7 @@ from experiments import data, flags, models
 from experiments.artefacts import Model, load_model
 from experiments.commands import ExportConfig
 from experiments.report import table
-from experiments.sharing import finetune_codebooks
+from experiments.sharing import finetune_codebooks, finetune_weights
 from experiments.train import make_error
 
 
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
       `{model, format, path, bytes, dense_bytes, ratio}`, for `coded` also the errors in percent
-      before and after, on the test images.
+      before and after, on validation and test images.
 
     Raises:
       ValueError: if the model cannot be read, or not be written in this format.
@@ -105,23 +105,25 @@ def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
     if model.metadata.get('network') not in models.NETWORKS:
         raise ValueError(f'--format=coded needs a network of {sorted(models.NETWORKS)}')
     network = models.NETWORKS[model.metadata['network']]()
-    dataset = data.load(config.dataset, config.data_dir, config.manual_dir, train_on_all=True)
+    dataset = data.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
     shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
-    if config.finetuning_steps:
-        shared = finetune_codebooks(
-            network,
-            shared,
-            dataset.train,
-            steps=config.finetuning_steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-        )
+    options = {
+        'steps': config.finetuning_steps,
+        'batch_size': config.batch_size,
+        'learning_rate': config.learning_rate,
+        'seed': config.seed,
+    }
+    if config.finetuning_steps and config.tuned == 'weights':
+        shared = finetune_weights(network, model.params, shared, dataset.train, **options)
+    elif config.finetuning_steps:
+        shared = finetune_codebooks(network, shared, dataset.train, **options)
     save_coded(path, shared)
-    error = make_error(network)
+    error, written = make_error(network), expand(*load_coded(path)[:3])
     return {
+        'validation_error_before': error(model.params, dataset.validation),
+        'validation_error': error(written, dataset.validation),
         'error_before': error(model.params, dataset.test),
-        'error': error(expand(*load_coded(path)[:3]), dataset.test),
+        'error': error(written, dataset.test),
     }
 
 
