@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     """What `choose_kinds` found."""
 
     kinds: dict[str, str]  # by layer
-    seconds: dict[str, dict[str, float]]  # by layer, then kind: the median of a call
+    seconds: dict[str, dict[str, float]]  # by layer, then kind: of a call of the layer by itself
 
 
 def jax_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds: Kinds) -> Runner:
@@ -142,7 +142,8 @@ def choose_kinds(
 ) -> Choice:
     """Chooses how to compute each layer, by the time it takes on this machine.
 
-    Each layer is timed by itself; then the network of the fastest against one all dense.
+    Each layer is timed by itself, then each in the network of what was fastest; in the end that
+    against one all dense.
 
     Args:
       make_runner: `jax_runner` or `scipy_runner`.
@@ -175,6 +176,11 @@ def choose_kinds(
             ways = {kind: ((layer,), shape, {layer.name: kind}) for kind in suited}
             own = _time_ways(make_runner, ways, params, batch, turns)
             kinds[layer.name], seconds[layer.name] = min(own, key=own.__getitem__), own
+    # A layer by itself pays for its layout twice, within the network it may not pay at all.
+    for name in kinds:
+        ways = {kind: (chain, input_shape, {**kinds, name: kind}) for kind in seconds[name]}
+        whole = _time_ways(make_runner, ways, params, batch, turns)
+        kinds[name] = min(whole, key=whole.__getitem__)
     dense = dict.fromkeys(kinds, 'dense')
     if 'dense' in offered and kinds != dense:
         ways = {'dense': (chain, input_shape, dense), 'chosen': (chain, input_shape, kinds)}

@@ -21,8 +21,9 @@ from dns_jax.chain import (
     run_chain,
 )
 from dns_jax.codec import load_coded
-from dns_jax.runners import jax_runner
+from dns_jax.runners import Choice, jax_runner
 from dns_jax.sparse import load_sparse, save_sparse
+import experiments.export
 from experiments import artefacts, latency_report
 from experiments.artefacts import load_model
 from experiments.commands import ExportConfig, LatencyConfig
@@ -176,6 +177,53 @@ def test_export_coded(tmp_path, capsys):
             model.masks[name]['kernel'], load_sparse(ZOO).masks[name]['kernel']
         )
         assert weights['kernel'].shape == model.params[name]['kernel'].shape
+
+
+TUNING = {'clusters': '4', 'finetuning_steps': 10, 'learning_rate': 1e-2, 'batch_size': 16}
+
+
+@pytest.fixture(scope='module')
+def coded(tmp_path_factory):
+    """Writes coded files on digits; the same flags give the same bytes."""
+    folder = tmp_path_factory.mktemp('coded')
+
+    def write(**flags):
+        path = folder / 'file.dns'
+        places = {'dataset': 'digits', 'data_dir': str(folder / 'tfds'), 'output': str(path)}
+        with jax.numpy_dtype_promotion('standard'):
+            export(ExportConfig(model=ZOO, format='coded', **places, **{**TUNING, **flags}))
+        return path.read_bytes()
+
+    return write, write()
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        *(('clusters', '5'), ('tuned', 'codebooks'), ('finetuning_steps', 11), ('batch_size', 17)),
+        *(('learning_rate', 2e-2), ('seed', 1), ('train_on_all', True)),
+    ],
+)
+def test_a_flag_of_coding_has_an_effect(coded, name, value):
+    write, plain = coded
+    assert write(**{name: value}) != plain
+
+
+def test_a_coded_file_repeats_itself(coded):
+    write, plain = coded
+    assert write() == plain
+
+
+def test_export_for_a_batch(tmp_path, capsys, monkeypatch):
+    batches = []
+
+    def choose(*arguments):
+        batches.append(arguments[-1])
+        return Choice({}, {})
+
+    monkeypatch.setattr(experiments.export, 'choose_kinds', choose)
+    run_export(tmp_path, capsys, format='sparse', batch=7)
+    assert batches == [7]
 
 
 def test_export_of_what_has_no_network(tmp_path):

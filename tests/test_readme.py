@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import report, results
+from experiments import latency_report, report, results
 
 ROOT = Path(__file__).parents[1]
 # Flags younger than the results, set to what these runs did without them.
@@ -17,14 +17,15 @@ README = (ROOT / 'README.md').read_text()
 
 def test_the_examples_run(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    loop, zoo = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    loop, zoo, run = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     # A reader's own code adds biases as JAX allows by default.
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
         exec(compile(loop, 'README.md', 'exec'), {})
         names = {}
         exec(compile(zoo, 'README.md', 'exec'), names)
+        exec(compile(run, 'README.md', 'exec'), names)
     assert float(capsys.readouterr().out) == 4.0
-    assert names['network'].metadata['network'] == 'lenet300'
+    assert names['logits'].shape == (1, 10)
 
 
 COMPARISONS = [
@@ -33,6 +34,9 @@ COMPARISONS = [
     for path in sorted((ROOT / 'experiments' / 'flagfiles').glob(f'{kind}_*.flags'))
     if path.stem != 'compare_digits'
 ]
+
+
+TIMINGS = sorted((ROOT / 'results' / 'runtime').glob('*.json'))
 
 
 def test_the_commands_are_those_of_the_makefile():
@@ -69,6 +73,12 @@ def test_the_page_of_comparisons_holds_the_other_tables():
     page = (ROOT / 'results' / 'compare.md').read_text()
     assert report.frontier_table(results.read_frontiers(kind='authors')) in page
     assert (ROOT / 'results' / 'xor' / 'xor.md').read_text() in page
+
+
+@pytest.mark.parametrize('path', TIMINGS, ids=lambda path: path.stem)
+def test_the_page_of_run_times_holds_the_tables(path):
+    page = (ROOT / 'results' / 'runtime.md').read_text()
+    assert latency_report.latency_tables(json.loads(path.read_text())) in page
 
 
 def test_results_come_from_their_flagfiles():

@@ -173,31 +173,39 @@ def test_without_a_kernel(monkeypatch):
     assert choice.kinds == {'a': 'dense', 'b': 'dense'}
 
 
-def choose(monkeypatch, slow, turns=3):
+def choose(slow, turns=3):
     """Chooses among runners that take 0.2 ms for a layer, or 2 ms where `slow` says so."""
 
     def make_runner(chain, params, shape, kinds):
-        waits = [2e-3 if slow(name, kind) else 2e-4 for name, kind in kinds.items()]
+        waits = [2e-3 if slow(name, kinds) else 2e-4 for name in kinds]
         return lambda inputs: threading.Event().wait(sum(waits)) or inputs
 
     return choose_kinds(make_runner, ['dense', 'sparse'], CHAIN, PARAMS, (4, 4, 1), 1, turns)
 
 
-def test_the_fastest_way_is_chosen(monkeypatch):
-    choice = choose(monkeypatch, lambda name, kind: (name == 'a') == (kind == 'dense'))
+def test_the_fastest_way_is_chosen():
+    choice = choose(lambda name, kinds: (name == 'a') == (kinds[name] == 'dense'))
     assert choice.kinds == {'a': 'sparse', 'b': 'dense'}
     assert choice.seconds['a']['dense'] > choice.seconds['a']['sparse'] > 1e-4
     assert choice.seconds['b']['sparse'] > choice.seconds['b']['dense'] > 1e-4
 
 
-def test_all_dense_is_chosen_where_the_whole_is_slower(monkeypatch):
-    whole = []
+def test_a_layer_is_chosen_for_where_it_stands():
+    def slow(name, kinds):
+        return kinds[name] == ('sparse' if kinds == {'b': 'sparse'} else 'dense')
 
-    def slow(name, kind):
-        whole.append(name)
-        return kind == 'dense' if len(whole) <= 4 else kind == 'sparse'  # four single layers first
+    choice = choose(slow)
+    assert choice.seconds['b']['sparse'] > choice.seconds['b']['dense']
+    assert choice.kinds == {'a': 'sparse', 'b': 'sparse'}
 
-    assert choose(monkeypatch, slow).kinds == {'a': 'dense', 'b': 'dense'}
+
+def test_all_dense_is_chosen_where_the_whole_is_faster():
+    def slow(name, kinds):
+        if len(kinds) == 1:
+            return kinds[name] == 'dense'
+        return set(kinds.values()) != {'dense'}  # one layer changed does not get there
+
+    assert choose(slow).kinds == {'a': 'dense', 'b': 'dense'}
 
 
 @pytest.mark.parametrize('offered', [[], ['fast']])

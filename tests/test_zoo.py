@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from dns_jax.codec import load_coded
+from dns_jax.sharing import expand
 from dns_jax.sparse import load_sparse, save_sparse
 from experiments import data, models, report, train, zoo
 from experiments.commands import ZooConfig
@@ -48,6 +50,30 @@ def test_a_network_makes_the_errors_of_its_card(path, tmp_path_factory):
     mnist = data.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
     error = train.make_error(models.NETWORKS[network.metadata['network']]())
     assert error(network.params, mnist.test) == pytest.approx(summary['test_error'], abs=0.011)
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+def test_a_coded_network_is_that_of_the_zoo(path):
+    """The same connections, and the size that the page of sizes says."""
+    network, coded = load_sparse(path), load_coded(path.with_suffix('.dns'))
+    assert coded.metadata == network.metadata
+    jax.tree.map(np.testing.assert_array_equal, coded.masks, network.masks)
+    page = (path.parents[1] / 'results' / 'size.md').read_text()
+    size = path.with_suffix('.dns').stat().st_size
+    dense = 4 * sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    assert f'| {size:,} | {dense / size:.1f}× |' in page
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+def test_a_coded_network_errs_little_more(path, tmp_path_factory):
+    folder = os.environ.get('DNS_JAX_MNIST')
+    if not folder:
+        pytest.skip('needs the published MNIST files in the folder DNS_JAX_MNIST')
+    summary = json.loads(path.with_suffix('.json').read_text())
+    coded = load_coded(path.with_suffix('.dns'))
+    mnist = data.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
+    error = train.make_error(models.NETWORKS[coded.metadata['network']]())
+    assert error(expand(*coded[:3]), mnist.test) <= summary['test_error'] + 0.05 + 0.011
 
 
 @pytest.fixture
