@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from networks import LENET5
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -24,10 +25,6 @@ from dns_jax.export import save_dense, save_onnx, save_stablehlo
 from dns_jax.sparse import load_sparse
 
 ZOO = Path(__file__).parents[1] / 'zoo'
-LENET5 = (
-    Convolution('conv1'), MaxPool(2), Convolution('conv2'), MaxPool(2),
-    Flatten(), Dense('fc1'), Relu(), Dense('fc2'),
-)  # fmt: skip
 IMAGE = (11, 10, 3)
 
 # Name: the layers, the shapes of their kernels, and that of the inputs.
