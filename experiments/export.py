@@ -23,7 +23,7 @@ from experiments import data, flags, models
 from experiments.artefacts import Model, load_model
 from experiments.commands import ExportConfig
 from experiments.report import table
-from experiments.sharing import finetune_codebooks, finetune_weights
+from experiments.sharing import finetune
 from experiments.train import make_error
 
 
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
       `{model, format, path, bytes, dense_bytes, ratio}`, for `coded` also the errors in percent
-      before and after, on validation and test images.
+      before and after, on test and, unless these are trained on, validation images.
 
     Raises:
       ValueError: if the model cannot be read, or not be written in this format.
@@ -79,7 +79,9 @@ def _write_sparse(config: ExportConfig, model: Model, path: Path) -> dict[str, f
         'chain': chain_to_json(small.chain),
         'input_shape': json.dumps(model.input_shape),
         'kinds': json.dumps(choice.kinds),
+        'kinds_batch': str(config.batch),
     }
+    metadata.pop('network', None)  # whose layers these no longer are
     masks = {
         name: {'kernel': weights['kernel'] != 0, 'bias': np.ones_like(weights['bias'], bool)}
         for name, weights in small.params.items()
@@ -108,22 +110,23 @@ def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
     dataset = data.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
     shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
     options = {
+        'tuned': config.tuned,
         'steps': config.finetuning_steps,
         'batch_size': config.batch_size,
         'learning_rate': config.learning_rate,
         'seed': config.seed,
     }
-    if config.finetuning_steps and config.tuned == 'weights':
-        shared = finetune_weights(network, model.params, shared, dataset.train, **options)
-    elif config.finetuning_steps:
-        shared = finetune_codebooks(network, shared, dataset.train, **options)
+    if config.finetuning_steps:
+        shared = finetune(network, model.params, shared, dataset.train, **options)
     save_coded(path, shared)
     error, written = make_error(network), expand(*load_coded(path)[:3])
+    splits = {'': dataset.test}
+    if not config.train_on_all:
+        splits['validation_'] = dataset.validation
     return {
-        'validation_error_before': error(model.params, dataset.validation),
-        'validation_error': error(written, dataset.validation),
-        'error_before': error(model.params, dataset.test),
-        'error': error(written, dataset.test),
+        f'{prefix}{name}': error(params, split)
+        for prefix, split in splits.items()
+        for name, params in (('error_before', model.params), ('error', written))
     }
 
 

@@ -6,8 +6,7 @@ nearest centroid in every step, so that it may go over to another cluster; its g
 is taken as if it were not moved there (straight through).
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -25,142 +24,51 @@ from experiments.train import INPUT_SCALE, batch_indices
 _CHUNK = 200  # steps of one compiled call
 
 
-def finetune_codebooks(
-    network: nn.Module,
-    shared: SharedNetwork,
-    split: Split,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> SharedNetwork:
-    """Fine-tunes the centroids by Adam, at a rate that falls to 0 along a line.
-
-    Args:
-      network: maps images to logits.
-      shared: from `dns_jax.sharing.share_weights`; its layers are those of the network.
-      split: the images to train on.
-      steps: how many.
-      batch_size: images per step.
-      learning_rate: at the start; Adam moves a centroid by about that much in a step.
-      seed: of the order of the images.
-
-    Returns:
-      The network with other codebooks, rounded as its file will hold them.
-
-    Raises:
-      FloatingPointError: if a centroid is no longer finite.
-
-    Reference:
-      Han, Mao and Dally 2016, section 3.3.
-    """
-    codebooks = _descend(
-        network,
-        lambda codebooks: expand(codebooks, shared.assignments, shared.masks),
-        jax.tree.map(jnp.asarray, shared.codebooks),
-        split,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
-    return shared._replace(codebooks=round_codebooks(codebooks))
-
-
-def finetune_weights(
+def finetune(
     network: nn.Module,
     params: dns_jax.Params,
     shared: SharedNetwork,
     split: Split,
     *,
+    tuned: Literal['codebooks', 'weights'],
     steps: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
 ) -> SharedNetwork:
-    """Fine-tunes the centroids, and the weights that choose among them, in the same way.
+    """Fine-tunes a network with codebooks by Adam, at a rate that falls to 0 along a line.
 
     Args:
       network: maps images to logits.
-      params: the dense weights that `shared` was made of.
+      params: the dense weights that `shared` was made of; of no concern where `tuned` is
+        'codebooks'.
       shared: from `dns_jax.sharing.share_weights`; its layers are those of the network.
       split: the images to train on.
+      tuned: 'codebooks' for the centroids alone, 'weights' for the centroids and the weights
+        that choose among them.
       steps: how many.
       batch_size: images per step.
-      learning_rate: at the start, of weights and centroids.
+      learning_rate: at the start; Adam moves a centroid or weight by about that much in a step.
       seed: of the order of the images.
 
     Returns:
-      The network with other codebooks and assignments.
+      The network with other codebooks, rounded as its file will hold them; where weights are
+      tuned, with other assignments too.
 
     Raises:
-      FloatingPointError: if a centroid is no longer finite.
+      FloatingPointError: if a centroid or weight is no longer finite.
+
+    Reference:
+      Han, Mao and Dally 2016, section 3.3.
     """
-
-    def make_params(variables):
-        codebooks, weights = variables
-        nowhere = jax.tree.map(lambda leaf: leaf - jax.lax.stop_gradient(leaf), weights)
-        return jax.tree.map(
-            jnp.add,
-            expand(codebooks, nearest(codebooks, weights), shared.masks),
-            dns_jax.apply_masks(nowhere, shared.masks),
-        )
-
-    codebooks, weights = _descend(
-        network,
-        make_params,
-        jax.tree.map(jnp.asarray, (shared.codebooks, params)),
-        split,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
-    codebooks = round_codebooks(codebooks)
-    return shared._replace(
-        codebooks=codebooks, assignments=jax.tree.map(np.asarray, nearest(codebooks, weights))
-    )
-
-
-def nearest(codebooks: Any, params: dns_jax.Params) -> Any:
-    """Finds for each weight, kept or not, the nearest value of its layer's codebook.
-
-    Args:
-      codebooks: `{layer: its values}`.
-      params: dense weights.
-
-    Returns:
-      A tree like `params` of int32 places in the codebooks; 0 where a codebook is empty.
-    """
-
-    def find(key_path, weights):
-        book = jnp.asarray(codebooks[parent(leaf_path(key_path))])
-        if not book.size:
-            return jnp.zeros(weights.shape, jnp.int32)
-        return jnp.argmin(jnp.abs(jnp.subtract.outer(weights, book)), -1).astype(jnp.int32)
-
-    return jax.tree.map_with_path(find, params)
-
-
-def _descend(
-    network: nn.Module,
-    make_params: Callable[[Any], Any],
-    variables: Any,
-    split: Split,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> Any:
-    """Minimises the loss of the network with the weights that `make_params` makes of variables."""
+    variables = (shared.codebooks, params) if tuned == 'weights' else (shared.codebooks,)
+    variables = jax.tree.map(jnp.asarray, variables)
     optimizer = optax.adam(dns_jax.caffe_poly(learning_rate, 1.0, steps))
     images, labels = jax.device_put((split.images, split.labels))
 
     def loss_fn(variables, images, labels):
         scaled = images.astype(jnp.float32) * INPUT_SCALE
-        logits = jnp.asarray(network.apply({'params': make_params(variables)}, scaled))
+        logits = jnp.asarray(network.apply({'params': _expand(shared, *variables)}, scaled))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
@@ -182,4 +90,41 @@ def _descend(
         raise FloatingPointError(
             f'learning_rate={learning_rate} left weights or centroids that are not finite'
         )
-    return jax.device_get(state[0])
+    codebooks, *weights = jax.device_get(state[0])
+    codebooks = round_codebooks(codebooks)
+    assignments = shared.assignments
+    if weights:
+        assignments = jax.tree.map(np.asarray, nearest(codebooks, *weights))
+    return shared._replace(codebooks=codebooks, assignments=assignments)
+
+
+def _expand(shared: SharedNetwork, codebooks: Any, weights: Any = None) -> Any:
+    """Makes what the network computes with: of weights that choose where there are such."""
+    if weights is None:
+        return expand(codebooks, shared.assignments, shared.masks)
+    nowhere = jax.tree.map(lambda leaf: leaf - jax.lax.stop_gradient(leaf), weights)
+    return jax.tree.map(
+        jnp.add,
+        expand(codebooks, nearest(codebooks, weights), shared.masks),
+        dns_jax.apply_masks(nowhere, shared.masks),
+    )
+
+
+def nearest(codebooks: Any, params: dns_jax.Params) -> Any:
+    """Finds for each weight, kept or not, the nearest value of its layer's codebook.
+
+    Args:
+      codebooks: `{layer: its values}`.
+      params: dense weights.
+
+    Returns:
+      A tree like `params` of int32 places in the codebooks; 0 where a codebook is empty.
+    """
+
+    def find(key_path, weights):
+        book = jnp.asarray(codebooks[parent(leaf_path(key_path))])
+        if not book.size:
+            return jnp.zeros(weights.shape, jnp.int32)
+        return jnp.argmin(jnp.abs(jnp.subtract.outer(weights, book)), -1).astype(jnp.int32)
+
+    return jax.tree.map_with_path(find, params)

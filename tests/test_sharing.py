@@ -9,7 +9,7 @@ import pytest
 from dns_jax.codec import load_coded, save_coded
 from dns_jax.sharing import expand, round_codebooks, share_weights
 from experiments.data import Split
-from experiments.sharing import finetune_codebooks, finetune_weights, nearest
+from experiments.sharing import finetune, nearest
 from experiments.train import make_loss
 
 OPTIONS = {'steps': 250, 'batch_size': 32, 'learning_rate': 1e-2, 'seed': 0}
@@ -52,8 +52,8 @@ def shared(params):
     return share_weights(params, masks, 5, {'network': 'small'})
 
 
-def test_codebooks_learn_and_nothing_else_changes(split, shared):
-    tuned = finetune_codebooks(Small(), shared, split, **OPTIONS)
+def test_codebooks_learn_and_nothing_else_changes(split, params, shared):
+    tuned = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
     loss = make_loss(Small())
     before, after = (loss(expand(*network[:3]), split) for network in (shared, tuned))
     assert after < 0.9 * before
@@ -65,9 +65,9 @@ def test_codebooks_learn_and_nothing_else_changes(split, shared):
         assert (book != shared.codebooks[layer]).any()
 
 
-def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, shared):
+def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, params, shared):
     options = OPTIONS | {'steps': 1, 'learning_rate': 0.5}
-    tuned = finetune_codebooks(Small(), shared, split, **options)
+    tuned = finetune(Small(), params, shared, split, tuned='codebooks', **options)
     for layer, book in shared.codebooks.items():
         moved = np.abs(tuned.codebooks[layer] - book)
         np.testing.assert_allclose(moved[moved > 0], 0.5, rtol=0.02)
@@ -76,8 +76,8 @@ def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, shared):
 
 def test_weights_that_choose_do_better(split, params, shared):
     loss = make_loss(Small())
-    alone = finetune_codebooks(Small(), shared, split, **OPTIONS)
-    chosen = finetune_weights(Small(), params, shared, split, **OPTIONS)
+    alone = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
+    chosen = finetune(Small(), params, shared, split, tuned='weights', **OPTIONS)
     assert loss(expand(*chosen[:3]), split) < loss(expand(*alone[:3]), split)
     jax.tree.map(np.testing.assert_array_equal, chosen.masks, shared.masks)
     changed = jax.tree.map(
@@ -93,9 +93,7 @@ def test_weights_that_choose_do_better(split, params, shared):
 def test_result_is_what_its_file_holds_and_repeats(tmp_path, split, params, shared, kind):
     def run(**options):
         options = OPTIONS | {'steps': 5} | options
-        if kind == 'codebooks':
-            return finetune_codebooks(Small(), shared, split, **options)
-        return finetune_weights(Small(), params, shared, split, **options)
+        return finetune(Small(), params, shared, split, tuned=kind, **options)
 
     tuned = run()
     save_coded(tmp_path / 'network', tuned)
@@ -122,9 +120,7 @@ def test_a_layer_without_kept_weights(split, params):
     shared = share_weights(params, masks, 5)
     assert not shared.codebooks['fc1'].size
     options = OPTIONS | {'steps': 2}
-    for tuned in (
-        finetune_codebooks(Small(), shared, split, **options),
-        finetune_weights(Small(), params, shared, split, **options),
-    ):
+    for kind in ('codebooks', 'weights'):
+        tuned = finetune(Small(), params, shared, split, tuned=kind, **options)
         assert not tuned.codebooks['fc1'].size
         assert (tuned.codebooks['fc2'] != shared.codebooks['fc2']).any()
