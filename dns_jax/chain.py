@@ -130,6 +130,12 @@ def max_pool(images: Any, size: int, axis: int) -> Any:
 
     Returns:
       An array of the same type, both axes divided by the size, rounded down.
+
+    Example:
+      >>> import numpy as np
+      >>> max_pool(np.arange(20).reshape(4, 5), size=2, axis=0)
+      array([[ 6,  8],
+             [16, 18]])
     """
     height, width = (length // size * size for length in images.shape[axis : axis + 2])
     before = (slice(None),) * axis
@@ -169,6 +175,8 @@ def trace_shapes(
       [(2, 2, 1), (4,), (3,)]
     """
     shapes, names = [tuple(input_shape)], set()
+    if min(input_shape, default=1) < 1:
+        raise ValueError(f'input_shape={shapes[0]} must be of lengths above 0')
     for number, layer in enumerate(chain):
         place = f'chain[{number}], {layer},'
         if not isinstance(layer, Layer):
@@ -189,7 +197,7 @@ def _check_weights(place: str, layer: Weighted, params: Weights) -> None:
         raise ValueError(f'{place} needs a kernel and a bias; params has {found}')
     axes = 2 if isinstance(layer, Dense) else 4
     kernel, bias = jnp.shape(weights['kernel']), jnp.shape(weights['bias'])
-    if len(kernel) != axes or bias != kernel[-1:]:
+    if len(kernel) != axes or bias != kernel[-1:] or 0 in kernel:
         raise ValueError(f'{place} has a kernel of shape {kernel} and a bias of {bias}')
     for leaf in weights.values():
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -227,7 +235,7 @@ def _output_shape(
             if not len(indices) or (np.diff(indices, prepend=-1) < 1).any():
                 raise ValueError(f'{place} must name elements in ascending order')
             if indices[-1] >= shape[-1]:
-                raise ValueError(f'{place} is of inputs of {shape}')
+                raise ValueError(f'{place} names {indices[-1]}, but the inputs are {shape}')
             return (*shape[:-1], len(indices))
         case Relu():
             return shape
@@ -282,6 +290,10 @@ def _read_layer(kind: str, **fields: Any) -> Layer:
         value = getattr(layer, field.name)
         values = value if field.name == 'indices' else [value]
         wanted = int if field.name in ('indices', 'size') else str
-        if not all(type(item) is wanted for item in values):
+        if not all(type(item) is wanted and _is_short(item) for item in values):
             raise ValueError(f'{kind} has the {field.name} {str(value)[:80]!r}')
     return layer
+
+
+def _is_short(item: int | str) -> bool:
+    return not isinstance(item, int) or abs(item) < 2**31

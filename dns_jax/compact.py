@@ -81,8 +81,8 @@ def compact(
 
     Raises:
       TypeError: if a mask is not boolean, or weights or layers are none.
-      ValueError: if chain, params and masks do not fit each other, no layer has weights, or a
-        kept weight is not finite.
+      ValueError: if chain, params and masks do not fit each other, no layer has weights, a kept
+        weight is not finite, or a new bias not in the dtype it had.
 
     Example:
       >>> import numpy as np
@@ -97,10 +97,13 @@ def compact(
       (Select(indices=(1, 2)), (2, 3), array([2., 1., 1.]))
     """
     shapes = trace_shapes(chain, params, input_shape)
-    params = {layer.name: params[layer.name] for layer in chain if isinstance(layer, Weighted)}
-    check_parallel(params, masks)
-    if not params:
+    names = [layer.name for layer in chain if isinstance(layer, Weighted)]
+    if not names:
         raise ValueError(f'chain must have a layer with weights, but is {chain}')
+    params, masks = (
+        {name: dict(tree[name]) for name in names if name in tree} for tree in (params, masks)
+    )
+    check_parallel(params, masks)
     masked = jax.tree.map_with_path(_mask, params, masks)
     links = _to_links(chain, shapes, masked)
     folded, refused = _fold_constants(links)
@@ -116,7 +119,7 @@ def compact(
             'kernel': kernel.reshape(*shape, *kernel.shape[1:]).astype(
                 masked[name]['kernel'].dtype
             ),
-            'bias': link.bias[kept[number + 1]].astype(masked[name]['bias'].dtype),
+            'bias': _narrow(name, link.bias[kept[number + 1]], masked[name]['bias'].dtype),
         }
         layers += [*link.between, *_select(link, inputs, kept[number]), link.layer]
         shrunk[name] = Shrunk(
@@ -128,9 +131,18 @@ def compact(
     return CompactNetwork((*layers, *behind), small, shrunk)
 
 
+def _narrow(name: str, bias: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over='ignore'):
+        narrow = bias.astype(dtype)
+    if not np.isfinite(narrow.astype(np.float64)).all():
+        raise ValueError(f'the constants that go into the biases of {name!r} do not fit {dtype}')
+    return narrow
+
+
 def _mask(key_path, leaf, mask) -> np.ndarray:
     leaf = np.asarray(leaf)
-    masked = np.where(np.asarray(mask), leaf, np.zeros((), leaf.dtype))
+    # A mask of no axes means that the leaf is kept, as everywhere.
+    masked = np.where(np.asarray(mask), leaf, np.zeros((), leaf.dtype)) if np.ndim(mask) else leaf
     if not np.isfinite(masked.astype(np.float64)).all():
         raise ValueError(f'params[{leaf_path(key_path)!r}] has a kept weight that is not finite')
     return masked

@@ -7,6 +7,7 @@ can be had from JAX alone, more slowly: a machine without a C++ compiler lacks n
 import ctypes
 import functools
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 _SOURCE = Path(__file__).with_name('weighted_slices.cc')
 _TARGET = 'dns_jax_weighted_slices'
+_CANNOT_BUILD = 'the C++ kernel of dns_jax.native cannot be built by'
 
 
 class Taps(NamedTuple):
@@ -42,18 +44,20 @@ def why_unavailable() -> str:
       >>> isinstance(why_unavailable(), str)
       True
     """
-    compiler = os.environ.get('CXX', 'c++')
+    if jax.default_backend() != 'cpu':
+        return f'the C++ kernel is for CPU, but JAX runs on {jax.default_backend()}'
+    compiler = shlex.split(os.environ.get('CXX', 'c++'))
     flags = ['-std=c++17', '-O3', '-march=native', '-fopenmp-simd', '-fPIC', '-shared', '-w']
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / 'weighted_slices.so'
-        command = [compiler, *flags, f'-I{jax.ffi.include_dir()}', _SOURCE, '-o', library]
+        command = [*compiler, *flags, f'-I{jax.ffi.include_dir()}', _SOURCE, '-o', library]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             handler = ctypes.CDLL(str(library)).WeightedSlices
         except subprocess.CalledProcessError as error:
-            return f'{compiler} cannot build it: {error.stderr.strip()[-500:]}'
+            return f'{_CANNOT_BUILD} {compiler}: {error.stderr.strip()[-500:]}'
         except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
-            return f'{compiler} cannot build it: {error}'
+            return f'{_CANNOT_BUILD} {compiler}: {error}'
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform='cpu')
     return ''
 
@@ -102,7 +106,8 @@ def sum_weighted_slices(
             raise TypeError(f'{name} must be {dtype}, not {arrays[name].dtype}')
         if arrays[name].ndim != axes:
             raise ValueError(f'{name} must have {axes} axes, but is {arrays[name].shape}')
-    starts, positions = taps.starts, taps.positions
+    # In 64 bits, as sums of what a caller gives may pass 32.
+    starts, positions = (each.astype(np.int64) for each in (taps.starts, taps.positions))
     if len(positions) != len(taps.values) or len(starts) != len(biases) + 1:
         raise ValueError(
             f'taps has {len(starts)} starts, {len(positions)} positions and {len(taps.values)} '

@@ -10,6 +10,8 @@ A layer is computed as
   - `native`: the same by a kernel in C++ (`dns_jax.native`), with JAX on CPU.
 """
 
+import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax import native
-from dns_jax.chain import Chain, Dense, Weighted, Weights, run_chain, trace_shapes
-from dns_jax.steps import MOST_WEIGHTS, is_in_order, make_jax, make_scipy, plan_steps
+from dns_jax.chain import Chain, Weighted, Weights, run_chain, trace_shapes
+from dns_jax.steps import Unsuitable, is_in_order, make_jax, make_scipy, plan_steps
 
 Kinds = Mapping[str, str]
 """How each layer with weights is computed, by its name."""
@@ -36,7 +38,13 @@ class Choice(NamedTuple):
     seconds: dict[str, dict[str, float]]  # by layer, then kind: of a call of the layer by itself
 
 
-def jax_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds: Kinds) -> Runner:
+def jax_runner(
+    chain: Chain,
+    params: Weights,
+    input_shape: Sequence[int],
+    kinds: Kinds,
+    batch_last: bool = False,
+) -> Runner:
     """Makes a jitted function of JAX.
 
     Without `native` layers it runs on any device and is differentiable in its inputs.
@@ -46,17 +54,21 @@ def jax_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds:
       params: their weights, concrete; zero where pruned.
       input_shape: of one example, without a batch axis.
       kinds: `{layer name: 'dense', 'sparse' or 'native'}`, for every layer with weights.
+      batch_last: whether a network that is all dense is computed with the batch as the last axis
+        too, as all others are; which is faster depends on the network.
 
     Returns:
-      A function of inputs (batch, …) float32; it is compiled anew for each size of a batch.
+      A function of inputs (batch, …) float32; it is compiled anew for each size of a batch. It
+      raises ValueError if they have another shape.
 
     Raises:
-      ValueError: if the chain does not fit, `kinds` is not about its layers, or a sparse
-        convolution has more than 4,096 kept weights.
+      ValueError: if the chain does not fit, or `kinds` is not about its layers.
+      Unsuitable: if a sparse convolution has more than 4,096 kept weights.
       RuntimeError: if a layer is `native` and there is no kernel.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from dns_jax.chain import Dense
       >>> params = {'fc': {'kernel': jnp.array([[0.0], [2.0]]), 'bias': jnp.array([1.0])}}
       >>> run = jax_runner((Dense('fc'),), params, (2,), {'fc': 'sparse'})
       >>> run(jnp.array([[7.0, 3.0]]))
@@ -65,10 +77,13 @@ def jax_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds:
     plan = plan_steps(chain, params, input_shape, kinds, ('dense', 'sparse', 'native'))
     if 'native' in kinds.values() and (reason := native.why_unavailable()):
         raise RuntimeError(reason)
-    if set(kinds.values()) <= {'dense'}:
-        weights = jax.tree.map(jnp.asarray, {name: dict(params[name]) for name in kinds})
+    if set(kinds.values()) <= {'dense'} and not batch_last:
+        weights: Any = {
+            name: {leaf: jnp.asarray(params[name][leaf], jnp.float32) for leaf in params[name]}
+            for name in kinds
+        }
         run = jax.jit(lambda weights, inputs: run_chain(chain, weights, inputs))
-        return lambda inputs: run(weights, inputs)
+        return lambda inputs: run(weights, _checked(inputs, input_shape))
 
     made = [make_jax(step) for step in plan.steps]
 
@@ -84,7 +99,7 @@ def jax_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds:
         return _batch_major(outputs)
 
     weights = [jax.tree.map(jnp.asarray, own) for own, _ in made]
-    return lambda inputs: run_steps(weights, inputs)
+    return lambda inputs: run_steps(weights, _checked(inputs, input_shape))
 
 
 def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds: Kinds) -> Runner:
@@ -99,14 +114,16 @@ def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kind
       kinds: `{layer name: 'dense' or 'sparse'}`, for every layer with weights.
 
     Returns:
-      A function of inputs (batch, …), NumPy float32.
+      A function of inputs (batch, …), NumPy float32. It raises ValueError if they have another
+      shape.
 
     Raises:
-      ValueError: if the chain does not fit, `kinds` is not about its layers, or a sparse
-        convolution has more than 4,096 kept weights.
+      ValueError: if the chain does not fit, or `kinds` is not about its layers.
+      Unsuitable: if the matrix of a sparse convolution has more than 2**24 entries.
 
     Example:
       >>> import numpy as np
+      >>> from dns_jax.chain import Dense
       >>> params = {'fc': {'kernel': np.float32([[0], [2]]), 'bias': np.float32([1])}}
       >>> run = scipy_runner((Dense('fc'),), params, (2,), {'fc': 'sparse'})
       >>> run(np.float32([[7, 3]]))
@@ -117,14 +134,21 @@ def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kind
     in_order = is_in_order(plan.rows, input_shape)
 
     def run(inputs):
-        outputs = inputs.reshape(len(inputs), -1).T
+        outputs = _checked(inputs, input_shape).reshape(len(inputs), -1).T
         outputs = np.ascontiguousarray(outputs) if in_order else outputs[plan.rows]
         outputs = outputs.reshape(*plan.shape, -1)
         for compute in computes:
             outputs = compute(outputs)
-        return _batch_major(outputs)
+        return np.ascontiguousarray(_batch_major(outputs))
 
     return run
+
+
+def _checked(inputs: Any, input_shape: Sequence[int]) -> Any:
+    if inputs.shape[1:] != tuple(input_shape) or not inputs.shape[0]:
+        wanted = ', '.join(map(str, input_shape))
+        raise ValueError(f'inputs must be (batch, {wanted}), 1 or more, but are {inputs.shape}')
+    return inputs
 
 
 def _batch_major(outputs: Any) -> Any:
@@ -148,7 +172,7 @@ def choose_kinds(
     Args:
       make_runner: `jax_runner` or `scipy_runner`.
       offered: the kinds to choose from. `native` is left out where there is no kernel, `sparse`
-        where a convolution has too many kept weights.
+        where it is unsuitable.
       chain: the layers, as for `make_runner`.
       params: as for `make_runner`.
       input_shape: as for `make_runner`.
@@ -159,22 +183,26 @@ def choose_kinds(
       The kinds, and the times they were chosen by.
 
     Raises:
-      ValueError: if nothing is offered, or as `make_runner` does.
+      ValueError: if nothing is offered, `batch` or `turns` is below 1, or as `make_runner` does.
 
     Example:
       >>> import numpy as np
+      >>> from dns_jax.chain import Dense
       >>> params = {'fc': {'kernel': np.eye(2, dtype=np.float32), 'bias': np.zeros(2, np.float32)}}
       >>> choose_kinds(scipy_runner, ['dense'], (Dense('fc'),), params, (2,), batch=1).kinds
       {'fc': 'dense'}
     """
     if not offered or not set(offered) <= {'dense', 'sparse', 'native'}:
         raise ValueError(f'offered must be some of dense, sparse and native, but is {offered}')
+    if min(batch, turns) < 1:
+        raise ValueError(f'batch={batch} and turns={turns} must be 1 or more')
+    if native.why_unavailable():
+        offered = [kind for kind in offered if kind != 'native'] or ['dense']
     kinds, seconds = {}, {}
     for layer, shape in zip(chain, trace_shapes(chain, params, input_shape), strict=False):
         if isinstance(layer, Weighted):
-            suited = [kind for kind in offered if _is_suited(layer, params, kind)] or ['dense']
-            ways = {kind: ((layer,), shape, {layer.name: kind}) for kind in suited}
-            own = _time_ways(make_runner, ways, params, batch, turns)
+            ways = {kind: ((layer,), shape, {layer.name: kind}) for kind in offered}
+            own = _time_ways(make_runner, ways, params, batch, turns) or {'dense': math.inf}
             kinds[layer.name], seconds[layer.name] = min(own, key=own.__getitem__), own
     # A layer by itself pays for its layout twice, within the network it may not pay at all.
     for name in kinds:
@@ -189,6 +217,35 @@ def choose_kinds(
     return Choice(kinds, seconds)
 
 
+def recorded_kinds(text: str, chain: Chain) -> dict[str, str]:
+    """Reads kinds that were chosen before, for `jax_runner` on this machine.
+
+    Args:
+      text: a JSON object of them, as `experiments.export` records in a sparse file.
+      chain: the layers.
+
+    Returns:
+      `{layer name: kind}`, dense in place of native where there is no kernel.
+
+    Raises:
+      ValueError: if they are not kinds of these layers.
+
+    Example:
+      >>> from dns_jax.chain import Dense
+      >>> recorded_kinds('{"fc": "sparse"}', (Dense('fc'),))
+      {'fc': 'sparse'}
+    """
+    kinds = json.loads(text)
+    names = {layer.name for layer in chain if isinstance(layer, Weighted)}
+    known = ('dense', 'sparse', 'native')
+    is_table = isinstance(kinds, dict) and kinds.keys() == names
+    if not is_table or not all(kind in known for kind in kinds.values()):
+        raise ValueError(f'kinds must give one of {known} for each of {names}, but is {text[:80]}')
+    if native.why_unavailable():
+        return {name: 'dense' if kind == 'native' else kind for name, kind in kinds.items()}
+    return kinds
+
+
 def time_in_turns(
     calls: Mapping[str, Callable[[], Any]], turns: int, least: float = 0.002
 ) -> dict[str, np.ndarray]:
@@ -196,7 +253,7 @@ def time_in_turns(
 
     Args:
       calls: the functions, by any names; a JAX array that one returns is waited for.
-      turns: how many each has, after one that is not counted.
+      turns: how many each has, 1 or more, after one that is not counted.
       least: of a turn, in seconds; a function is called as often as that takes.
 
     Returns:
@@ -227,15 +284,11 @@ def time_in_turns(
 def _time_ways(make_runner, ways, params, batch, turns) -> dict[str, float]:
     calls = {}
     for name, (chain, shape, kinds) in ways.items():
-        run = make_runner(chain, params, shape, kinds)
+        try:
+            run = make_runner(chain, params, shape, kinds)
+        except Unsuitable:
+            continue
         inputs = np.random.default_rng(0).random((batch, *shape), np.float32)
         inputs = jnp.asarray(inputs) if make_runner is jax_runner else inputs
         calls[name] = lambda run=run, inputs=inputs: run(inputs)
     return {name: float(np.median(times)) for name, times in time_in_turns(calls, turns).items()}
-
-
-def _is_suited(layer: Weighted, params: Weights, kind: str) -> bool:
-    if kind == 'native':
-        return not native.why_unavailable()
-    kept = int(np.count_nonzero(np.asarray(params[layer.name]['kernel'])))
-    return kind == 'dense' or isinstance(layer, Dense) or kept <= MOST_WEIGHTS

@@ -31,7 +31,14 @@ from dns_jax.chain import (
 )
 
 MOST_WEIGHTS = 4_096
-"""Of a sparse convolution: each is an instruction of its program, or hundreds of matrix entries."""
+"""Of a sparse convolution in JAX: each is an instruction of its program, ten seconds to compile."""
+
+MOST_ENTRIES = 2**24
+"""Of the matrix of a sparse convolution in SciPy: a kept weight has one for each pixel."""
+
+
+class Unsuitable(ValueError):
+    """A layer cannot be computed in the way that was asked for."""
 
 
 class Step(NamedTuple):
@@ -162,11 +169,6 @@ def _padded_shape(step: Step) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _check_few(step: Step) -> None:
-    if (kept := np.count_nonzero(step.kernel)) > MOST_WEIGHTS:
-        raise ValueError(f'{step.layer} keeps {kept} weights; sparse, it may keep {MOST_WEIGHTS}')
-
-
 def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
     """Makes the computation of a step by JAX.
 
@@ -177,7 +179,7 @@ def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
       The step's arrays, and a function of them and of the inputs, to be traced.
 
     Raises:
-      ValueError: if a sparse convolution has too many kept weights.
+      Unsuitable: if a sparse convolution keeps too many weights.
     """
     match step.layer:
         case Relu():
@@ -247,7 +249,8 @@ def _jax_sparse_product(step: Step):
 
 
 def _jax_sparse_convolution(step: Step):
-    _check_few(step)
+    if (kept := np.count_nonzero(step.kernel)) > MOST_WEIGHTS:
+        raise Unsuitable(f'{step.layer} keeps {kept} weights; sparse, it may keep {MOST_WEIGHTS}')
 
     def compute(bias, x):
         x = _pad(step, x)
@@ -298,7 +301,7 @@ def make_scipy(step: Step) -> Callable[[np.ndarray], np.ndarray]:
       A function of the inputs.
 
     Raises:
-      ValueError: if a sparse convolution has too many kept weights.
+      Unsuitable: if a sparse convolution keeps too many weights.
     """
     match step.layer:
         case Relu():
@@ -346,11 +349,12 @@ def _scipy_sparse_product(step: Step):
 
 def _scipy_sparse_convolution(step: Step):
     """One row for each pixel of each filter, one column for each of each channel."""
-    _check_few(step)
     channels, height, width = _padded_shape(step)
     filters, _, rows, columns = step.kernel.shape
     shape = filters, height - rows + 1, width - columns + 1
     unit, channel, row, column = np.nonzero(step.kernel)
+    if (entries := unit.size * shape[1] * shape[2]) > MOST_ENTRIES:
+        raise Unsuitable(f'{step.layer} makes {entries} entries; there may be {MOST_ENTRIES}')
     y, x = np.indices(shape[1:]).reshape(2, -1, 1)  # each pixel, for each weight
     matrix = scipy.sparse.csr_array(
         (

@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import dns_jax
@@ -16,6 +18,7 @@ from dns_jax.sparse import load_sparse
 from experiments import models
 
 IMAGE_SHAPE = (28, 28, 1)
+CODED = '.dns'  # how the name of a coded file ends
 _SYNTHETIC = re.compile(r'fc:([1-9]\d{0,5})x([1-9]\d{0,5}):(0?\.\d+|1)')
 
 
@@ -52,27 +55,29 @@ def load_model(name: str) -> Model:
         return _make_layer(name)
     path = Path(name)
     params: Any
-    if path.suffix == '.dns':
+    if path.suffix == CODED:
         shared = load_coded(path)
         params, masks, metadata = expand(*shared[:3]), shared.masks, shared.metadata
     else:
         params, masks, metadata = load_sparse(path)
-    if 'chain' in metadata:
-        chain = chain_from_json(metadata['chain'])
-        input_shape = _parse_shape(metadata.get('input_shape', ''))
-    elif metadata.get('network') in models.CHAINS:
-        chain, input_shape = models.CHAINS[metadata['network']], IMAGE_SHAPE
-    else:
-        raise ValueError(
-            f'{path} has no chain and names the network {metadata.get("network")!r}, which is none '
-            f'of {sorted(models.CHAINS)}'
-        )
-    params = {
-        layer: {leaf: np.asarray(array) for leaf, array in weights.items()}
-        for layer, weights in params.items()
-    }
-    trace_shapes(chain, params, input_shape)
+    try:
+        chain, input_shape = _find_chain(metadata)
+        trace_shapes(chain, params, input_shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{path} holds no network to run: {error}') from error
+    params = jax.tree.map(np.asarray, params)
     return Model(path.stem, chain, params, masks, input_shape, metadata)
+
+
+def _find_chain(metadata: Mapping[str, str]) -> tuple[Chain, tuple[int, ...]]:
+    if 'chain' in metadata:
+        return chain_from_json(metadata['chain']), _parse_shape(metadata.get('input_shape', ''))
+    if metadata.get('network') in models.CHAINS:
+        return models.CHAINS[metadata['network']], IMAGE_SHAPE
+    raise ValueError(
+        f'it has no chain, and names the network {metadata.get("network")!r}, which is none of '
+        f'{sorted(models.CHAINS)}'
+    )
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:

@@ -307,10 +307,14 @@ class ExportConfig:
     def __post_init__(self):
         unread = [] if self.format == 'coded' else list(_OF_CODING)
         unread += [] if self.format == 'sparse' else ['batch']
+        if not self.finetuning_steps:
+            unread += ['tuned', 'learning_rate', 'batch_size', 'seed', 'train_on_all']
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in unread and value != field.default:
-                raise ValueError(f'--{field.name}={value} has no meaning with {self.format}')
+                raise ValueError(f'--{field.name}={value} has no meaning beside the other flags')
+        if self.format == 'coded' and not (self.output or '.dns').endswith('.dns'):
+            raise ValueError(f'--output={self.output} must end in .dns, by which it is known')
         self.parse_clusters()
 
     def parse_clusters(self) -> dict[str, int]:

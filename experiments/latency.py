@@ -7,6 +7,7 @@ same run. `fc:9216x4096:0.037` is one layer, AlexNet's largest, with random weig
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -22,10 +23,18 @@ import numpy as np
 import onnxruntime
 import threadpoolctl
 
-from dns_jax.chain import Chain, Weighted, Weights, trace_shapes
+from dns_jax import native
+from dns_jax.chain import Chain, Dense, Weighted, Weights, trace_shapes
 from dns_jax.export import save_onnx
 from dns_jax.files import write_whole
-from dns_jax.runners import choose_kinds, jax_runner, scipy_runner, time_in_turns
+from dns_jax.runners import (
+    Runner,
+    choose_kinds,
+    jax_runner,
+    recorded_kinds,
+    scipy_runner,
+    time_in_turns,
+)
 from dns_jax.steps import make_scipy, plan_steps
 from experiments import flags, latency_report, models
 from experiments.artefacts import Model, load_model
@@ -33,12 +42,6 @@ from experiments.commands import LatencyConfig
 
 Calls = dict[str, Callable[[], Any]]
 
-# The last kind is the one of which the break-even is told.
-_RUNNERS = {
-    'JAX': (jax_runner, ('dense', 'sparse')),
-    'JAX and C++': (jax_runner, ('dense', 'sparse', 'native')),
-    'SciPy': (scipy_runner, ('dense', 'sparse')),
-}
 _DENSITIES = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01, 0.005)
 
 
@@ -55,11 +58,11 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
       ValueError: if the model cannot be read, or a way gives other outputs than the network.
       OSError: if the model cannot be read, or the result not written.
     """
-    model = load_model(config.model)
     with _one_core():
+        model = load_model(config.model)
         result = {
             'model': model.name,
-            'command': f'python -m experiments.latency --model={config.model}',
+            'command': ' '.join(['python -m experiments.latency', *_flags(config)]),
             'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}',
             'batches': {},
             **_measure_machine(),
@@ -76,9 +79,17 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
     return result
 
 
+def _flags(config: LatencyConfig) -> list[str]:
+    return [
+        f'--{field.name}={getattr(config, field.name)}'
+        for field in dataclasses.fields(config)
+        if field.name != 'output' and getattr(config, field.name) != field.default
+    ]
+
+
 @contextlib.contextmanager
 def _one_core():
-    """Keeps the process, and with it every thread that is still to come, on one core."""
+    """Keeps this thread, and every one that it starts, on one core: also those of JAX, if new."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
@@ -91,23 +102,28 @@ def _one_core():
 def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
     small = model.compact()
     inputs = np.random.default_rng(0).random((batch, *model.input_shape), np.float32)
+    on_device = jnp.asarray(inputs)
     calls = _dense_calls(model, inputs)
     dense = list(calls)
     result: dict[str, Any] = {'kinds': {}, 'seconds': {}}
-    run = jax_runner(small.chain, small.params, model.input_shape, _all_dense(small.chain))
-    calls['JAX, compact'] = partial(run, jnp.asarray(inputs))
-    for name, (make_runner, offered) in _RUNNERS.items():
-        arguments = small.chain, small.params, model.input_shape
+    arguments = small.chain, small.params, model.input_shape
+    for label, batch_last in (('JAX, compact', False), ('JAX, compact, batch last', True)):
+        run = jax_runner(*arguments, _all_dense(small.chain), batch_last)
+        calls[label] = partial(run, on_device)
+    for name, (make_runner, offered) in _runners().items():
         choice = choose_kinds(make_runner, offered, *arguments, batch)
         run = make_runner(*arguments, choice.kinds)
         label = f'{name}, compact, chosen by layer'
-        calls[label] = partial(run, jnp.asarray(inputs) if make_runner is jax_runner else inputs)
-        result['kinds'][label], result['seconds'][name] = choice.kinds, choice.seconds
-    if len(model.chain) == 1:  # its product alone, as it stands within a network
-        whole = model.chain, model.params, model.input_shape
-        compute = make_scipy(plan_steps(*whole, {'fc': 'sparse'}, ['sparse']).steps[0])
-        batch_last = np.ascontiguousarray(inputs.T)
-        calls['SciPy, batch last'] = lambda: compute(batch_last).T
+        calls[label] = partial(run, on_device if make_runner is jax_runner else inputs)
+        result['kinds'][name], result['seconds'][name] = choice.kinds, choice.seconds
+    if 'kinds' in model.metadata:
+        kinds = recorded_kinds(model.metadata['kinds'], model.chain)
+        run = jax_runner(model.chain, model.params, model.input_shape, kinds)
+        calls['JAX, as the file says'] = partial(run, on_device)
+    if len(model.chain) == 1 and isinstance(model.chain[0], Dense):
+        name, whole = model.chain[0].name, (model.chain, model.params, model.input_shape)
+        compute = make_scipy(plan_steps(*whole, {name: 'sparse'}, ['sparse']).steps[0])
+        calls['SciPy, the product alone'] = partial(compute, np.ascontiguousarray(inputs.T))
     calls['ONNX Runtime'] = _onnx_call(model.chain, model.params, model.input_shape, inputs)
     calls['ONNX Runtime, compact'] = _onnx_call(
         small.chain, small.params, model.input_shape, inputs
@@ -128,20 +144,33 @@ def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
 
 
 def _dense_calls(model: Model, inputs: np.ndarray) -> Calls:
-    """The masked network as it was trained, and as its chain."""
+    """The masked network in all ways that JAX has for it; ratios are against the fastest."""
     calls: Calls = {}
-    run = jax_runner(model.chain, model.params, model.input_shape, _all_dense(model.chain))
-    calls['dense JAX'] = partial(run, jnp.asarray(inputs))
+    on_device = jnp.asarray(inputs)
+    for label, batch_last in (('dense JAX', False), ('dense JAX, batch last', True)):
+        arguments = model.chain, model.params, model.input_shape, _all_dense(model.chain)
+        calls[label] = partial(jax_runner(*arguments, batch_last), on_device)
     params = jax.tree.map(jnp.asarray, model.params)
     name = model.metadata.get('network', '')
     if models.CHAINS.get(name) == model.chain:
         apply = jax.jit(lambda params, x: models.NETWORKS[name]().apply({'params': params}, x))
-        calls['dense JAX, as trained'] = partial(apply, params, jnp.asarray(inputs))
-    elif len(model.chain) == 1:
-        product = jax.jit(lambda kernel, bias, inputs: (kernel @ inputs + bias[:, None]).T)
-        kernel, bias = params['fc']['kernel'].T, params['fc']['bias']
-        calls['dense JAX, batch last'] = partial(product, kernel, bias, jnp.asarray(inputs.T))
+        calls['dense JAX, as trained'] = partial(apply, params, on_device)
+    if len(model.chain) == 1 and isinstance(model.chain[0], Dense):
+        weights = params[model.chain[0].name]
+        product = jax.jit(lambda kernel, bias, x: kernel @ x + bias[:, None])
+        kernel, batch_last = jnp.asarray(weights['kernel'].T), jnp.asarray(inputs.T)
+        calls['dense JAX, the product alone'] = partial(
+            product, kernel, weights['bias'], batch_last
+        )
     return calls
+
+
+def _runners() -> dict[str, tuple[Callable[..., Runner], tuple[str, ...]]]:
+    """What makes runners, and of which kinds; of the last the break-even is told."""
+    runners: dict[str, Any] = {'JAX': (jax_runner, ('dense', 'sparse'))}
+    if not native.why_unavailable():
+        runners['JAX and C++'] = (jax_runner, ('dense', 'sparse', 'native'))
+    return {**runners, 'SciPy': (scipy_runner, ('dense', 'sparse'))}
 
 
 def _onnx_call(
@@ -162,7 +191,9 @@ def _all_dense(chain: Chain) -> dict[str, str]:
 def _check_outputs(calls: Calls, dense: str) -> None:
     expected = np.asarray(calls[dense]())
     for name, call in calls.items():
-        error = np.abs(np.asarray(call()) - expected).max()
+        outputs = np.asarray(call())
+        outputs = outputs.T if 'the product alone' in name else outputs
+        error = np.abs(outputs - expected).max()
         if not error <= 1e-4 * max(1, np.abs(expected).max()):
             raise ValueError(f'{name} is off by {error} from {dense}')
 
@@ -207,7 +238,7 @@ def _find_break_even(config: LatencyConfig) -> dict[str, dict[str, float]]:
     """Finds the density of random weights below which a runner beats the dense product.
 
     Returns:
-      `{batch: {way: density}}`; 0 where it never does.
+      `{batch: {way: density}}`; 0 where it never does, 1 where it always does.
     """
     shape = config.model.rpartition(':')[0]
     ratios: dict[str, dict[str, list[float]]] = {}
@@ -218,13 +249,13 @@ def _find_break_even(config: LatencyConfig) -> dict[str, dict[str, float]]:
             inputs = np.random.default_rng(0).random((batch, *model.input_shape), np.float32)
             calls = _dense_calls(model, inputs)
             dense = list(calls)
-            for name, (make_runner, offered) in _RUNNERS.items():
+            for name, (make_runner, offered) in _runners().items():
                 own = jnp.asarray(inputs) if make_runner is jax_runner else inputs
                 calls[name] = partial(make_runner(*arguments, {'fc': offered[-1]}), own)
             times = time_in_turns(calls, turns=5)
             medians = {name: np.median(each) for name, each in times.items()}
             best = min(medians[name] for name in dense)
-            for name in _RUNNERS:
+            for name in _runners():
                 of_batch = ratios.setdefault(str(batch), {})
                 of_batch.setdefault(name, []).append(float(best / medians[name]))
     return {
@@ -234,14 +265,20 @@ def _find_break_even(config: LatencyConfig) -> dict[str, dict[str, float]]:
 
 
 def _crossing(ratios: list[float]) -> float:
-    """Finds where the ratio passes 1, between densities by their logarithms."""
-    faster = [number for number, ratio in enumerate(ratios) if ratio >= 1]
-    if not faster or faster[0] == 0:
-        return _DENSITIES[0] if faster else 0.0
-    above, below = (math.log(ratios[number]) for number in (faster[0] - 1, faster[0]))
-    share = above / (above - below)
-    before, after = _DENSITIES[faster[0] - 1], _DENSITIES[faster[0]]
-    return before * (after / before) ** share
+    """Finds where the ratio passes 1 for good, between densities by their logarithms.
+
+    Returns:
+      The density; 0 if the last ratio is below 1, 1 if none is.
+    """
+    slower = [number for number, ratio in enumerate(ratios) if ratio < 1]
+    if not slower:
+        return 1.0
+    last = slower[-1]
+    if last == len(ratios) - 1:
+        return 0.0
+    above, below = (math.log(ratio) for ratio in ratios[last : last + 2])
+    before, after = _DENSITIES[last : last + 2]
+    return before * (after / before) ** (above / (above - below))
 
 
 if __name__ == '__main__':

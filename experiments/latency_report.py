@@ -22,7 +22,7 @@ def latency_tables(result: Mapping[str, Any]) -> str:
         _ways(result),
         f'A multiply-add takes this core at least {1e12 / result["multiply_adds_per_s"]:.1f} ps (a '
         f'product of two large matrices), a byte from memory {1e12 / result["bytes_per_s"]:.0f} ps '
-        '(a copy). By these, layers take at least, in µs:',
+        '(a copy). By these, layers take at least, in µs, if all came from memory:',
         _bounds(result),
     ]
     if 'break_even' in result:
@@ -50,7 +50,7 @@ def _bounds(result: Mapping[str, Any]) -> str:
     """The least time of each layer, dense and from kept weights alone, and that of its runner."""
     header = ['layer', 'inputs → units', 'kept', 'kept %']
     for batch in result['batches']:
-        header += [f'batch {batch}: dense', 'kept alone', 'measured']
+        header += [f'batch {batch}: dense', 'kept alone', 'by itself']
     rows = []
     for name, layer in result['layers'].items():
         row = [name, f'{layer["inputs"]:,} → {layer["units"]:,}', f'{layer["kept"]:,}']
@@ -65,8 +65,8 @@ def _bounds(result: Mapping[str, Any]) -> str:
                     ('kept_multiply_adds', 8 * layer['kept']),  # a value and a position each
                 )
             )
-            seconds = of_batch['seconds']['JAX and C++'][name]
-            kind = min(seconds, key=seconds.__getitem__)
+            way = 'JAX and C++' if 'JAX and C++' in of_batch['seconds'] else 'JAX'
+            seconds, kind = of_batch['seconds'][way][name], of_batch['kinds'][way][name]
             row += [f'{dense:,.2f}', f'{kept:,.2f}', f'{1e6 * seconds[kind]:,.1f} ({kind})']
         rows.append(row)
     return table(header, rows)
@@ -85,4 +85,6 @@ def _break_even(result: Mapping[str, Any]) -> str:
 
 
 def _density(density: float) -> str:
+    if density == 1:
+        return 'all tried'
     return f'{100 * density:.1f} %' if density else 'none tried'

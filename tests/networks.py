@@ -67,6 +67,8 @@ def random_weights(random, shape, density):
         lengths = [1] * len(shape)
         lengths[axis] = shape[axis]
         masks['kernel'] &= random.random(lengths) < random.choice([0.3, 0.7, 1])
+    if random.random() < 0.2:  # kept whole
+        masks['bias'] = np.array(True)
     return {name: leaf.astype(np.float32) for name, leaf in weights.items()}, masks
 
 

@@ -67,6 +67,7 @@ def test_json_round_trip(network):
         *('[{"kind": "MaxPool", "size": true}]', '[{"kind": "Select", "indices": 3}]'),
         *('[{"kind": "Select", "indices": ["0"]}]', '[{"kind": [], "name": "a"}]'),
         '[{"kind": "Convolution", "name": "a", "padding": 1}]',
+        f'[{{"kind": "Select", "indices": [{10**30}]}}]',
     ],
 )
 def test_json_of_no_chain(text):
@@ -106,8 +107,10 @@ def weights(*shape):
         ((Select(()),), {}, (4,), 'ascending'),
         ((Select((1, 1)),), {}, (4,), 'ascending'),
         ((Select((-1,)),), {}, (4,), 'ascending'),
-        ((Select((4,)),), {}, (4,), 'is of inputs of'),
+        ((Select((4,)),), {}, (4,), 'names 4, but the inputs'),
         ((Relu(),), {}, (), 'needs inputs of 1 axes'),
+        ((Relu(),), {}, (3, 0), 'lengths above 0'),
+        ((Dense('a'),), {'a': weights(2, 0)}, (2,), 'kernel of shape'),
     ],
 )
 def test_chain_that_does_not_fit(chain, params, shape, match):

@@ -11,6 +11,8 @@ from dns_jax import apply_masks
 from dns_jax.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, trace_shapes
 from dns_jax.compact import Shrunk, compact
 from dns_jax.sparse import load_sparse
+from experiments import data
+from experiments.train import INPUT_SCALE
 from experiments.zoo import FOLDER
 
 
@@ -53,10 +55,11 @@ def test_outputs_are_those_of_the_masked_network(network):
 
 
 @pytest.mark.parametrize(('name', 'chain'), [('lenet5', LENET5), ('lenet300', LENET300)])
-def test_networks_of_the_zoo(name, chain):
+def test_networks_of_the_zoo(name, chain, tmp_path):
     network = load_sparse(FOLDER / f'{name}.safetensors')
     small = compact(chain, network.params, network.masks, (28, 28, 1))
-    for image in np.random.default_rng(0).random((2, 28, 28, 1)):
+    digits = data.load('digits', tmp_path).test.images[:2] * INPUT_SCALE
+    for image in [*np.random.default_rng(0).random((2, 28, 28, 1)), *digits]:
         np.testing.assert_allclose(
             forward(small.chain, small.params, image),
             forward(chain, network.params, image),
@@ -171,6 +174,23 @@ def test_pruned_weights_may_be_anything():
     np.testing.assert_array_equal(small.params['a']['kernel'], np.float32([[0, 1], [1, 1]]))
     with pytest.raises(ValueError, match=r"params\['a/kernel'\] has a kept weight that is not fin"):
         compact((Dense('a'),), params, masks_like(params), (2,))
+
+
+def test_constants_that_do_not_fit():
+    params = {'a': ones(2, 2, dtype=np.float16), 'b': ones(2, 1, dtype=np.float16)}
+    params['a']['bias'][:], params['b']['kernel'][:] = 60_000, 60_000
+    masks = masks_like(params)
+    masks['a']['kernel'][:] = False
+    with pytest.raises(ValueError, match="the biases of 'b' do not fit float16"):
+        compact((Dense('a'), Dense('b')), params, masks, (2,))
+
+
+@pytest.mark.parametrize('mask', [True, False])
+def test_a_leaf_without_a_mask_of_its_own_is_kept(mask):
+    params = {'a': ones(2, 2), 'other': ones(3)}
+    masks = {'a': {'kernel': np.eye(2, dtype=bool), 'bias': np.array(mask)}, 'other': 3}
+    small = compact((Dense('a'),), params, masks, (2,))
+    np.testing.assert_array_equal(small.params['a']['bias'], np.ones(2, np.float32))
 
 
 def test_bad_input():

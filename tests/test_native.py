@@ -74,6 +74,12 @@ GOOD |= {'rows': 1, 'stride': 1, 'width': 2}
         ({'taps': TAPS._replace(positions=np.int32([-1, 3]))}, ValueError, 'do not lie within'),
         ({'taps': TAPS._replace(positions=np.int32([0, 4]))}, ValueError, 'do not lie within'),
         ({'taps': TAPS._replace(positions=np.int64([0, 3]))}, TypeError, 'positions must be int32'),
+        ({'taps': TAPS._replace(positions=np.int32([0, 2**31 - 1]))}, ValueError, 'do not lie'),
+        (
+            {'taps': TAPS._replace(starts=np.int32([0, 2**31 - 1, -2]))},
+            ValueError,
+            'must ascend',
+        ),
         ({'taps': TAPS._replace(values=np.float32([1]))}, ValueError, 'and 1 values'),
         ({'taps': TAPS._replace(starts=np.int32([0, 3, 2]))}, ValueError, 'must ascend'),
         ({'taps': TAPS._replace(starts=np.int32([1, 1, 2]))}, ValueError, 'must ascend'),
@@ -93,7 +99,7 @@ def test_under_jit():
 
 
 @pytest.mark.parametrize(
-    ('compiler', 'reason'), [('no-such-compiler', 'No such file'), ('false', 'cannot build it')]
+    ('compiler', 'reason'), [('no-such-compiler', 'No such file'), ('false -x', "['false', '-x']")]
 )
 def test_without_a_compiler(compiler, reason):
     script = (
@@ -112,5 +118,10 @@ def test_without_a_compiler(compiler, reason):
         text=True,
         check=True,
     )
-    assert answer.stdout.startswith(f'{compiler} cannot build it')
+    assert 'cannot be built by' in answer.stdout
     assert reason in answer.stdout
+
+
+def test_kernel_is_for_cpu(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert 'is for CPU, but JAX runs on gpu' in native.why_unavailable.__wrapped__()

@@ -13,9 +13,15 @@ from networks import LENET5, LENET300, forward, networks
 from dns_jax import apply_masks, native
 from dns_jax.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select
 from dns_jax.compact import compact
-from dns_jax.runners import choose_kinds, jax_runner, scipy_runner, time_in_turns
+from dns_jax.runners import (
+    choose_kinds,
+    jax_runner,
+    recorded_kinds,
+    scipy_runner,
+    time_in_turns,
+)
 from dns_jax.sparse import load_sparse
-from dns_jax.steps import MOST_WEIGHTS
+from dns_jax.steps import MOST_WEIGHTS, Unsuitable
 from experiments.zoo import FOLDER
 
 needs_kernel = pytest.mark.skipif(bool(native.why_unavailable()), reason='no kernel')
@@ -123,14 +129,64 @@ def test_sparse_runner_reads_kept_weights_alone():
 
 
 def test_scipy_runner_calls_no_jax(monkeypatch):
-    runner = scipy_runner(CHAIN, PARAMS, (4, 4, 1), {'a': 'sparse', 'b': 'dense'})
+    chain = (Convolution('a', 'SAME'), Relu(), MaxPool(2), Flatten(), Select((0, 2)), Dense('b'))
+    params = {'a': PARAMS['a'], 'b': {'kernel': np.eye(2, 3), 'bias': np.ones(3)}}
+    images = np.ones((2, 4, 4, 1), np.float32)
+    for kind in ('dense', 'sparse'):
+        runner = scipy_runner(chain, params, (4, 4, 1), {'a': kind, 'b': kind})
+        with monkeypatch.context() as patch:
+            for name, value in vars(jnp).items():
+                if callable(value) and not isinstance(value, type) and not name.startswith('_'):
+                    patch.setattr(jnp, name, None)
+            outputs = runner(images)
+        assert type(outputs) is np.ndarray
+        expected = np.stack([forward(chain, params, image) for image in images])
+        np.testing.assert_allclose(outputs, expected, atol=1e-6)
 
-    def fail(*_, **__):
-        raise AssertionError('JAX is called')
 
-    for name in ('maximum', 'asarray', 'take', 'pad'):
-        monkeypatch.setattr(jnp, name, fail)
-    assert runner(np.ones((2, 4, 4, 1), np.float32)).shape == (2, 4)
+@pytest.mark.parametrize(('make_runner', 'kind'), WAYS)
+@pytest.mark.parametrize('shape', [(1, 8, 8, 1), (0, 4, 4, 1), (4, 4, 1), (2, 16)])
+def test_inputs_of_another_shape(make_runner, kind, shape):
+    runner = make_runner(CHAIN, PARAMS, (4, 4, 1), {'a': kind, 'b': kind})
+    with pytest.raises(ValueError, match=r'inputs must be \(batch, 4, 4, 1\), 1 or more'):
+        runner(np.ones(shape, np.float32))
+
+
+def test_all_dense_with_the_batch_last():
+    images = jax.random.normal(jax.random.key(0), (3, 4, 4, 1))
+    kinds = {'a': 'dense', 'b': 'dense'}
+    first, last = (
+        jax_runner(CHAIN, PARAMS, (4, 4, 1), kinds, batch_last) for batch_last in (False, True)
+    )
+    np.testing.assert_allclose(first(images), last(images), atol=1e-6)
+    assert '3,4]' in str(jax.make_jaxpr(first)(images))  # (batch, pixels)
+    assert ':f32[4,3] = dot_general' in str(jax.make_jaxpr(last)(images))
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize(('make_runner', 'kind'), WAYS)
+def test_narrow_weights(make_runner, kind, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    images = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
+    found = run(make_runner, CHAIN, params, images, {'a': kind, 'b': kind})
+    expected = np.stack([forward(CHAIN, PARAMS, image) for image in images])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_recorded_kinds(monkeypatch):
+    text = '{"a": "native", "b": "sparse"}'
+    monkeypatch.setattr(native, 'why_unavailable', lambda: '')
+    assert recorded_kinds(text, CHAIN) == {'a': 'native', 'b': 'sparse'}
+    monkeypatch.setattr(native, 'why_unavailable', lambda: 'no compiler')
+    assert recorded_kinds(text, CHAIN) == {'a': 'dense', 'b': 'sparse'}
+
+
+@pytest.mark.parametrize(
+    'text', ['', '[]', '{}', '{"a": "dense"}', '{"a": "dense", "b": 3}', '{"a": "dense", "b": []}']
+)
+def test_recorded_kinds_of_other_layers(text):
+    with pytest.raises(ValueError):  # noqa: PT011 - of JSON too
+        recorded_kinds(text, CHAIN)
 
 
 @pytest.mark.parametrize('make_runner', [jax_runner, scipy_runner])
@@ -156,13 +212,22 @@ def test_scipy_has_no_kernel_in_cpp():
 MANY = {'a': {'kernel': np.ones((1, 1, MOST_WEIGHTS + 1, 1)), 'bias': np.ones(1)}}
 
 
-@pytest.mark.parametrize('make_runner', [jax_runner, scipy_runner])
-def test_convolution_of_too_many_weights(make_runner):
-    shape = (1, 1, MOST_WEIGHTS + 1)
-    with pytest.raises(ValueError, match=f'keeps {MOST_WEIGHTS + 1} weights'):
+@pytest.mark.parametrize(
+    ('make_runner', 'side', 'match'),
+    [(jax_runner, 1, f'keeps {MOST_WEIGHTS + 1} weights'), (scipy_runner, 64, 'makes 16781312')],
+)
+def test_convolution_of_too_many_weights(make_runner, side, match):
+    shape = (side, side, MOST_WEIGHTS + 1)
+    with pytest.raises(Unsuitable, match=match):
         make_runner((Convolution('a'),), MANY, shape, {'a': 'sparse'})
     choice = choose_kinds(make_runner, ['sparse'], (Convolution('a'),), MANY, shape, 1, turns=1)
     assert choice.kinds == {'a': 'dense'}
+
+
+@pytest.mark.parametrize('wrong', [{'batch': 0}, {'batch': 1, 'turns': 0}])
+def test_choice_by_no_time(wrong):
+    with pytest.raises(ValueError, match='must be 1 or more'):
+        choose_kinds(jax_runner, ['dense'], CHAIN, PARAMS, (4, 4, 1), **wrong)
 
 
 def test_without_a_kernel(monkeypatch):
