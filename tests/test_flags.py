@@ -16,7 +16,13 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import data, flags, lenet5, lenet300, models, rules, run
-from experiments.commands import BenchConfig, CompareConfig, FrontierConfig, SearchConfig
+from experiments.commands import (
+    BenchConfig,
+    CompareConfig,
+    ExportConfig,
+    FrontierConfig,
+    SearchConfig,
+)
 from experiments.flags import Config, define, to_config
 from experiments.parsers import parse_learning_rate, parse_step, parse_table
 
@@ -677,12 +683,14 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
     else:
         config_type = {
             'compare': CompareConfig,
+            'export': ExportConfig,
             'frontier': FrontierConfig,
             'search': SearchConfig,
         }[command[1]]
         config = parse(f'--flagfile={path}', *given, defaults={}, config_type=config_type)
     # A folder of one machine has no place in a committed file.
-    assert not any(os.path.isabs(getattr(config, name) or '') for name in ('workdir', 'data_dir'))
+    places = (getattr(config, name, None) for name in ('workdir', 'data_dir', 'output'))
+    assert not any(os.path.isabs(place or '') for place in places)
 
 
 def test_learning_rate_policies_are_those_of_the_library():
