@@ -43,6 +43,7 @@ from dns_jax.sparse import nest_leaves
 
 _MAGIC = b'DNS\x01'
 _MAX_PATH = 1_000  # characters: a layer's name counts for each of its leaves
+_MAX_CHARACTERS = 2**20  # of all paths: a file says layers and names once, and combines them
 _MAX_AXES = 64  # NumPy's
 _MAX_SIZE = 2**31  # of a leaf: sums of its gaps fit int64
 
@@ -70,9 +71,9 @@ def save_coded(path: str | os.PathLike[str], network: SharedNetwork) -> None:
 
     Raises:
       ValueError: if the trees do not match or are empty, the path of a leaf is that of another,
-        lies within it or has over 1,000 characters, a leaf has over 2**31 elements, a layer no
-        codebook, a codebook no layer or a value that the file cannot hold, or a kept weight no
-        place in it.
+        lies within it or has over 1,000 characters, all paths have over 2**20, a leaf has over
+        2**31 elements, a layer no codebook, a codebook no layer or a value that the file
+        cannot hold, or a kept weight no place in it.
       TypeError: if a mask is not boolean, an assignment not an integer, a codebook not float32,
         or the metadata not strings alone.
       OSError: if the file cannot be written; what was there before is then as it was.
@@ -92,11 +93,13 @@ def save_coded(path: str | os.PathLike[str], network: SharedNetwork) -> None:
     write_whole(Path(path), _encode(network))
 
 
-def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**30) -> SharedNetwork:
+def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**28) -> SharedNetwork:
     """Reads an entropy-coded file, and checks all of it.
 
-    Meant for files from anywhere: until the dense arrays are made, memory is taken in proportion
-    to the size of the file.
+    Meant for files from anywhere. At its peak memory takes up to 12 bytes a parameter, where 5
+    are those of the network that is returned, and a few hundred for each byte of the file: a
+    leaf has no fewer than three bytes there, but is several Python objects here. A network may
+    have many parameters in a file of a few bytes, so it is `max_parameters` that limits memory.
 
     Args:
       path: the file.
@@ -111,6 +114,16 @@ def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**30) -> Sha
       ValueError: if the file is damaged, is not such a file, or the network is larger than
         `max_parameters`.
       OSError: if the file cannot be read.
+
+    Example:
+      >>> import tempfile
+      >>> from dns_jax.sharing import share_weights
+      >>> network = share_weights(np.float32([3, 0, -2]), np.array([True, False, True]), clusters=2)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_coded(f'{folder}/tiny.dns', network)
+      ...     loaded = load_coded(f'{folder}/tiny.dns')
+      >>> loaded.assignments, loaded.masks
+      (array([1, 0, 0], dtype=int32), array([ True, False,  True]))
     """
     data = Path(path).read_bytes()
     try:
@@ -129,7 +142,7 @@ def _encode(network: SharedNetwork) -> bytes:
     for leaf in (leaf for leaves in layers.values() for leaf in leaves):
         fed = encode_mask(coder, leaf.mask, fed)
     for layer, leaves in layers.items():
-        kept = [leaf.assignment[leaf.mask] for leaf in leaves]
+        kept = [leaf.assignment[leaf.mask].astype(np.uint16) for leaf in leaves]
         coder.symbols(np.concatenate(kept), len(network.codebooks[layer]))
 
     header = [number(len(network.metadata))]
@@ -161,6 +174,8 @@ def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     ):
         mask = np.asarray(mask) if jnp.ndim(mask) else np.ones(jnp.shape(leaf), bool)
         leaves.append(_Leaf(leaf_path(key_path), np.asarray(leaf), mask))
+    if sum(len(leaf.path) for leaf in leaves) > _MAX_CHARACTERS:
+        raise ValueError(f'the paths of the leaves have over {_MAX_CHARACTERS} characters')
     leaves.sort(key=lambda leaf: leaf.path)
     nest_leaves((leaf.path, leaf) for leaf in leaves)  # what cannot be nested cannot be loaded
     layers: dict[str, list[_Leaf]] = {}
@@ -204,20 +219,8 @@ def _decode(data: bytes, max_parameters: int) -> SharedNetwork:
     if data[4:8] != struct.pack('<I', zlib.crc32(data[8:])):
         raise ValueError('its content does not have the checksum that it says')
     reader = Reader(data[8:])
-    metadata = {reader.text(): reader.text() for _ in range(reader.number())}
-    names = [reader.text() for _ in range(reader.number())]
-    codebooks, layers = {}, {}
-    for _ in range(reader.number()):
-        layer = reader.text()
-        clusters = reader.number()
-        if clusters > MAX_CLUSTERS:
-            raise ValueError(f'the layer {layer!r} has {clusters} clusters, over {MAX_CLUSTERS}')
-        book = np.frombuffer(reader.take(2 * clusters), '<u2')
-        codebooks[layer] = book.astype(np.uint16).view(jnp.bfloat16).astype(np.float32)
-        layers[layer] = [_read_form(reader, layer, names) for _ in range(reader.number())]
+    metadata, codebooks, layers = _read_header(reader)
     forms = [form for layer in layers.values() for form in layer]
-    if len({form.path for form in forms}) != len(forms):
-        raise ValueError('it has a leaf twice')
     parameters = sum(math.prod(max(axis, 1) for axis in form.shape) for form in forms)
     if parameters > max_parameters:
         raise ValueError(f'it has {parameters} parameters; max_parameters is {max_parameters}')
@@ -238,6 +241,38 @@ def _decode(data: bytes, max_parameters: int) -> SharedNetwork:
     )
 
 
+def _read_header(
+    reader: Reader,
+) -> tuple[dict[str, str], dict[str, np.ndarray], dict[str, list[_Form]]]:
+    """The metadata, and the codebooks and leaves by layer.
+
+    What paths would make large is refused at once: few bytes say many paths.
+    """
+    metadata = {reader.text(): reader.text() for _ in range(reader.number())}
+    names = [reader.text() for _ in range(reader.number())]
+    codebooks, layers = {}, {}
+    paths: set[str] = set()
+    characters = 0
+    for _ in range(reader.number()):
+        layer = reader.text()
+        clusters = reader.number()
+        if clusters > MAX_CLUSTERS:
+            raise ValueError(f'the layer {layer!r} has {clusters} clusters, over {MAX_CLUSTERS}')
+        book = np.frombuffer(reader.take(2 * clusters), '<u2')
+        codebooks[layer] = book.astype(np.uint16).view(jnp.bfloat16).astype(np.float32)
+        layers[layer] = []
+        for _ in range(reader.number()):
+            form = _read_form(reader, layer, names)
+            if form.path in paths:
+                raise ValueError(f'it has the leaf {form.path[:80]!r} twice')
+            paths.add(form.path)
+            characters += len(form.path)
+            if characters > _MAX_CHARACTERS:
+                raise ValueError(f'the paths of its leaves have over {_MAX_CHARACTERS} characters')
+            layers[layer].append(form)
+    return metadata, codebooks, layers
+
+
 def _read_form(reader: Reader, layer: str, names: list[str]) -> _Form:
     name = reader.number()
     if name >= len(names):
@@ -245,6 +280,8 @@ def _read_form(reader: Reader, layer: str, names: list[str]) -> _Form:
     path = layer + names[name]
     if len(path) > _MAX_PATH:
         raise ValueError(f'the path {path[:80]!r}... has over {_MAX_PATH} characters')
+    if parent(path) != layer:
+        raise ValueError(f'it has the leaf {path[:80]!r} in another layer than its own')
     axes = reader.number()
     if axes > _MAX_AXES:
         raise ValueError(f'{path!r} has {axes} axes, over {_MAX_AXES}')

@@ -10,9 +10,11 @@ A mask is a grid of units (its last axis) × inputs (all others). Marked first a
 the inputs that have kept weights at all, the inputs given whether the unit that feeds them, in
 the kernel before, has any. What remains of the grid is walked unit by unit, and the gaps
 between kept weights are coded: the length of a gap in bits, then the bits. Work and memory grow
-with the size of the mask, in NumPy, without a loop over weights.
+with the size of the mask, in NumPy, without a loop over weights. What is as long as there are
+kept weights is held in narrow integers, and worked on in blocks.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,41 +24,65 @@ import numpy as np
 _stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 _PRIOR = 0.25  # the count that a symbol starts with
 _UNIFORM_BITS = 16  # coded at once; constriction allows 23
+_BLOCK = 2**18  # gaps, wide integers or places of a mask, worked on at once
 
 
 class Encoder:
-    """Writes symbols to a stream."""
+    """Writes symbols to a stream.
+
+    Example:
+      >>> encoder = Encoder()
+      >>> encoder.symbols(np.array([0, 2, 2, 1]), 3)
+      >>> Decoder(encoder.getvalue()).symbols(4, 3)
+      array([0, 2, 2, 1], dtype=uint8)
+    """
 
     def __init__(self):
         self._coder = _stream.queue.RangeEncoder()
 
     def symbols(self, values: np.ndarray, alphabet: int) -> None:
-        """Writes integers from 0 to `alphabet` − 1."""
+        """Writes integers of a small range.
+
+        Args:
+          values: from 0 to `alphabet` − 1, of one axis.
+          alphabet: how many there may be; nothing is written where it is 0 or 1.
+        """
         if alphabet < 2:
             return
-        values = values.astype(np.int32)
         counts = np.full(alphabet, _PRIOR)
         for block in _blocks(len(values)):
-            self._coder.encode(values[block], _categorical(counts))
-            counts += np.bincount(values[block], minlength=alphabet)
+            part = values[block].astype(np.int32)
+            self._coder.encode(part, _categorical(counts))
+            counts += np.bincount(part, minlength=alphabet)
 
     def bits(self, values: np.ndarray, widths: np.ndarray) -> None:
-        """Writes integers below 2**width, each with a width of its own."""
+        """Writes integers of any size, each with a width of its own.
+
+        Args:
+          values: below 2**width each, of one axis.
+          widths: in bits, from 0 to 31.
+        """
         for low, wide, sizes in _parts(widths):
             part = (values[wide] >> low) & (sizes - 1)
             self._coder.encode(part.astype(np.int32), _uniform(), sizes)
 
     def getvalue(self) -> bytes:
-        """What was written."""
+        """Ends the stream.
+
+        Returns:
+          What was written, in words of four bytes.
+        """
         return self._coder.get_compressed().astype('<u4').tobytes()
 
 
 class Decoder:
     """Reads what an `Encoder` wrote, by the same calls in the same order.
 
+    Args:
+      data: what `Encoder.getvalue` gave.
+
     Raises:
-      ValueError: if the bytes are no whole words, here; or no encoder wrote them, in any call,
-        though most of them it cannot tell from others.
+      ValueError: if the bytes are no whole words.
     """
 
     def __init__(self, data: bytes):
@@ -66,8 +92,19 @@ class Decoder:
         self._coder = _stream.queue.RangeDecoder(words)
 
     def symbols(self, amount: int, alphabet: int) -> np.ndarray:
-        """Reads integers from 0 to `alphabet` − 1."""
-        values = np.zeros(amount, np.int64)
+        """Reads integers of a small range.
+
+        Args:
+          amount: how many.
+          alphabet: as they were written with.
+
+        Returns:
+          The integers, of the narrowest unsigned type that holds the alphabet.
+
+        Raises:
+          ValueError: if no encoder wrote them; of most bytes that cannot be told.
+        """
+        values = np.zeros(amount, np.min_scalar_type(max(alphabet - 1, 0)))
         if alphabet < 2:
             return values
         counts = np.full(alphabet, _PRIOR)
@@ -77,10 +114,20 @@ class Decoder:
         return values
 
     def bits(self, widths: np.ndarray) -> np.ndarray:
-        """Reads integers below 2**width, each with a width of its own."""
-        values = np.zeros(len(widths), np.int64)
+        """Reads integers of any size, each with a width of its own.
+
+        Args:
+          widths: as they were written with.
+
+        Returns:
+          The integers, int32.
+
+        Raises:
+          ValueError: if no encoder wrote them; of most bytes that cannot be told.
+        """
+        values = np.zeros(len(widths), np.int32)
         for low, wide, sizes in _parts(widths):
-            values[wide] |= self._decode(_uniform(), sizes).astype(np.int64) << low
+            values[wide] |= self._decode(_uniform(), sizes) << low
         return values
 
     def _decode(self, *model_and_amount) -> np.ndarray:
@@ -100,6 +147,11 @@ def encode_mask(coder: Encoder, mask: np.ndarray, fed: np.ndarray) -> np.ndarray
 
     Returns:
       The `fed` for the next mask.
+
+    Example:
+      >>> encoder, mask = Encoder(), np.array([[True, False], [True, True]])
+      >>> encode_mask(encoder, mask, np.zeros(0, bool))
+      array([ True,  True])
     """
     if mask.ndim and 0 < mask.sum() < mask.size:
         grid = mask.T.reshape(mask.shape[-1], -1)
@@ -107,12 +159,9 @@ def encode_mask(coder: Encoder, mask: np.ndarray, fed: np.ndarray) -> np.ndarray
         coder.symbols(units, 2)
         for side in _sides(mask.shape, fed):
             coder.symbols(inputs[side], 2)
-        kept = np.flatnonzero(grid[np.ix_(units, inputs)])
-        gaps = np.diff(kept, prepend=-1) - 1
-        widths = np.frexp(gaps)[1]  # in bits
-        coder.symbols(widths, _longest_gap(units, inputs, len(kept)).bit_length() + 1)
-        wide = widths > 1  # the first bit of a gap is a one
-        coder.bits(gaps[wide], widths[wide] - 1)
+        widths, wide_gaps = _gaps(grid[np.ix_(units, inputs)].ravel())
+        coder.symbols(widths, _longest_gap(units, inputs, len(widths)).bit_length() + 1)
+        coder.bits(wide_gaps, widths[widths > 1] - 1)  # the first bit of a gap is a one
     return _feeds(mask, fed)
 
 
@@ -132,28 +181,69 @@ def decode_mask(
 
     Raises:
       ValueError: if no encoder wrote it; `units` or `inputs` without kept weights go unseen.
+
+    Example:
+      >>> encoder, mask = Encoder(), np.array([[True, False], [True, True]])
+      >>> fed = encode_mask(encoder, mask, np.zeros(0, bool))
+      >>> decode_mask(Decoder(encoder.getvalue()), (2, 2), 3, np.zeros(0, bool))[0]
+      array([[ True, False],
+             [ True,  True]])
     """
-    mask = np.full(shape, kept > 0)
-    if mask.ndim and 0 < kept < mask.size:
+    size = math.prod(shape)
+    if not shape or not 0 < kept < size:
+        mask = np.full(shape, kept > 0)
+    else:
         units = coder.symbols(shape[-1], 2) > 0
-        inputs = np.zeros(mask.size // shape[-1], bool)
+        inputs = np.zeros(size // shape[-1], bool)
         for side in _sides(shape, fed):
             inputs[side] = coder.symbols(int(side.sum()), 2) > 0
         longest = _longest_gap(units, inputs, kept)
         if longest < 0:
             raise ValueError(f'a mask has {kept} kept weights in too few units and inputs')
         widths = coder.symbols(kept, longest.bit_length() + 1)
-        gaps = np.where(widths > 0, 1 << np.maximum(widths - 1, 0), 0)
-        gaps[widths > 1] |= coder.bits(widths[widths > 1] - 1)
-        places = np.cumsum(gaps + 1) - 1
-        inner = np.zeros((int(units.sum()), int(inputs.sum())), bool)
-        if places[-1] >= inner.size:
-            raise ValueError(f'a mask of {shape} has a kept weight outside of it')
-        inner.flat[places] = True
+        rows, columns = np.flatnonzero(units), np.flatnonzero(inputs)
         grid = np.zeros((len(units), len(inputs)), bool)
-        grid[np.ix_(units, inputs)] = inner
+        for places in _places(widths, coder.bits(widths[widths > 1] - 1)):
+            if places[-1] >= len(rows) * len(columns):
+                raise ValueError(f'a mask of {shape} has a kept weight outside of it')
+            row, column = np.divmod(places, len(columns))
+            grid[rows[row], columns[column]] = True
         mask = np.ascontiguousarray(grid.reshape(shape[::-1]).T)
     return mask, _feeds(mask, fed)
+
+
+def _gaps(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Measures the gaps before the kept weights of a flat mask that has some.
+
+    Returns:
+      The width of each in bits, uint8, and those gaps that have two bits or more, without their
+      first, int32.
+    """
+    widths, wide_gaps = [], []
+    before = -1
+    for start in range(0, len(kept), _BLOCK):
+        places = np.flatnonzero(kept[start : start + _BLOCK]) + start
+        if len(places):
+            gaps = np.diff(places, prepend=before) - 1
+            before = places[-1]
+            widths.append(np.frexp(gaps)[1].astype(np.uint8))
+            wide = widths[-1] > 1
+            first = 1 << (widths[-1][wide].astype(np.int64) - 1)
+            wide_gaps.append((gaps[wide] - first).astype(np.int32))
+    return np.concatenate(widths), np.concatenate(wide_gaps)
+
+
+def _places(widths: np.ndarray, wide_gaps: np.ndarray) -> Iterator[np.ndarray]:
+    """Turns what `_gaps` gave into the places of the kept weights, int64, block by block."""
+    before, used = -1, 0
+    for start in range(0, len(widths), _BLOCK):
+        block = widths[start : start + _BLOCK].astype(np.int64)
+        gaps = (1 << block) >> 1  # the first bit of each, none where it has no bits
+        wide = np.flatnonzero(block > 1)
+        gaps[wide] |= wide_gaps[used : used + len(wide)]
+        places = before + np.cumsum(gaps + 1)
+        yield places
+        before, used = places[-1], used + len(wide)
 
 
 def _sides(shape: tuple[int, ...], fed: np.ndarray) -> Iterator[np.ndarray]:
@@ -195,14 +285,31 @@ def _uniform():
 
 
 def _parts(widths: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Cuts wide integers: the lowest bit of a part, which integers reach it, its sizes."""
+    """Cuts wide integers: the lowest bit of a part, the places of those that reach it, its sizes.
+
+    All lowest parts come before all higher ones, either block by block.
+    """
     for low in range(0, int(widths.max(initial=0)), _UNIFORM_BITS):
-        wide = widths > low
-        yield low, wide, (1 << np.minimum(widths[wide] - low, _UNIFORM_BITS)).astype(np.int32)
+        for start in range(0, len(widths), _BLOCK):
+            wide = np.flatnonzero(widths[start : start + _BLOCK] > low) + start
+            if len(wide):
+                bits = np.minimum(widths[wide] - low, _UNIFORM_BITS)
+                yield low, wide, 1 << bits.astype(np.int32)
 
 
 def number(value: int) -> bytes:
-    """Writes a whole number, seven bits to a byte, the lowest first (LEB128)."""
+    r"""Writes a whole number, seven bits to a byte, the lowest first (LEB128).
+
+    Args:
+      value: 0 or more.
+
+    Returns:
+      Its bytes.
+
+    Example:
+      >>> number(300)
+      b'\xac\x02'
+    """
     coded = bytearray()
     while value > 127:
         coded.append(value & 127 | 128)
@@ -211,7 +318,21 @@ def number(value: int) -> bytes:
 
 
 def text(value: str) -> bytes:
-    """Writes a text: how many bytes it has, and those, UTF-8."""
+    r"""Writes a text: how many bytes it has, and those, UTF-8.
+
+    Args:
+      value: any string without surrogates.
+
+    Returns:
+      Its bytes.
+
+    Raises:
+      ValueError: if it has surrogates.
+
+    Example:
+      >>> text('σ0')
+      b'\x03\xcf\x830'
+    """
     coded = value.encode()
     return number(len(coded)) + coded
 
@@ -219,8 +340,13 @@ def text(value: str) -> bytes:
 class Reader:
     """Reads numbers, texts and bytes, one after the other.
 
-    Raises:
-      ValueError: by each method, if what is to be read is not there.
+    Args:
+      data: what is to be read.
+
+    Example:
+      >>> reader = Reader(number(300) + text('fc1') + b'end')
+      >>> reader.number(), reader.text(), reader.rest()
+      (300, 'fc1', b'end')
     """
 
     def __init__(self, data: bytes):
@@ -228,7 +354,17 @@ class Reader:
         self._at = 0
 
     def take(self, amount: int) -> bytes:
-        """Reads bytes."""
+        """Reads bytes.
+
+        Args:
+          amount: how many.
+
+        Returns:
+          The bytes.
+
+        Raises:
+          ValueError: if there are fewer.
+        """
         taken = self._data[self._at : self._at + amount]
         if len(taken) != amount:
             raise ValueError('it ends too early')
@@ -236,7 +372,14 @@ class Reader:
         return taken
 
     def number(self) -> int:
-        """Reads a number below 2**63."""
+        """Reads a number.
+
+        Returns:
+          The number, below 2**63.
+
+        Raises:
+          ValueError: if it is larger or ends too early.
+        """
         value = 0
         for shift in range(0, 63, 7):
             (byte,) = self.take(1)
@@ -246,9 +389,20 @@ class Reader:
         raise ValueError('it has a number of 2**63 or more')
 
     def text(self) -> str:
-        """Reads a text."""
+        """Reads a text.
+
+        Returns:
+          The text.
+
+        Raises:
+          ValueError: if it ends too early or is not UTF-8.
+        """
         return self.take(self.number()).decode()
 
     def rest(self) -> bytes:
-        """Reads all that is left."""
+        """Reads all that is left.
+
+        Returns:
+          The bytes, perhaps none.
+        """
         return self.take(len(self._data) - self._at)

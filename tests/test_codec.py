@@ -455,6 +455,15 @@ BAD = [
     ),
     (
         {
+            'assignments': {f'{at:0999}': np.int32([0]) for at in range(1050)},
+            'masks': {f'{at:0999}': np.array(True) for at in range(1050)},
+            'codebooks': {'': np.float32([1])},
+        },
+        ValueError,
+        'paths of the leaves have over 1048576 characters',
+    ),
+    (
+        {
             'assignments': {'a': np.int32([0]), 'a/b': np.int32([0])},
             'masks': {'a': np.array(True), 'a/b': np.array(True)},
         },
@@ -543,10 +552,15 @@ HEADERS = {
         form(layer('b', leaves=[(0, (2,), 2)]), layer(leaves=[(1, (2,), 2)]), names=('/w', 'w')),
         'not what its',
     ),
-    'layer twice': (form(layer(), layer()), 'not what its network'),
+    'layer twice': (form(layer(), layer()), "the leaf 'w' twice"),
+    'layer twice, other leaves': (
+        form(layer(), layer(leaves=[(1, (2,), 2)]), names='wx'),
+        'not what its network',
+    ),
     'layer of no leaves': (form(layer('a', leaves=())), ''),
-    'leaf of another layer': (form(layer('a')), 'codebooks must be of'),
-    'leaf twice': (form(layer(leaves=[(0, (2,), 2), (0, (2, 2), 2)])), 'a leaf twice'),
+    'leaf of another layer': (form(layer('a')), "'aw' in another layer"),
+    'leaf in a part that is no layer': (form(layer(), names=('w/w',)), "'w/w' in another layer"),
+    'leaf twice': (form(layer(leaves=[(0, (2,), 2), (0, (2, 2), 2)])), "the leaf 'w' twice"),
     'leaf in a leaf': (
         form(layer(leaves=[(1, (2,), 2)]), layer('w'), names=('/v', 'w')),
         'has the place of another',
@@ -593,7 +607,74 @@ def test_max_parameters(path):
     assert_refused(path, 'it has 15 .* max_parameters is 14', max_parameters=14)
 
 
-HUGE = [(2**30 + 1,), (2**15, 2**15 + 1), (0, *(2**62,) * 63)]
+SCALAR = ((), 1)
+COMBINED = {
+    'layers of leaves that lie deep': (
+        form(
+            *(layer(str(at), leaves=[(name, *SCALAR) for name in range(60)]) for at in range(150)),
+            names=[f'/{name}' + '/a' * 96 for name in range(60)],
+        ),
+        "'0/0/a/a.* in another layer",
+    ),
+    'one leaf again and again': (
+        form(layer('😀' * 900, leaves=[(0, *SCALAR)] * 60_000), names=['/w']),
+        'twice',
+    ),
+    'a long layer of many leaves': (
+        form(
+            layer('😀' + 'a' * 950, leaves=[(name, *SCALAR) for name in range(20_000)]),
+            names=[f'/{name}' for name in range(20_000)],
+        ),
+        'paths of its leaves have over 1048576 characters',
+    ),
+}
+
+
+@pytest.mark.parametrize(('content', 'message'), COMBINED.values(), ids=COMBINED)
+def test_layers_times_names_take_little_memory(path, content, message):
+    path.write_bytes(sealed(content))
+    tracemalloc.start()
+    try:
+        assert_refused(path, message)
+        paths_at_most = 4 * 2**20  # a wide character takes four bytes
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(content) + paths_at_most
+    finally:
+        tracemalloc.stop()
+
+
+def test_decoding_takes_twelve_bytes_a_parameter(path):
+    """A file of 36 bytes: all of a layer is kept but one weight."""
+    mask = np.ones((4096, 4096), bool)
+    mask[7, 7] = False
+    save_coded(path, SharedNetwork({'': np.float32([1])}, np.zeros(mask.shape, int), mask, {}))
+    assert path.stat().st_size < 50
+    tracemalloc.start()
+    try:
+        loaded = load_coded(path)
+        assert tracemalloc.get_traced_memory()[1] < 12 * mask.size
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(loaded.masks, mask)
+
+
+def test_damaged_gaps_take_as_little(path):
+    """All gaps have two bits, so that most kept weights lie far outside of the mask."""
+    side, kept = 2048, 2048**2 - 4
+    encoder = Encoder()
+    for _ in ('units', 'inputs'):
+        encoder.symbols(np.ones(side, bool), 2)
+    encoder.symbols(np.full(kept, 2), 4)
+    content = form(layer(leaves=[(0, (side, side), kept)])) + encoder.getvalue()
+    path.write_bytes(sealed(content))
+    tracemalloc.start()
+    try:
+        assert_refused(path, 'outside of it|damaged')
+        assert tracemalloc.get_traced_memory()[1] < 12 * side**2
+    finally:
+        tracemalloc.stop()
+
+
+HUGE = [(2**28 + 1,), (2**14, 2**14 + 1), (0, *(2**62,) * 63)]
 
 
 @pytest.mark.parametrize('shape', HUGE, ids=str)
@@ -601,7 +682,7 @@ def test_huge_networks_are_refused_before_memory_is_taken(path, shape):
     path.write_bytes(sealed(form(layer(leaves=[(0, shape, 0)]))))
     tracemalloc.start()
     try:
-        assert_refused(path, 'max_parameters is 1073741824')
+        assert_refused(path, 'max_parameters is 268435456')
         assert tracemalloc.get_traced_memory()[1] < 10**6
     finally:
         tracemalloc.stop()
