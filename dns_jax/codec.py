@@ -34,8 +34,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax.entropy import Decoder, Encoder, Reader, decode_mask, encode_mask, number, text
+from dns_jax.entropy import Decoder, Encoder, decode_mask, encode_mask
 from dns_jax.files import write_whole
+from dns_jax.header import Reader, number, text
 from dns_jax.layers import leaf_path, parent
 from dns_jax.masks import check_parallel
 from dns_jax.sharing import MAX_CLUSTERS, SharedNetwork, round_codebooks

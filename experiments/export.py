@@ -23,8 +23,8 @@ from experiments import data, flags, models
 from experiments.artefacts import Model, load_model
 from experiments.commands import ExportConfig
 from experiments.report import table
-from experiments.sharing import finetune
 from experiments.train import make_error
+from experiments.tuning import finetune
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
       config: which network and what batches.
 
     Returns:
-      What was measured, as `experiments.latency_report`  wants it.
+      What was measured, as `experiments.latency_report` wants it.
 
     Raises:
       ValueError: if the model cannot be read, or a way gives other outputs than the network.

@@ -1,5 +1,6 @@
 """Random small chains with masks, and what they give by loops in NumPy, from the definitions."""
 
+import jax
 import numpy as np
 from hypothesis import strategies as st
 
@@ -111,3 +112,28 @@ def networks(draw, paddings=('VALID', 'SAME')):
         if draw(st.booleans()):
             chain.append(Relu())
     return tuple(chain), params, masks, first
+
+
+def full(masks, params):
+    """Masks as they come back: those of leaves that take no part in full."""
+    return jax.tree.map(
+        lambda mask, leaf: np.asarray(mask) if np.ndim(mask) else np.ones(np.shape(leaf), bool),
+        masks,
+        params,
+    )
+
+
+def random_network(seed=0, scale=0.05):
+    """A convolution, a layer that it is flattened into, and one that is kept whole."""
+    random = np.random.default_rng(seed)
+    shapes = {'a': (3, 3, 2, 6), 'b': (4 * 6, 30), 'c': (30, 5)}
+    params = {
+        layer: {
+            'kernel': random.normal(size=shape).astype(np.float32),
+            'bias': random.normal(size=shape[-1]).astype(np.float32),
+        }
+        for layer, shape in shapes.items()
+    }
+    masks = jax.tree.map(lambda leaf: random.random(leaf.shape) < scale, params)
+    masks['c'] = {'kernel': np.array(True), 'bias': random.random(5) < 0.5}
+    return params, masks

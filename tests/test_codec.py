@@ -1,7 +1,6 @@
 """Tests of dns_jax.sharing, codec and entropy: shared weights, and files sound and damaged."""
 
 import struct
-import time
 import tracemalloc
 import zlib
 
@@ -12,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from networks import full, random_network
 
 from dns_jax.codec import load_coded, save_coded
-from dns_jax.entropy import Decoder, Encoder, Reader, decode_mask, encode_mask, number, text
+from dns_jax.entropy import Encoder
+from dns_jax.header import number, text
 from dns_jax.layers import leaf_path
 from dns_jax.masks import check_parallel
-from dns_jax.sharing import SharedNetwork, expand, round_codebooks
+from dns_jax.sharing import SharedNetwork, expand
 from dns_jax.sharing import share_weights as share
 
 KERNEL = np.array([[0.0, 1.5, 0.0], [-2.0, 0.0, 0.25]], np.float32)
@@ -29,15 +30,6 @@ FREE = {'network': 'tiny', 'Überschrift': 'σ\n"\0😀', '': ''}
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
     return tmp_path_factory.mktemp('codec') / 'network.dns'
-
-
-def full(masks, params):
-    """Masks as they come back: those of leaves that take no part in full."""
-    return jax.tree.map(
-        lambda mask, leaf: np.asarray(mask) if np.ndim(mask) else np.ones(np.shape(leaf), bool),
-        masks,
-        params,
-    )
 
 
 def bits(array):
@@ -72,22 +64,6 @@ def assert_comes_back(path, network):
     return loaded
 
 
-def random_network(seed=0, scale=0.05):
-    """A convolution, a layer that it is flattened into, and one that is kept whole."""
-    random = np.random.default_rng(seed)
-    shapes = {'a': (3, 3, 2, 6), 'b': (4 * 6, 30), 'c': (30, 5)}
-    params = {
-        layer: {
-            'kernel': random.normal(size=shape).astype(np.float32),
-            'bias': random.normal(size=shape[-1]).astype(np.float32),
-        }
-        for layer, shape in shapes.items()
-    }
-    masks = jax.tree.map(lambda leaf: random.random(leaf.shape) < scale, params)
-    masks['c'] = {'kernel': np.array(True), 'bias': random.random(5) < 0.5}
-    return params, masks
-
-
 def test_golden_bytes(path):
     params = {'w': jnp.array([[9.0, -1.0], [9.0, 0.5]])}
     masks = {'w': jnp.array([[False, True], [False, True]])}
@@ -107,48 +83,6 @@ def test_golden_bytes(path):
 GOLDEN_STREAM = '8797d07a'
 
 
-@pytest.mark.parametrize('clusters', [1, 2, 5, 16])
-def test_each_weight_is_in_the_nearest_cluster(clusters):
-    params, masks = random_network(scale=0.5)
-    network = share(params, masks, clusters)
-    for layer, book in network.codebooks.items():
-        assert 1 <= len(book) <= clusters
-        assert (np.diff(book) > 0).all()
-        used = []
-        for leaf, mask in full(masks, params)[layer].items():
-            weights = params[layer][leaf][mask].astype(np.float64)
-            places = network.assignments[layer][leaf][mask]
-            distances = np.abs(weights[:, None] - book.astype(np.float64))
-            chosen = distances[np.arange(len(weights)), places]
-            np.testing.assert_array_equal(chosen, distances.min(1))
-            used.append(places)
-        np.testing.assert_array_equal(np.unique(np.concatenate(used)), np.arange(len(book)))
-
-
-def lloyd(values, clusters):
-    """K-means from evenly spaced centroids, until nothing moves."""
-    centroids = np.linspace(values.min(), values.max(), clusters)
-    while True:
-        nearest = np.abs(values[:, None] - centroids).argmin(1)
-        moved = np.array([values[nearest == each].mean() for each in range(clusters)])
-        if (moved == centroids).all():
-            return centroids
-        centroids = moved
-
-
-def test_centroids_are_those_of_k_means():
-    values = np.random.default_rng(1).uniform(-1, 1, 500).astype(np.float32)
-    book = share(values, np.ones(500, bool), 6).codebooks['']
-    wanted = round_codebooks({'': lloyd(values.astype(np.float64), 6)})['']
-    np.testing.assert_array_equal(book, wanted)
-
-
-def test_initialisation_is_linear_not_by_density():
-    """A lone large weight keeps a centroid of its own, as the paper wants."""
-    values = np.concatenate([np.linspace(0, 0.1, 1000), [1.0]]).astype(np.float32)
-    assert share(values, np.ones(1001, bool), 2).codebooks[''][1] == 1.0
-
-
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_few_distinct_weights_are_kept_as_they_are(path, dtype):
     values = jnp.array([0.5, -3.0, 0.5, 7.0, jnp.nan], dtype)
@@ -157,85 +91,6 @@ def test_few_distinct_weights_are_kept_as_they_are(path, dtype):
     np.testing.assert_array_equal(network.codebooks[''], np.float32([-3, 0.5, 7]), strict=True)
     weights = expand(*assert_comes_back(path, network)[:3])
     np.testing.assert_array_equal(weights, np.float32([0.5, -3, 0.5, 7, 0]))
-
-
-def test_values_that_round_to_one_are_one():
-    network = share(np.float32([1, 1 + 2**-20, 2]), np.ones(3, bool), 3)
-    np.testing.assert_array_equal(network.codebooks[''], np.float32([1, 2]))
-
-
-def test_bias_and_kernel_share_a_codebook():
-    network = share(PARAMS, MASKS, 2)
-    assert list(network.codebooks) == ['fc']
-    np.testing.assert_array_equal(
-        network.codebooks['fc'], round_codebooks({'': [-1 / 12, 7.5]})['']
-    )
-    np.testing.assert_array_equal(network.assignments['fc']['bias'], [1, 1])
-
-
-def test_clusters_by_pattern():
-    params, masks = random_network(scale=0.9)
-    network = share(params, masks, {'a': 3, '*': 5})
-    assert {layer: len(book) for layer, book in network.codebooks.items()} == {
-        'a': 3,
-        'b': 5,
-        'c': 5,
-    }
-
-
-def test_rounding():
-    edges = [0.0, 1.0, 0.1, -0.1, 1e-45, 3.4028235e38, -3.4028235e38]
-    (rounded,) = round_codebooks({'a': edges}).values()
-    assert rounded.dtype == np.float32
-    assert not (rounded.view(np.uint32) & 0xFFFF).any()
-    np.testing.assert_allclose(rounded[:4], edges[:4], rtol=2**-8)
-    assert np.isfinite(rounded).all()
-    np.testing.assert_array_equal(round_codebooks({'a': rounded})['a'], rounded)
-    for bad in (np.nan, np.inf, -np.inf):
-        with pytest.raises(ValueError, match=r"codebooks\['a'\] has a value that is not finite"):
-            round_codebooks({'a': [1.0, bad]})
-
-
-def test_gradient_of_a_centroid_is_the_sum_over_its_cluster():
-    params, masks = random_network(scale=0.5)
-    network = share(params, masks, 4)
-    factors = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size)).reshape(leaf.shape), params)
-
-    @jax.jit
-    def loss(codebooks):
-        weights = expand(codebooks, network.assignments, network.masks)
-        parts = jax.tree.map(
-            lambda leaf, factor: jnp.sum(jnp.sin(leaf) * factor.astype(np.float32)),
-            weights,
-            factors,
-        )
-        return sum(jax.tree.leaves(parts))
-
-    gradients = jax.grad(loss)(jax.tree.map(jnp.asarray, network.codebooks))
-    masks = full(masks, params)
-    for layer, book in network.codebooks.items():
-        wanted = np.zeros(len(book))
-        for leaf, mask in masks[layer].items():
-            places = network.assignments[layer][leaf][mask]
-            of_weights = (np.cos(book[places].astype(np.float64))) * factors[layer][leaf][mask]
-            np.add.at(wanted, places, of_weights)
-        np.testing.assert_allclose(gradients[layer], wanted, atol=1e-5)
-
-
-def test_expand_writes_zeros_where_pruned_and_all_under_a_scalar_mask():
-    books = {'': np.float32([5, 6])}
-    assignments = {'a': np.int32([[0, 1], [1, 0]]), 'b': np.int32([1, 1])}
-    masks = {'a': np.array([[True, False], [True, False]]), 'b': np.array(False)}
-    weights = expand(books, assignments, masks)
-    np.testing.assert_array_equal(weights['a'], np.float32([[5, 0], [6, 0]]), strict=True)
-    np.testing.assert_array_equal(weights['b'], np.float32([6, 6]), strict=True)
-
-
-def test_expand_refuses():
-    with pytest.raises(ValueError, match="codebooks must have the layer 'a'"):
-        expand({'b': np.zeros(1)}, {'a': {'w': np.zeros(2, int)}}, {'a': {'w': np.ones(2, bool)}})
-    with pytest.raises(ValueError, match='masks must have the structure'):
-        expand({'': np.zeros(1)}, {'w': np.zeros(2, int)}, {'v': np.ones(2, bool)})
 
 
 ONES = np.ones((2, 3), np.float32)
@@ -296,79 +151,6 @@ def test_round_trip(path, network, clusters, metadata):
     assert_comes_back(path, share(params, masks, clusters, metadata))
 
 
-@given(data=st.data(), shape=hnp.array_shapes(max_dims=4, max_side=9), fed=hnp.arrays(bool, 3))
-def test_masks_come_back(data, shape, fed):
-    masks = [data.draw(hnp.arrays(bool, shape)) for _ in range(2)]
-    encoder, states = Encoder(), [fed]
-    for mask in masks:
-        states.append(encode_mask(encoder, mask, states[-1]))
-    decoder = Decoder(encoder.getvalue())
-    for mask, before, after in zip(masks, states[:-1], states[1:], strict=True):
-        got, state = decode_mask(decoder, mask.shape, int(mask.sum()), before)
-        np.testing.assert_array_equal(got, mask, strict=True)
-        np.testing.assert_array_equal(state, after)
-
-
-def test_bits_and_symbols_of_all_widths():
-    widths = np.tile(np.arange(32), 40)
-    values = np.random.default_rng(0).integers(0, 2**31, len(widths)) & ((1 << widths) - 1)
-    values[-32:] = (1 << np.arange(32)) - 1
-    symbols = np.random.default_rng(1).integers(0, 2**16, 500)
-    encoder = Encoder()
-    encoder.bits(values, widths)
-    encoder.symbols(symbols, 2**16)
-    encoder.bits(values[::-1], widths[::-1])
-    decoder = Decoder(encoder.getvalue())
-    np.testing.assert_array_equal(decoder.bits(widths), values)
-    np.testing.assert_array_equal(decoder.symbols(500, 2**16), symbols)
-    np.testing.assert_array_equal(decoder.bits(widths[::-1]), values[::-1])
-    assert len(encoder.getvalue()) < 2 * widths.sum() / 8 + 1200
-
-
-def test_symbols_take_their_entropy():
-    random = np.random.default_rng(0)
-    shares = np.array([0.7, 0.2, 0.05, 0.05])
-    symbols = random.choice(4, 20_000, p=shares)
-    encoder = Encoder()
-    encoder.symbols(symbols, 4)
-    ideal = -np.log2(shares[symbols]).sum() / 8
-    assert ideal - 10 < len(encoder.getvalue()) < ideal + 20
-
-
-def test_positions_take_what_dead_units_leave():
-    """The model of the masks: dead units and inputs cost next to nothing."""
-    random = np.random.default_rng(0)
-    units, inputs = random.random(300) < 0.3, random.random(800) < 0.3
-    mask = np.outer(inputs, units) & (random.random((800, 300)) < 0.05)
-    encoder = Encoder()
-    encode_mask(encoder, mask, np.zeros(0, bool))
-    size = len(encoder.getvalue())
-    grid = units.sum() * inputs.sum()
-    iid = mask.sum() / 8 * (np.log2(grid / mask.sum()) + 1.45)  # in the grid that is left
-    assert size < iid + 1100 / 8 + 20
-    feeding = Encoder()
-    encode_mask(feeding, mask, mask.any(1))
-    assert len(feeding.getvalue()) < size - 600 / 8
-
-
-def test_numbers_and_texts():
-    for value in (0, 1, 127, 128, 300, 2**31, 2**63 - 1):
-        reader = Reader(number(value) + text('σ\0') + b'end')
-        assert reader.number() == value
-        assert reader.text() == 'σ\0'
-        assert reader.rest() == b'end'
-    assert number(300) == b'\xac\x02'
-    for data in (b'', b'\x80', b'\xff' * 20):
-        with pytest.raises(ValueError, match=r'ends too early|2\*\*63'):
-            Reader(data).number()
-    with pytest.raises(ValueError, match='ends too early'):
-        Reader(b'\x05abc').text()
-    with pytest.raises(ValueError, match='utf-8'):
-        Reader(b'\x01\xff').text()
-    with pytest.raises(ValueError, match='multiple of 4'):
-        Decoder(b'123')
-
-
 def test_sharded_weights_are_gathered(path, mesh):
     rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
     params = {'w': jax.device_put(jnp.arange(32.0).reshape(16, 2), rows)}
@@ -378,41 +160,7 @@ def test_sharded_weights_are_gathered(path, mesh):
     np.testing.assert_array_equal(expand(*loaded[:3])['w'], wanted)
 
 
-def test_a_large_mask_takes_seconds():
-    """As many positions as fully connected layers of VGG-16 have, in a twentieth of the size."""
-    mask = np.random.default_rng(0).random((2048, 1024)) < 0.05
-    start = time.monotonic()
-    encoder = Encoder()
-    encode_mask(encoder, mask, np.zeros(0, bool))
-    got, _ = decode_mask(
-        Decoder(encoder.getvalue()), mask.shape, int(mask.sum()), np.zeros(0, bool)
-    )
-    np.testing.assert_array_equal(got, mask)
-    assert time.monotonic() - start < 10
-
-
 W, T = np.ones(2, np.float32), np.ones(2, bool)
-
-
-@pytest.mark.parametrize(
-    ('params', 'masks', 'clusters', 'error', 'message'),
-    [
-        ({'a': W}, {'b': T}, 2, ValueError, 'masks must have the structure'),
-        ({'a': W}, {'a': T[:1]}, 2, ValueError, r"masks\['a'\] has shape"),
-        ({'a': W}, {'a': W}, 2, TypeError, r"masks\['a'\] must be boolean"),
-        ({'a': np.ones(2)}, {'a': T}, 2, TypeError, r"params\['a'\].*float64"),
-        ({'a': np.ones(2, int)}, {'a': T}, 2, TypeError, r"params\['a'\].*int64"),
-        ({'a': W * np.nan}, {'a': T}, 2, ValueError, r"params\['a'\].*not finite"),
-        ({'a': W * np.inf}, {'a': np.array(True)}, 2, ValueError, r"params\['a'\].*not finite"),
-        ({'a': W}, {'a': T}, 0, ValueError, r"clusters=0: wanted 1 to 65536 for the layers \[''\]"),
-        ({'a': W}, {'a': T}, 65537, ValueError, 'clusters=65537'),
-        ({'a': {'w': W}, 'b': {'w': W}}, {'a': {'w': T}, 'b': {'w': T}}, {'a': 3}, ValueError, 'b'),
-        ({'a': W}, {'a': T}, {'*': 3, 'x': 4}, ValueError, "pattern 'x' is the first match"),
-    ],
-)
-def test_what_cannot_be_shared(params, masks, clusters, error, message):
-    with pytest.raises(error, match=message):
-        share(params, masks, clusters)
 
 
 GOOD = SharedNetwork(

@@ -1,126 +1,157 @@
-"""Tests of experiments.sharing: codebooks learn, and what is shared stays shared."""
+"""Tests of dns_jax.sharing: clusters are those of k-means, and their gradients add up."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import full, random_network
 
-from dns_jax.codec import load_coded, save_coded
-from dns_jax.sharing import expand, round_codebooks, share_weights
-from experiments.data import Split
-from experiments.sharing import finetune, nearest
-from experiments.train import make_loss
+from dns_jax.sharing import expand, round_codebooks
+from dns_jax.sharing import share_weights as share
 
-OPTIONS = {'steps': 250, 'batch_size': 32, 'learning_rate': 1e-2, 'seed': 0}
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    """Adam itself raises a float to the power of its count, which is an integer."""
-    with jax.numpy_dtype_promotion('standard'):
-        yield
+KERNEL = np.array([[0.0, 1.5, 0.0], [-2.0, 0.0, 0.25]], np.float32)
+PARAMS = {'fc': {'kernel': KERNEL, 'bias': np.array([7, 8], np.float32)}}
+MASKS = {'fc': {'kernel': KERNEL != 0, 'bias': np.array(True)}}
+W, T = np.ones(2, np.float32), np.ones(2, bool)
 
 
-class Small(nn.Module):
-    """Two layers on four of the pixels."""
-
-    @nn.compact
-    def __call__(self, images):
-        hidden = nn.relu(nn.Dense(8, name='fc1')(images[:, :2, :2].reshape(len(images), -1)))
-        return nn.Dense(3, name='fc2')(hidden)
-
-
-@pytest.fixture(scope='module')
-def split():
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (200, 28, 28, 1)).astype(np.uint8)
-    labels = images[:, :2, :2, 0].reshape(200, -1)[:, :3].argmax(1).astype(np.int32)
-    return Split(images, labels)
-
-
-@pytest.fixture(scope='module')
-def params(split):
-    variables = Small().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    return jax.device_get(variables['params'])
+@pytest.mark.parametrize('clusters', [1, 2, 5, 16])
+def test_each_weight_is_in_the_nearest_cluster(clusters):
+    params, masks = random_network(scale=0.5)
+    network = share(params, masks, clusters)
+    for layer, book in network.codebooks.items():
+        assert 1 <= len(book) <= clusters
+        assert (np.diff(book) > 0).all()
+        used = []
+        for leaf, mask in full(masks, params)[layer].items():
+            weights = params[layer][leaf][mask].astype(np.float64)
+            places = network.assignments[layer][leaf][mask]
+            distances = np.abs(weights[:, None] - book.astype(np.float64))
+            chosen = distances[np.arange(len(weights)), places]
+            np.testing.assert_array_equal(chosen, distances.min(1))
+            used.append(places)
+        np.testing.assert_array_equal(np.unique(np.concatenate(used)), np.arange(len(book)))
 
 
-@pytest.fixture(scope='module')
-def shared(params):
-    masks = jax.tree.map(lambda leaf: np.random.default_rng(1).random(leaf.shape) < 0.7, params)
-    masks['fc1']['bias'][:] = False
-    return share_weights(params, masks, 5, {'network': 'small'})
+def lloyd(values, clusters):
+    """K-means from evenly spaced centroids, until nothing moves."""
+    centroids = np.linspace(values.min(), values.max(), clusters)
+    while True:
+        nearest = np.abs(values[:, None] - centroids).argmin(1)
+        moved = np.array([values[nearest == each].mean() for each in range(clusters)])
+        if (moved == centroids).all():
+            return centroids
+        centroids = moved
 
 
-def test_codebooks_learn_and_nothing_else_changes(split, params, shared):
-    tuned = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
-    loss = make_loss(Small())
-    before, after = (loss(expand(*network[:3]), split) for network in (shared, tuned))
-    assert after < 0.9 * before
-    jax.tree.map(np.testing.assert_array_equal, tuned.assignments, shared.assignments)
-    jax.tree.map(np.testing.assert_array_equal, tuned.masks, shared.masks)
-    assert tuned.metadata == shared.metadata
-    for layer, book in tuned.codebooks.items():
-        assert book.shape == shared.codebooks[layer].shape
-        assert (book != shared.codebooks[layer]).any()
+def test_centroids_are_those_of_k_means():
+    values = np.random.default_rng(1).uniform(-1, 1, 500).astype(np.float32)
+    book = share(values, np.ones(500, bool), 6).codebooks['']
+    wanted = round_codebooks({'': lloyd(values.astype(np.float64), 6)})['']
+    np.testing.assert_array_equal(book, wanted)
 
 
-def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, params, shared):
-    options = OPTIONS | {'steps': 1, 'learning_rate': 0.5}
-    tuned = finetune(Small(), params, shared, split, tuned='codebooks', **options)
-    for layer, book in shared.codebooks.items():
-        moved = np.abs(tuned.codebooks[layer] - book)
-        np.testing.assert_allclose(moved[moved > 0], 0.5, rtol=0.02)
-        assert (moved > 0).sum() > len(book) / 2  # those that no image reaches stay
+def test_initialisation_is_linear_not_by_density():
+    """A lone large weight keeps a centroid of its own, as the paper wants."""
+    values = np.concatenate([np.linspace(0, 0.1, 1000), [1.0]]).astype(np.float32)
+    assert share(values, np.ones(1001, bool), 2).codebooks[''][1] == 1.0
 
 
-def test_weights_that_choose_do_better(split, params, shared):
-    loss = make_loss(Small())
-    alone = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
-    chosen = finetune(Small(), params, shared, split, tuned='weights', **OPTIONS)
-    assert loss(expand(*chosen[:3]), split) < loss(expand(*alone[:3]), split)
-    jax.tree.map(np.testing.assert_array_equal, chosen.masks, shared.masks)
-    changed = jax.tree.map(
-        lambda new, old, mask: (new != old)[mask].any(),
-        chosen.assignments,
-        shared.assignments,
-        shared.masks,
+def test_values_that_round_to_one_are_one():
+    network = share(np.float32([1, 1 + 2**-20, 2]), np.ones(3, bool), 3)
+    np.testing.assert_array_equal(network.codebooks[''], np.float32([1, 2]))
+
+
+def test_bias_and_kernel_share_a_codebook():
+    network = share(PARAMS, MASKS, 2)
+    assert list(network.codebooks) == ['fc']
+    np.testing.assert_array_equal(
+        network.codebooks['fc'], round_codebooks({'': [-1 / 12, 7.5]})['']
     )
-    assert any(jax.tree.leaves(changed))
+    np.testing.assert_array_equal(network.assignments['fc']['bias'], [1, 1])
 
 
-@pytest.mark.parametrize('kind', ['codebooks', 'weights'])
-def test_result_is_what_its_file_holds_and_repeats(tmp_path, split, params, shared, kind):
-    def run(**options):
-        options = OPTIONS | {'steps': 5} | options
-        return finetune(Small(), params, shared, split, tuned=kind, **options)
-
-    tuned = run()
-    save_coded(tmp_path / 'network', tuned)
-    loaded = load_coded(tmp_path / 'network')
-    jax.tree.map(np.testing.assert_array_equal, expand(*loaded[:3]), expand(*tuned[:3]))
-    jax.tree.map(np.testing.assert_array_equal, run().codebooks, tuned.codebooks)
-    other = run(seed=1).codebooks
-    assert any((other[layer] != tuned.codebooks[layer]).any() for layer in other)
-    with pytest.raises(FloatingPointError, match='learning_rate=nan left'):
-        run(learning_rate=float('nan'))
+def test_clusters_by_pattern():
+    params, masks = random_network(scale=0.9)
+    network = share(params, masks, {'a': 3, '*': 5})
+    assert {layer: len(book) for layer, book in network.codebooks.items()} == {
+        'a': 3,
+        'b': 5,
+        'c': 5,
+    }
 
 
-def test_nearest():
-    books = round_codebooks({'a': [-1, 0, 2], 'b': []})
-    params = {'a': {'w': np.float32([[-3, 0.9], [1.1, -0.6]])}, 'b': {'w': np.ones(2, np.float32)}}
-    places = nearest(books, params)
-    np.testing.assert_array_equal(places['a']['w'], np.int32([[0, 1], [2, 0]]), strict=True)
-    np.testing.assert_array_equal(places['b']['w'], np.int32([0, 0]), strict=True)
+def test_rounding():
+    edges = [0.0, 1.0, 0.1, -0.1, 1e-45, 3.4028235e38, -3.4028235e38]
+    (rounded,) = round_codebooks({'a': edges}).values()
+    assert rounded.dtype == np.float32
+    assert not (rounded.view(np.uint32) & 0xFFFF).any()
+    np.testing.assert_allclose(rounded[:4], edges[:4], rtol=2**-8)
+    assert np.isfinite(rounded).all()
+    np.testing.assert_array_equal(round_codebooks({'a': rounded})['a'], rounded)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match=r"codebooks\['a'\] has a value that is not finite"):
+            round_codebooks({'a': [1.0, bad]})
 
 
-def test_a_layer_without_kept_weights(split, params):
-    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params)
-    masks['fc1'] = jax.tree.map(np.zeros_like, masks['fc1'])
-    shared = share_weights(params, masks, 5)
-    assert not shared.codebooks['fc1'].size
-    options = OPTIONS | {'steps': 2}
-    for kind in ('codebooks', 'weights'):
-        tuned = finetune(Small(), params, shared, split, tuned=kind, **options)
-        assert not tuned.codebooks['fc1'].size
-        assert (tuned.codebooks['fc2'] != shared.codebooks['fc2']).any()
+def test_gradient_of_a_centroid_is_the_sum_over_its_cluster():
+    params, masks = random_network(scale=0.5)
+    network = share(params, masks, 4)
+    factors = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size)).reshape(leaf.shape), params)
+
+    @jax.jit
+    def loss(codebooks):
+        weights = expand(codebooks, network.assignments, network.masks)
+        parts = jax.tree.map(
+            lambda leaf, factor: jnp.sum(jnp.sin(leaf) * factor.astype(np.float32)),
+            weights,
+            factors,
+        )
+        return sum(jax.tree.leaves(parts))
+
+    gradients = jax.grad(loss)(jax.tree.map(jnp.asarray, network.codebooks))
+    masks = full(masks, params)
+    for layer, book in network.codebooks.items():
+        wanted = np.zeros(len(book))
+        for leaf, mask in masks[layer].items():
+            places = network.assignments[layer][leaf][mask]
+            of_weights = (np.cos(book[places].astype(np.float64))) * factors[layer][leaf][mask]
+            np.add.at(wanted, places, of_weights)
+        np.testing.assert_allclose(gradients[layer], wanted, atol=1e-5)
+
+
+def test_expand_writes_zeros_where_pruned_and_all_under_a_scalar_mask():
+    books = {'': np.float32([5, 6])}
+    assignments = {'a': np.int32([[0, 1], [1, 0]]), 'b': np.int32([1, 1])}
+    masks = {'a': np.array([[True, False], [True, False]]), 'b': np.array(False)}
+    weights = expand(books, assignments, masks)
+    np.testing.assert_array_equal(weights['a'], np.float32([[5, 0], [6, 0]]), strict=True)
+    np.testing.assert_array_equal(weights['b'], np.float32([6, 6]), strict=True)
+
+
+def test_expand_refuses():
+    with pytest.raises(ValueError, match="codebooks must have the layer 'a'"):
+        expand({'b': np.zeros(1)}, {'a': {'w': np.zeros(2, int)}}, {'a': {'w': np.ones(2, bool)}})
+    with pytest.raises(ValueError, match='masks must have the structure'):
+        expand({'': np.zeros(1)}, {'w': np.zeros(2, int)}, {'v': np.ones(2, bool)})
+
+
+@pytest.mark.parametrize(
+    ('params', 'masks', 'clusters', 'error', 'message'),
+    [
+        ({'a': W}, {'b': T}, 2, ValueError, 'masks must have the structure'),
+        ({'a': W}, {'a': T[:1]}, 2, ValueError, r"masks\['a'\] has shape"),
+        ({'a': W}, {'a': W}, 2, TypeError, r"masks\['a'\] must be boolean"),
+        ({'a': np.ones(2)}, {'a': T}, 2, TypeError, r"params\['a'\].*float64"),
+        ({'a': np.ones(2, int)}, {'a': T}, 2, TypeError, r"params\['a'\].*int64"),
+        ({'a': W * np.nan}, {'a': T}, 2, ValueError, r"params\['a'\].*not finite"),
+        ({'a': W * np.inf}, {'a': np.array(True)}, 2, ValueError, r"params\['a'\].*not finite"),
+        ({'a': W}, {'a': T}, 0, ValueError, r"clusters=0: wanted 1 to 65536 for the layers \[''\]"),
+        ({'a': W}, {'a': T}, 65537, ValueError, 'clusters=65537'),
+        ({'a': {'w': W}, 'b': {'w': W}}, {'a': {'w': T}, 'b': {'w': T}}, {'a': 3}, ValueError, 'b'),
+        ({'a': W}, {'a': T}, {'*': 3, 'x': 4}, ValueError, "pattern 'x' is the first match"),
+    ],
+)
+def test_what_cannot_be_shared(params, masks, clusters, error, message):
+    with pytest.raises(error, match=message):
+        share(params, masks, clusters)
