@@ -7,6 +7,7 @@ Reference:
   Han, Mao and Dally 2016, Deep Compression (ICLR).
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -188,10 +189,13 @@ def _codebook(values: np.ndarray, clusters: int) -> np.ndarray:
     """The centroids of the values, rounded, ascending, each once."""
     # Only here, so that a file can be read where there is no scikit-learn.
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     centroids = np.unique(values)
     if len(centroids) > clusters:
         start = np.linspace(values.min(), values.max(), clusters)[:, None]
         means = KMeans(clusters, init=start, n_init=1, tol=0)  # pyright: ignore[reportArgumentType]
-        centroids = means.fit(values[:, None]).cluster_centers_[:, 0]
+        # It warns of clusters that are one, for weights that float32 hardly tells apart.
+        with warnings.catch_warnings(action='ignore', category=ConvergenceWarning):
+            centroids = means.fit(values[:, None]).cluster_centers_[:, 0]
     return np.unique(round_codebooks({'': centroids})[''])

@@ -234,9 +234,8 @@ def _jax_sparse_product(step: Step):
         values, positions, bias = weights
         if x.shape[-1] == 1:
             # A product, as XLA would fuse a sum with what gathers from it, and sum anew each time.
-            return (
-                jnp.einsum('us,us->u', values, _take(x[:, 0], positions))[:, None] + bias[:, None]
-            )
+            sums = jnp.einsum('us,us->u', values, _take(x[:, 0], positions))
+            return (sums + bias)[:, None]
 
         def add(total, one):
             value, position = one
@@ -275,9 +274,7 @@ def _jax_native(step: Step):
     _, height, width = _padded_shape(step)
     unit, channel, row, column = np.nonzero(kernel)
     taps = native.Taps(
-        starts=np.concatenate([[0], np.cumsum(np.bincount(unit, minlength=len(kernel)))]).astype(
-            np.int32
-        ),
+        starts=np.searchsorted(unit, np.arange(len(kernel) + 1)).astype(np.int32),
         positions=((channel * height + row) * width + column).astype(np.int32),
         values=kernel[unit, channel, row, column],
     )
@@ -301,7 +298,7 @@ def make_scipy(step: Step) -> Callable[[np.ndarray], np.ndarray]:
       A function of the inputs.
 
     Raises:
-      Unsuitable: if a sparse convolution keeps too many weights.
+      Unsuitable: if the matrix of a sparse convolution would be too large.
     """
     match step.layer:
         case Relu():

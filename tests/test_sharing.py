@@ -62,6 +62,14 @@ def test_values_that_round_to_one_are_one():
     np.testing.assert_array_equal(network.codebooks[''], np.float32([1, 2]))
 
 
+def test_weights_that_k_means_cannot_tell_apart():
+    """Beside 1e9, float32 has no room for 1, 2 and 3, so that fewer clusters come out."""
+    values = np.float32([1, 2, 3, 1e9])
+    network = share(values, np.ones(4, bool), 3)
+    assert 1 < len(network.codebooks['']) <= 3
+    np.testing.assert_allclose(expand(*network[:3])[-1], 1e9, rtol=0.01)
+
+
 def test_bias_and_kernel_share_a_codebook():
     network = share(PARAMS, MASKS, 2)
     assert list(network.codebooks) == ['fc']
