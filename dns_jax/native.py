@@ -98,6 +98,18 @@ def sum_weighted_slices(
     """
     if reason := why_unavailable():
         raise RuntimeError(reason)
+    _check_reach(inputs, taps, biases, rows, stride, width)
+    shape = (len(biases), rows, width, inputs.shape[1])
+    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
+    lengths = {'batch': inputs.shape[1], 'rows': rows, 'stride': stride, 'width': width}
+    attributes = {name: np.int64(value) for name, value in lengths.items()}
+    return call(inputs, *map(jnp.asarray, taps), biases, **attributes)
+
+
+def _check_reach(
+    inputs: jax.Array, taps: Taps, biases: jax.Array, rows: int, stride: int, width: int
+) -> None:
+    """Makes sure that the kernel, which looks at no bounds, reads nothing beyond its arrays."""
     wanted = {'inputs': (2, 'float32'), 'biases': (1, 'float32'), 'starts': (1, 'int32')}
     wanted |= {'positions': (1, 'int32'), 'values': (1, 'float32')}
     arrays = {'inputs': inputs, 'biases': biases, **taps._asdict()}
@@ -121,8 +133,3 @@ def sum_weighted_slices(
             f'{rows} rows of width {width} with a stride of {stride} do not lie within '
             f'{len(inputs)} inputs'
         )
-    shape = (len(biases), rows, width, inputs.shape[1])
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
-    lengths = {'batch': inputs.shape[1], 'rows': rows, 'stride': stride, 'width': width}
-    attributes = {name: np.int64(value) for name, value in lengths.items()}
-    return call(inputs, *map(jnp.asarray, taps), biases, **attributes)

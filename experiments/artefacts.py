@@ -19,6 +19,7 @@ from experiments import models
 
 IMAGE_SHAPE = (28, 28, 1)
 CODED = '.dns'  # how the name of a coded file ends
+_MOST_WEIGHTS = 2**28  # of a made layer, more than the largest of VGG-16
 _SYNTHETIC = re.compile(r'fc:([1-9]\d{0,5})x([1-9]\d{0,5}):(0?\.\d+|1)')
 
 
@@ -91,6 +92,8 @@ def _make_layer(name: str) -> Model:
     if not match:
         raise ValueError(f'{name!r} must be fc:INPUTSxUNITS:DENSITY, as fc:800x500:0.007')
     inputs, units, density = int(match[1]), int(match[2]), float(match[3])
+    if inputs * units > _MOST_WEIGHTS:
+        raise ValueError(f'{name!r} has {inputs * units} weights, over {_MOST_WEIGHTS}')
     random = np.random.default_rng(0)
     mask = random.random((inputs, units), np.float32) < density
     kernel = np.where(mask, random.standard_normal((inputs, units), np.float32), np.float32(0))

@@ -8,6 +8,7 @@ other format is exact.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,11 @@ def _write_sparse(config: ExportConfig, model: Model, path: Path) -> dict[str, f
     return {}
 
 
-def _write_onnx(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
+def _write_compact(
+    save: Callable[..., None], config: ExportConfig, model: Model, path: Path
+) -> dict[str, float]:
     small = model.compact()
-    save_onnx(path, small.chain, small.params, model.input_shape)
-    return {}
-
-
-def _write_stablehlo(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
-    small = model.compact()
-    save_stablehlo(path, small.chain, small.params, model.input_shape)
+    save(path, small.chain, small.params, model.input_shape)
     return {}
 
 
@@ -134,8 +131,8 @@ _FORMATS: dict[str, Callable[[ExportConfig, Model, Path], dict[str, float]]] = {
     'dense': _write_dense,
     'sparse': _write_sparse,
     'coded': _write_coded,
-    'onnx': _write_onnx,
-    'stablehlo': _write_stablehlo,
+    'onnx': partial(_write_compact, save_onnx),
+    'stablehlo': partial(_write_compact, save_stablehlo),
 }
 _ENDINGS = {
     'dense': 'dense.safetensors',

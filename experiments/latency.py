@@ -57,7 +57,10 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
     Raises:
       ValueError: if the model cannot be read, or a way gives other outputs than the network.
       OSError: if the model cannot be read, or the result not written.
+      RuntimeError: if this system cannot keep a process on one core.
     """
+    if config.output:  # asked for at once, not after minutes
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with _one_core():
         model = load_model(config.model)
         result = {
@@ -73,9 +76,9 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
         if config.break_even:
             result['break_even'] = _find_break_even(config)
     print(latency_report.latency_tables(result))
+    print(json.dumps(result))
     if config.output:
         write_whole(Path(config.output), json.dumps(result, indent=2) + '\n')
-    print(json.dumps(result))
     return result
 
 
@@ -90,6 +93,8 @@ def _flags(config: LatencyConfig) -> list[str]:
 @contextlib.contextmanager
 def _one_core():
     """Keeps this thread, and every one that it starts, on one core: also those of JAX, if new."""
+    if not hasattr(os, 'sched_setaffinity'):
+        raise RuntimeError('timing on one core needs os.sched_setaffinity, which is not here')
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:

@@ -65,6 +65,11 @@ def test_synthetic_layer_of_no_shape(name):
         load_model(name)
 
 
+def test_synthetic_layer_of_too_many_weights():
+    with pytest.raises(ValueError, match='has 999998000001 weights, over'):
+        load_model('fc:999999x999999:0.1')
+
+
 def test_file_of_an_unknown_network(tmp_path):
     save_sparse(tmp_path / 'w', np.ones(2, np.float32), np.array(True), {'network': 'resnet'})
     with pytest.raises(ValueError, match='w holds no network to run: it has no chain'):
@@ -275,7 +280,7 @@ def test_export_flags_that_mean_nothing(flags):
 
 
 def test_latency_of_a_network(tmp_path, capsys):
-    output = tmp_path / 'latency.json'
+    output = tmp_path / 'new' / 'latency.json'
     result = measure(LatencyConfig(model=ZOO, batches='1,3', turns=1, output=str(output)))
     printed = capsys.readouterr().out
     assert json.loads(output.read_text()) == json.loads(printed.splitlines()[-1]) == result
@@ -337,6 +342,12 @@ def test_one_core():
     with _one_core():
         assert len(os.sched_getaffinity(0)) == 1
     assert os.sched_getaffinity(0) == before
+
+
+def test_latency_where_a_process_has_no_core_of_its_own(monkeypatch):
+    monkeypatch.delattr(os, 'sched_setaffinity')
+    with pytest.raises(RuntimeError, match='on one core needs os'):
+        measure(LatencyConfig())
 
 
 def test_bounds_are_those_of_the_machine():

@@ -81,6 +81,22 @@ def test_the_page_of_run_times_holds_the_tables(path):
     assert latency_report.latency_tables(json.loads(path.read_text())) in page
 
 
+@pytest.mark.parametrize(('name', 'title'), [('lenet300', 'LeNet-300-100'), ('lenet5', 'LeNet-5')])
+def test_the_summary_of_pruned_networks_is_of_the_results(name, title):
+    row = next(line for line in README.splitlines() if line.startswith(f'| {title} | 2,'))
+    batches = json.loads((ROOT / 'results' / 'runtime' / f'{name}.json').read_text())['batches']
+    for batch, text in (('1', 'one image'), ('64', '64 images')):
+        ways = batches[batch]['ways']
+        ours = {way: each['ratio'] for way, each in ways.items() if 'compact' in way}
+        del ours['ONNX Runtime, compact']
+        assert f'| {max(ours.values()):.2f}× as fast |' in row, text
+        alone = max(ratio for way, ratio in ours.items() if way.startswith('JAX, '))
+        assert f'{alone:.2f}×' in README
+        assert f'{ways["ONNX Runtime, compact"]["ratio"]:.2f}×' in README
+    size = (ROOT / 'zoo' / f'{name}.dns').stat().st_size
+    assert f'| {size:,} bytes |' in row
+
+
 def test_results_come_from_their_flagfiles():
     for path in sorted((ROOT / 'results').glob('*-[0-9]*.json')):
         summary = json.loads(path.read_text())

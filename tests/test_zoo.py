@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dns_jax.codec import load_coded
+from dns_jax.entropy import Encoder, encode_mask
 from dns_jax.sharing import expand
 from dns_jax.sparse import load_sparse, save_sparse
 from experiments import data, models, report, train, zoo
@@ -62,6 +63,10 @@ def test_a_coded_network_is_that_of_the_zoo(path):
     page = (path.parents[1] / 'results' / 'size.md').read_text()
     size = path.with_suffix('.dns').stat().st_size
     dense = 4 * sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    encoder, fed = Encoder(), np.zeros(0, bool)
+    for _, mask in sorted(jax.tree.leaves_with_path(network.masks), key=lambda leaf: str(leaf[0])):
+        fed = encode_mask(encoder, mask, fed)
+    assert f'{len(encoder.getvalue()):,} of {report.NETWORK_NAMES[path.stem]}' in page
     assert re.search(rf'coded *\| *{size:,} \| *{dense / size:.1f}× \|', page)
 
 
