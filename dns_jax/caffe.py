@@ -156,29 +156,54 @@ def _split(layer: CaffeLayer) -> tuple[Any, Any]:
 
 
 def _to_linen_layout(type_, blobs, before) -> dict[str, np.ndarray]:
-    outputs_before, are_maps = before or (0, False)
     if type_ in _CONVOLUTIONS:
         kernel = _with_axes(blobs[0], 4).transpose(2, 3, 1, 0)
-        inputs = kernel.shape[2]
-        if before and (not are_maps or outputs_before % inputs):
-            raise ValueError(f'{inputs} input channels after {outputs_before} outputs')
+        side_of_maps(kernel.shape, before)
     else:
         kernel = _with_axes(blobs[0], 2).T
         inputs, outputs = kernel.shape
-        if are_maps:
-            side = math.isqrt(inputs // outputs_before)
-            if outputs_before * side * side != inputs:
-                raise ValueError(f'{inputs} inputs are not {outputs_before} square maps')
-            maps = kernel.reshape(outputs_before, side, side, outputs)
+        if side := side_of_maps(kernel.shape, before):
+            maps = kernel.reshape(-1, side, side, outputs)
             kernel = maps.transpose(1, 2, 0, 3).reshape(inputs, outputs)
-        elif before and inputs != outputs_before:
-            raise ValueError(f'{inputs} inputs after {outputs_before} outputs')
     arrays = {'kernel': np.ascontiguousarray(kernel)}
     if len(blobs) == 2:
         arrays['bias'] = _with_axes(blobs[1], 1)
         if len(arrays['bias']) != kernel.shape[-1]:
             raise ValueError(f'{len(arrays["bias"])} biases for {kernel.shape[-1]} outputs')
     return arrays
+
+
+def side_of_maps(shape: tuple[int, ...], before: tuple[int, bool] | None) -> int:
+    """Checks that a layer fits the one before, and finds the maps between the two.
+
+    Args:
+      shape: of the layer's kernel in the layout of linen, of four axes or of two.
+      before: the outputs of the layer before and whether they are maps; None if there is none.
+
+    Returns:
+      The side of the square maps that an inner product takes, in pixels; 0 if it takes none.
+
+    Raises:
+      ValueError: if the layer does not fit.
+
+    Example:
+      >>> side_of_maps((800, 500), before=(50, True))
+      4
+    """
+    outputs_before, are_maps = before or (0, False)
+    inputs = shape[-2]
+    if len(shape) == 4:
+        if before and (not are_maps or outputs_before % inputs):
+            raise ValueError(f'{inputs} input channels after {outputs_before} outputs')
+        return 0
+    if not are_maps:
+        if before and inputs != outputs_before:
+            raise ValueError(f'{inputs} inputs after {outputs_before} outputs')
+        return 0
+    side = math.isqrt(inputs // outputs_before)
+    if outputs_before * side * side != inputs:
+        raise ValueError(f'{inputs} inputs are not {outputs_before} square maps')
+    return side
 
 
 def _with_axes(blob: np.ndarray, axes: int) -> np.ndarray:

@@ -5,25 +5,18 @@ and writes `data_dir/dns_jax_cache/<name>-<version>.npz`; later ones read that f
 """
 
 import dataclasses
-import gzip
 import io
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dns_jax.files import write_whole
 
 _CLASSES = 10
-_FILES = {
-    'train_images': 'train-images-idx3-ubyte.gz',
-    'train_labels': 'train-labels-idx1-ubyte.gz',
-    'test_images': 't10k-images-idx3-ubyte.gz',
-    'test_labels': 't10k-labels-idx1-ubyte.gz',
-}
+_EVALUATION_BATCH = 1_000  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +35,7 @@ _SOURCES = {
     'fashion_mnist': _Source('3.0.1', train=60_000, test=10_000, validation=5_000),
 }
 DATASETS = tuple(_SOURCES)
+VALIDATION_IMAGES = {name: source.validation for name, source in _SOURCES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +44,15 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Gives all images and labels in order, in parts to evaluate a network on."""
+        for start in range(0, len(self), _EVALUATION_BATCH):
+            part = slice(start, start + _EVALUATION_BATCH)
+            yield self.images[part], self.labels[part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +91,11 @@ def load(
     """
     if name not in _SOURCES:
         raise ValueError(f'name={name!r}: wanted one of {", ".join(DATASETS)}')
-    if manual_dir is not None and not os.path.isdir(os.path.expanduser(manual_dir)):
-        raise ValueError(f'manual_dir={manual_dir!r}: wanted a folder that exists')
-    if data_dir is None:
-        # The words of TFDS, said again because importing it takes longer than all that follows.
-        data_dir = os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
-    if not os.fspath(data_dir) or '://' in os.fspath(data_dir):
-        raise ValueError(f'data_dir={data_dir!r}: wanted a local folder')
-    folder = pathlib.Path(data_dir).expanduser()
+    folder, manual_dir = resolve_folders(data_dir, manual_dir)
     source = _SOURCES[name]
     cache = folder / 'dns_jax_cache' / f'{name}-{source.version}.npz'
     if not cache.exists():
-        _make_writable(cache.parent, data_dir)
+        _make_writable(cache.parent, os.fspath(folder))
         _write_cache(cache, _prepare(name, folder, manual_dir))
     arrays = _read_cache(cache, source)
     whole = Split(arrays['train_images'], arrays['train_labels'])
@@ -112,7 +108,34 @@ def load(
     )
 
 
-def _make_writable(folder: pathlib.Path, data_dir: str | os.PathLike[str]) -> None:
+def resolve_folders(
+    data_dir: str | os.PathLike[str] | None, manual_dir: str | os.PathLike[str] | None
+) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """Resolves and checks the folders that every set is read from.
+
+    Args:
+      data_dir: local folder of the prepared sets; by default that of TFDS, `TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`. It need not exist.
+      manual_dir: folder with files downloaded by hand, which must exist, or None.
+
+    Returns:
+      Both, with `~` expanded.
+
+    Raises:
+      ValueError: `manual_dir` does not exist, or `data_dir` is not local.
+    """
+    manual = None if manual_dir is None else pathlib.Path(manual_dir).expanduser()
+    if manual is not None and not manual.is_dir():
+        raise ValueError(f'manual_dir={manual_dir!r}: wanted a folder that exists')
+    if data_dir is None:
+        # The words of TFDS, said again because importing it takes longer than all that follows.
+        data_dir = os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
+    if not os.fspath(data_dir) or '://' in os.fspath(data_dir):
+        raise ValueError(f'data_dir={data_dir!r}: wanted a local folder')
+    return pathlib.Path(data_dir).expanduser(), manual
+
+
+def _make_writable(folder: pathlib.Path, data_dir: str) -> None:
     """Makes the cache folder, so that a `data_dir` of no use fails before the long work begins."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,36 +178,13 @@ def _prepare(
     name: str, folder: pathlib.Path, manual_dir: str | os.PathLike[str] | None
 ) -> dict[str, np.ndarray]:
     """Prepares the TFDS folder of a set where there is none; reads it as `_read_cache` does."""
-    # Imported only where a set is prepared: one that is cached need not wait for it.
-    import tensorflow_datasets as tfds
+    # Imported only where a set is prepared: one that is cached need not wait for TFDS.
+    from experiments import builders
 
     source = _SOURCES[name]
-    prepared = folder / name / source.version
-    builder_class = _digits_builder() if name == 'digits' else _idx_builder(name)
-    if not prepared.exists():
-        config = tfds.download.DownloadConfig(
-            manual_dir=manual_dir, try_download_gcs=False, force_checksums_validation=True
-        )
-        builder = builder_class(data_dir=folder)
-        try:
-            builder.download_and_prepare(download_config=config, file_format='array_record')
-        except OSError:
-            if not prepared.exists():  # If it exists now, another process was quicker.
-                raise
-    try:
-        if not (prepared / 'dataset_info.json').is_file():
-            raise ValueError('it has no dataset_info.json, so it was never finished')
-        builder = builder_class(data_dir=folder)
-        formats = sorted(each.value for each in builder.info.available_file_formats())
-        if 'array_record' not in formats:
-            raise ValueError(
-                f'its format is {formats}, which needs TensorFlow; wanted array_record'
-            )
+    builder = builders.prepare(name, folder, manual_dir)
+    with builders.naming_folder(builder.data_path):
         return {**_decode(builder, 'train', source.train), **_decode(builder, 'test', source.test)}
-    except Exception as error:  # Damaged files raise a dozen types, all of one meaning.
-        raise ValueError(
-            f'{prepared} cannot be read: {error}. Delete it or choose another data_dir, run again.'
-        ) from error
 
 
 def _decode(builder, split: str, count: int) -> dict[str, np.ndarray]:
@@ -197,84 +197,3 @@ def _decode(builder, split: str, count: int) -> dict[str, np.ndarray]:
     for index, example in enumerate(tqdm(examples, title, unit=' images', disable=None)):
         images[index], labels[index] = example['image'], example['label']
     return {f'{split}_images': images, f'{split}_labels': labels}
-
-
-def _generate_examples(builder, images: np.ndarray, labels: np.ndarray):
-    """Yields keys and examples; TFDS needs TensorFlow to encode arrays, but not PIL images."""
-    del builder
-    for key, (image, label) in enumerate(zip(images, labels, strict=True)):
-        yield key, {'image': Image.fromarray(image), 'label': int(label)}
-
-
-def _digits_builder() -> type:
-    """Makes the TFDS builder of scikit-learn's digits, which keeps their order."""
-    import sklearn.datasets
-    import tensorflow_datasets as tfds
-
-    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Digits of scikit-learn, enlarged from 8x8 to 28x28 pixels."""
-
-        VERSION = tfds.core.Version(_SOURCES['digits'].version)
-        _generate_examples = _generate_examples
-
-        def _info(self):
-            image = tfds.features.Image(shape=(28, 28, 1))
-            label = tfds.features.ClassLabel(num_classes=_CLASSES)
-            features = tfds.features.FeaturesDict({'image': image, 'label': label})
-            return tfds.core.DatasetInfo(
-                builder=self, description=self.__doc__, features=features, disable_shuffling=True
-            )
-
-        def _split_generators(self, dl_manager):
-            del dl_manager  # Nothing to download.
-            images, labels = sklearn.datasets.load_digits(return_X_y=True)
-            images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-            bilinear = Image.Resampling.BILINEAR
-            images = [np.asarray(Image.fromarray(i).resize((28, 28), bilinear)) for i in images]
-            count = _SOURCES['digits'].train
-            return {
-                'train': self._generate_examples(images[:count], labels[:count]),
-                'test': self._generate_examples(images[count:], labels[count:]),
-            }
-
-    return Digits
-
-
-def _idx_builder(name: str) -> type:
-    """Makes the stock TFDS builder of a set over again, its files read by gzip and NumPy."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import download_manager, downloader
-
-    # With its own ten retries, TFDS takes 3.5 minutes to find that there is no network.
-    downloader.MAX_RETRIES = 4
-    stock: Any = tfds.builder_cls(name)
-    failures = (OSError, tfds.download.DownloadError, download_manager.NonMatchingChecksumError)
-
-    class Idx(stock, skip_registration=True):  # pyright: ignore
-        name = stock.name
-        _generate_examples = _generate_examples
-
-        def _split_generators(self, dl_manager):
-            try:
-                files = dl_manager.download({key: self.URL + _FILES[key] for key in _FILES})
-            except failures as error:
-                raise RuntimeError(
-                    f'{self.name} is not to be had: {error}\nEither connect to the network, or put '
-                    f'{", ".join(_FILES.values())} into a folder and name it with --manual_dir.'
-                ) from error
-            arrays = {key: _read_idx(file) for key, file in files.items()}
-            return {
-                'train': self._generate_examples(arrays['train_images'], arrays['train_labels']),
-                'test': self._generate_examples(arrays['test_images'], arrays['test_labels']),
-            }
-
-    return Idx
-
-
-def _read_idx(path: os.PathLike[str]) -> np.ndarray:
-    """Reads a gzipped IDX file of bytes: 0, 0, 8, the rank, the shape as >i4, then the values."""
-    with gzip.open(path) as file:
-        content = file.read()
-    rank = content[3]
-    shape = np.frombuffer(content, '>i4', count=rank, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -96,9 +96,13 @@ class Config:
     score: str = flag('norm', 'How layers share one density.', choices=('norm', 'std', 'erk'))
     ramp: str = flag('log', 'How densities fall under surgery: log, or poly:POWER.')
     ramp_start: str = flag(
-        '0%', 'Step, or share of the surgery steps, at which they begin to; the first round.'
+        '0%',
+        'Step, or share of the surgery steps, at which they begin to; the first round. With '
+        '--layer_density also as LAYER:STEP,…',
     )
-    ramp_end: str = flag('80%', 'Step or share at which they are reached; the last round.')
+    ramp_end: str = flag(
+        '80%', 'Step or share at which they are reached; the last round. Also as LAYER:STEP,…'
+    )
     refresh_every: int = flag(
         500,
         'Steps from one choice of thresholds by density to the next, and from one round of '
@@ -205,7 +209,7 @@ class Config:
 
 _NOT_OF_THE_RUN = {
     *('data_dir', 'manual_dir', 'workdir', 'resume', 'overwrite', 'tensorboard'),
-    *('trials', 'study', 'storage'),
+    *('trials', 'study', 'storage', 'mesh', 'distributed', 'workers'),
 }
 
 

@@ -4,17 +4,31 @@ Owns their layers and sizes; what is pruned in them is no concern of theirs.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dns_jax.chain import Convolution, Dense, Flatten, MaxPool, Relu, max_pool
+from experiments.image_layers import (
+    convolution_by_groups,
+    normalize_across_channels,
+    pool_as_caffe,
+)
 
 # Caffe's filler `xavier` is uniform in ±√(3 / fan-in).
 _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
+
+_VGG_BLOCKS = (
+    (2, 64),
+    (2, 128),
+    (3, 256),
+    (3, 512),
+    (3, 512),
+)  # convolutions, and features of each
 
 _THIN = 32  # columns of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
 
@@ -51,6 +65,121 @@ class LeNet5(nn.Module):
         return nn.Dense(10, kernel_init=_XAVIER, name='fc2')(hidden)
 
 
+class AlexNet(nn.Module):
+    """BVLC AlexNet of Caffe's model zoo, initialised as there: 60,965,224 parameters.
+
+    A width other than 1 scales the number of units of every layer but the last, rounded to an even
+    number for the two groups. The spread of a kernel above such a layer is divided by √width, so
+    that activations keep their size.
+    """
+
+    classes: int = 1_000
+    width: float = 1.0
+    dtype: Any = jnp.float32  # to compute in; parameters and logits are float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
+        """Maps images (batch, height, width, 3), 227 pixels a side or 39 and more, to logits.
+
+        Args:
+          images: from 0 to 255 less the mean of `INPUTS`, floating-point.
+          dropout: the rates behind `fc6` and `fc7`.
+
+        Returns:
+          (batch, classes) float32.
+
+        Raises:
+          ValueError: if the images are too small, or the network has no width or classes.
+        """
+        _check(self, images, 39)
+        hidden = nn.relu(
+            self._convolution('conv1', 96, 11, 0.0, padding='VALID', strides=4)(images)
+        )
+        hidden = pool_as_caffe(normalize_across_channels(hidden), 3, 2)
+        hidden = nn.relu(self._convolution('conv2', 256, 5, 0.1, groups=2)(hidden))
+        hidden = pool_as_caffe(normalize_across_channels(hidden), 3, 2)
+        hidden = nn.relu(self._convolution('conv3', 384, 3, 0.0)(hidden))
+        hidden = nn.relu(self._convolution('conv4', 384, 3, 0.1, groups=2)(hidden))
+        hidden = nn.relu(self._convolution('conv5', 256, 3, 0.1, groups=2)(hidden))
+        hidden = pool_as_caffe(hidden, 3, 2)
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        units = _scaled(4_096, self.width, 2)
+        for name in ('fc6', 'fc7'):
+            hidden = nn.relu(self._dense(name, units, 0.005, 0.1)(hidden))
+            hidden = drop_out(self, hidden, dropout, name)
+        return self._dense('fc8', self.classes, 0.01, 0.0)(hidden).astype(jnp.float32)
+
+    def _convolution(
+        self, name: str, features: int, size: int, bias: float, groups: int = 1, **options: Any
+    ) -> nn.Conv:
+        slow_with_groups = groups > 1 and jax.default_backend() == 'cpu'
+        return nn.Conv(
+            _scaled(features, self.width, 2),
+            (size, size),
+            feature_group_count=groups,
+            # The first layer sees as many colours at any width.
+            kernel_init=self._gaussian(0.01, 1.0 if name == 'conv1' else self.width),
+            bias_init=nn.initializers.constant(bias),
+            dtype=self.dtype,
+            name=name,
+            conv_general_dilated=convolution_by_groups if slow_with_groups else None,
+            **options,
+        )
+
+    def _dense(self, name: str, units: int, spread: float, bias: float) -> nn.Dense:
+        return nn.Dense(
+            units,
+            kernel_init=self._gaussian(spread, self.width),
+            bias_init=nn.initializers.constant(bias),
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def _gaussian(self, spread: float, width: float) -> nn.initializers.Initializer:
+        return nn.initializers.normal(spread / math.sqrt(width))
+
+
+class VGG16(nn.Module):
+    """VGG-16, configuration D: 138,357,544 parameters.
+
+    A width other than 1 scales the number of units of every layer but the last, rounded.
+    """
+
+    classes: int = 1_000
+    width: float = 1.0
+    dtype: Any = jnp.float32  # to compute in; parameters and logits are float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
+        """Maps images (batch, height, width, 3), 224 pixels a side or any number, to logits.
+
+        Args:
+          images: from 0 to 255 less the mean of `INPUTS`, floating-point.
+          dropout: the rates behind `fc6` and `fc7`.
+
+        Returns:
+          (batch, classes) float32.
+
+        Raises:
+          ValueError: if the images have no pixels, or the network has no width or classes.
+        """
+        _check(self, images, 1)
+        options = {'kernel_init': _XAVIER, 'dtype': self.dtype}
+        hidden = images
+        for block, (layers, features) in enumerate(_VGG_BLOCKS, start=1):
+            for layer in range(1, layers + 1):
+                name = f'conv{block}_{layer}'
+                features_ = _scaled(features, self.width)
+                hidden = nn.relu(nn.Conv(features_, (3, 3), name=name, **options)(hidden))
+            hidden = pool_as_caffe(hidden, 2, 2)
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        units = _scaled(4_096, self.width)
+        for name in ('fc6', 'fc7'):
+            hidden = nn.relu(nn.Dense(units, name=name, **options)(hidden))
+            hidden = drop_out(self, hidden, dropout, name)
+        return nn.Dense(self.classes, name='fc8', **options)(hidden).astype(jnp.float32)
+
+
 class Xor(nn.Module):
     """The network of the paper's section 4.1, 2-5-1: 21 parameters."""
 
@@ -61,7 +190,24 @@ class Xor(nn.Module):
         return nn.Dense(1, name='fc2')(hidden)[:, 0]
 
 
-NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5}
+class Input(NamedTuple):
+    """What a network takes: (pixels from 0 to 255 − mean) · scale."""
+
+    mean: tuple[float, ...]  # one for each channel; colours are red, green, blue
+    scale: float
+    size: int  # of a side of the image as a rule, in pixels
+
+
+_IMAGENET_MEAN = (122.679, 116.669, 104.007)  # Caffe's
+
+NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5, 'alexnet': AlexNet, 'vgg16': VGG16}
+
+INPUTS = {
+    'lenet300': Input((0.0,), 1 / 256, 28),
+    'lenet5': Input((0.0,), 1 / 256, 28),
+    'alexnet': Input(_IMAGENET_MEAN, 1.0, 227),
+    'vgg16': Input(_IMAGENET_MEAN, 1.0, 224),
+}
 
 # The same as chains, without dropout, for what becomes of them after training.
 CHAINS = {
@@ -95,6 +241,23 @@ def positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
         for name, output in variables['intermediates'].items()
         if isinstance(output, dict) and output['__call__'][0].ndim == 4
     }
+
+
+def _check(network: AlexNet | VGG16, images: jax.Array, least: int) -> None:
+    if not network.width > 0 or network.classes < 1:
+        raise ValueError(
+            f'width={network.width} must be above 0 and classes={network.classes} at least 1'
+        )
+    if images.ndim != 4 or min(images.shape[1:3]) < least:
+        raise ValueError(
+            f'images of shape {images.shape} must be (batch, height, width, channels) with a '
+            f'height and width of at least {least} pixels'
+        )
+
+
+def _scaled(number: int, width: float, multiple: int = 1) -> int:
+    """Finds the multiple next to number · width, at least one."""
+    return max(1, round(number * width / multiple)) * multiple
 
 
 def _convolution(features: int, name: str) -> nn.Conv:
@@ -184,4 +347,4 @@ def drop_out(
         return hidden
     kept = 1 - dropout[layer]
     chosen = jax.random.bernoulli(module.make_rng('dropout'), kept, hidden.shape)
-    return jnp.where(chosen, hidden / kept, 0)
+    return jnp.where(chosen, hidden / jnp.asarray(kept, hidden.dtype), 0)

@@ -62,6 +62,7 @@ _POLICIES = {
     'exp': (dns_jax.caffe_exp, ('BASE', 'GAMMA')),
     'inv': (dns_jax.caffe_inv, ('BASE', 'GAMMA', 'POWER')),
     'poly': (dns_jax.caffe_poly, ('BASE', 'POWER')),
+    'step': (dns_jax.caffe_step, ('BASE', 'GAMMA', 'STEPS')),
 }
 
 
@@ -88,4 +89,6 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
         values = []
     if len(values) != len(wanted) or not all(0 <= value < math.inf for value in values):
         raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}, numbers of 0 or more')
+    if name == 'step':
+        values[-1] = int(values[-1])
     return policy(*values, *([steps] if name == 'poly' else []))

@@ -1,18 +1,27 @@
-"""Where --reference leads: the dense network of another run, or a file of Caffe's."""
+"""Where --reference leads: the dense network of another run, or a file of Caffe's.
 
+Owns what must be known of the networks in such files, to read and to write them.
+"""
+
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import dns_jax
-from dns_jax import caffe
+from dns_jax import caffe, caffe_writer
+from experiments import meshes
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 from experiments.train import TrainState
 from experiments.workdir import read_flags
+
+# Their first layers; Caffe shows these networks blue, green and red, in this order.
+_OF_COLOURS = {'alexnet': 'conv1', 'vgg16': 'conv1_1'}
 
 
 def read(config: Config, like: TrainState) -> dns_jax.Params:
@@ -35,7 +44,7 @@ def read(config: Config, like: TrainState) -> dns_jax.Params:
     params = read_it(path, config, like)
     # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
     # would be compiled once for the mixture and once for what it gives back.
-    return jax.tree.map(jnp.asarray, jax.device_get(params))
+    return jax.tree.map(jnp.asarray, meshes.to_host(params))
 
 
 def _of_run(folder: Path, config: Config, like: TrainState) -> dns_jax.Params:
@@ -66,4 +75,39 @@ def _of_caffe(path: Path, config: Config, like: TrainState) -> dns_jax.Params:
     found, wanted = (jax.tree.map(np.shape, params) for params in (network.params, like.params))
     if found != wanted:
         raise ValueError(f'--reference={path} holds the shapes {found}; wanted {wanted}')
-    return dns_jax.apply_masks(network.params, network.masks)
+    pruned = dns_jax.apply_masks(network.params, network.masks)
+    return _swap_colours(config.network, pruned)
+
+
+def write_caffemodel(
+    path: str | os.PathLike[str], network: str, params: Any, masks: dns_jax.Masks | None = None
+) -> None:
+    """Writes a network as Caffe would have it, with its names of layers and its order of colours.
+
+    Args:
+      path: the file, in a folder that exists.
+      network: a name of `experiments.models.NETWORKS`.
+      params: its weights, float32.
+      masks: parallel to them; None writes a file without masks.
+
+    Raises:
+      ValueError: if the weights are no chain of layers that fit each other.
+      OSError: if the file cannot be written.
+    """
+    masks = None if masks is None else _swap_colours(network, masks)
+    # Sorted by name, the layers of all our networks lie in the order in which they are applied.
+    layers = caffe_writer.from_linen(
+        _swap_colours(network, params),
+        masks,
+        sorted(params),
+        str if network in _OF_COLOURS else lambda name: re.sub(r'^fc(?=\d)', 'ip', name),
+    )
+    caffe_writer.write_caffemodel(path, layers, network)
+
+
+def _swap_colours(network: str, tree: Any) -> Any:
+    """Turns the first layer's colours from blue, green and red to red, green and blue, or back."""
+    first = _OF_COLOURS.get(network)
+    if first is None or np.ndim(tree[first]['kernel']) != 4:  # a mask may have no axes
+        return tree
+    return {**tree, first: {**tree[first], 'kernel': tree[first]['kernel'][:, :, ::-1]}}

@@ -23,6 +23,31 @@ Summary = Mapping[str, Any]
 NETWORK_NAMES = {
     'lenet300': 'LeNet-300-100',
     'lenet5': 'LeNet-5',
+    'alexnet': 'AlexNet',
+    'vgg16': 'VGG-16',
+}
+# Percent of its parameters that each layer keeps in the paper's table 4 and in table 5 of Han et
+# al. 2015, and of the whole network.
+PUBLISHED_SHARES = {
+    'alexnet': {
+        'Guo et al.': {
+            **{'conv1': 53.8, 'conv2': 40.6, 'conv3': 29.0, 'conv4': 32.3, 'conv5': 32.5},
+            **{'fc6': 3.7, 'fc7': 6.6, 'fc8': 4.6, 'total': 5.7},
+        },
+        'Han et al.': {
+            **{'conv1': 84, 'conv2': 38, 'conv3': 35, 'conv4': 37, 'conv5': 37},
+            **{'fc6': 9, 'fc7': 9, 'fc8': 25, 'total': 11},
+        },
+    },
+    'vgg16': {
+        'Han et al.': {
+            **{'conv1_1': 58, 'conv1_2': 22, 'conv2_1': 34, 'conv2_2': 36},
+            **{'conv3_1': 53, 'conv3_2': 24, 'conv3_3': 42},
+            **{'conv4_1': 32, 'conv4_2': 27, 'conv4_3': 34},
+            **{'conv5_1': 35, 'conv5_2': 29, 'conv5_3': 36},
+            **{'fc6': 4, 'fc7': 4, 'fc8': 23, 'total': 7.5},
+        },
+    },
 }
 SUMMARY_KEYS = (
     'network',
@@ -138,6 +163,31 @@ def _layer_rows(summary: Summary) -> list[tuple[str, ...]]:
     return rows
 
 
+def published_table(summary: Summary) -> str:
+    """What each layer keeps, beside what it keeps in papers: table 4 of Guo et al.
+
+    Args:
+      summary: the run's summary.
+
+    Returns:
+      A Markdown table; empty where no paper tells of the network's layers.
+    """
+    published = PUBLISHED_SHARES.get(summary['network'])
+    if not published:
+        return ''
+    total = {key: summary[key] for key in ('parameters', 'kept')}
+    rows = [
+        (
+            layer,
+            f'{entry["parameters"]:,}',
+            f'{100 * entry["kept"] / entry["parameters"]:.1f}',
+            *(f'{shares[layer]:g}' for shares in published.values()),
+        )
+        for layer, entry in [*summary['per_layer'].items(), ('total', total)]
+    ]
+    return table(('layer', 'parameters', 'kept %', *(f'{name} %' for name in published)), rows)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table padded to straight columns, so that it reads as well on a terminal."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -151,7 +201,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_table(summary: Summary) -> str:
-    """The result and the layers for the terminal: two aligned tables, an empty line between them.
+    """The result and the layers for the terminal: aligned tables, an empty line between them.
 
     Args:
       summary: the run's summary.
@@ -161,7 +211,8 @@ def format_table(summary: Summary) -> str:
     """
     _check_summary(summary)
     result = table(RESULT_HEADER, [_result_cells(summary)])
-    return f'{result}\n\n{table(LAYER_HEADER, _layer_rows(summary))}'
+    tables = result, table(LAYER_HEADER, _layer_rows(summary)), published_table(summary)
+    return '\n\n'.join(filter(None, tables))
 
 
 def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -245,6 +296,8 @@ def markdown(summary: Summary, pictures: Sequence[Path] = ()) -> str:
         '## Layers',
         table(LAYER_HEADER, _layer_rows(summary)),
     ]
+    if published := published_table(summary):
+        parts += ['## Beside published results', published]
     if pictures:
         parts.append('## Course of the run')
         parts += [f'![{path.stem.replace("_", " ")}](plots/{path.name})' for path in pictures]

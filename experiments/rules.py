@@ -73,7 +73,7 @@ def make_pruner(
 
 
 def _make_baseline(config, params, key, options) -> optax.GradientTransformation:
-    start, end = _ramp_ends(config)
+    start, end = _ramps(config, '*')['*']
     if end >= config.surgery_steps:
         raise ValueError(
             f'--ramp_end={config.ramp_end} must come before the end of the '
@@ -150,14 +150,17 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
         return _rules(config, thresholds, config.refresh_statistics)
     if config.layer_density:
         densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
+        ramps = _ramps(config, densities)
         thresholds = {
-            layer: dns_jax.layer_density(_ramp(config, density), config.hysteresis)
+            layer: dns_jax.layer_density(_ramp(config, density, *ramps[layer]), config.hysteresis)
             for layer, density in densities.items()
         }
-        return _rules(config, thresholds, config.refresh_every)
-    ramp = _ramp(config, _density_of_participants(config, params))
-    thresholds = {'*': dns_jax.global_density(ramp, config.score, config.hysteresis)}
-    return _rules(config, thresholds, config.refresh_every)
+    else:
+        ramps = _ramps(config, '*')
+        ramp = _ramp(config, _density_of_participants(config, params), *ramps['*'])
+        thresholds = {'*': dns_jax.global_density(ramp, config.score, config.hysteresis)}
+    reached = {layer: end for layer, (_, end) in ramps.items()}
+    return _rules(config, thresholds, config.refresh_every, reached)
 
 
 def _by_layer(
@@ -171,7 +174,9 @@ def _by_layer(
     return {layer: value for layer, (_, value) in matches.items()}
 
 
-def _rules(config, thresholds, refresh_every) -> dict[str, dns_jax.Rule]:
+def _rules(config, thresholds, refresh_every, reached=None) -> dict[str, dns_jax.Rule]:
+    """Makes rules of thresholds; `reached` says when those by density are at the end of a ramp."""
+
     def step(text):
         return parse_step(text, config.surgery_steps)
 
@@ -181,13 +186,13 @@ def _rules(config, thresholds, refresh_every) -> dict[str, dns_jax.Rule]:
     rules = {}
     for layer, rule in thresholds.items():
         start, stop = starts.get(layer, 0), stops.get(layer)
-        if refresh_every and not config.c_rate:
+        if reached:
             end = config.surgery_steps if stop is None else min(stop, config.surgery_steps)
             last = (end - 1) // refresh_every * refresh_every
-            if last < max(start, step(config.ramp_end)):
+            if last < max(start, reached[layer]):
                 raise ValueError(
-                    f'the last thresholds, with --refresh_every={refresh_every} those of step '
-                    f'{last} of {config.surgery_steps}, come before the end of the ramp, '
+                    f'the last thresholds of {layer}, with --refresh_every={refresh_every} those '
+                    f'of step {last} of {config.surgery_steps}, come before the end of the ramp, '
                     f'--ramp_end={config.ramp_end}, or before --start={config.start}'
                 )
             if not config.update_power:
@@ -207,18 +212,25 @@ def _parse_steps(config: Config, flag: str) -> int:
         raise ValueError(f'--{flag}: {error}') from error
 
 
-def _ramp_ends(config: Config) -> tuple[int, int]:
-    start, end = _parse_steps(config, 'ramp_start'), _parse_steps(config, 'ramp_end')
-    if not 0 <= start < end:
-        raise ValueError(
-            f'--ramp_end={config.ramp_end} must come after --ramp_start={config.ramp_start}, and '
-            'that not before step 0'
-        )
-    return start, end
+def _ramps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Reads the first and the last step of each layer's ramp, from tables or one for all."""
+    starts, ends = (
+        _by_layer(config, flag, layers, lambda text: parse_step(text, config.surgery_steps))
+        if ':' in getattr(config, flag)
+        else dict.fromkeys(layers, _parse_steps(config, flag))
+        for flag in ('ramp_start', 'ramp_end')
+    )
+    for layer in layers:
+        # A layer that a table leaves out has no ramp.
+        if not 0 <= starts.get(layer, 0) < ends.get(layer, 0):
+            raise ValueError(
+                f'--ramp_end={config.ramp_end} must come after --ramp_start={config.ramp_start}, '
+                f'and that not before step 0, for {layer}'
+            )
+    return {layer: (starts.get(layer, 0), ends[layer]) for layer in layers}
 
 
-def _ramp(config: Config, density: float) -> dns_jax.Schedule:
-    start, end = _ramp_ends(config)
+def _ramp(config: Config, density: float, start: int, end: int) -> dns_jax.Schedule:
     if not 0 < density <= 1:
         raise ValueError(f'--layer_density: a density must be in (0, 1], but is {density!r}')
     if config.ramp == 'log':

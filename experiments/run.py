@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from tqdm import tqdm
 
 import dns_jax
-from experiments import probes, report, train
+from experiments import hosts, probes, report, train
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
@@ -49,6 +48,8 @@ def run(config: Config) -> dict[str, Any]:
       Stopped: after SIGTERM or SIGINT.
     """
     (summary,) = run_together([config])
+    if not hosts.is_first():
+        return summary
     folder = Path(config.workdir)
     print(report.format_table(summary))
     print(f'\nReport and pictures: {folder / "report.md"}, {folder / "plots"}')
@@ -108,6 +109,7 @@ def train_surgery(
     for trainer, params in zip(trainers, dense, strict=True):
         # A copy: the loop takes over the memory of its state, and the reference is still needed.
         state = train.TrainState(jax.tree.map(jnp.copy, params), trainer.optimizer.init(params))
+        state = trainer.feed.place(state)
         phases.append(Phase('surgery', trainer, state, trainer.config.surgery_steps))
     return _train(phases, trainers[0].optimizer, stopping)
 
@@ -129,7 +131,8 @@ def finetune(
     phases = []
     for trainer, state in zip(trainers, states, strict=True):
         start = optax.tree.set(optimizer.init(state.params), masks=state.masks)
-        phases.append(Phase('finetuning', trainer, train.TrainState(state.params, start), steps))
+        state = trainer.feed.place(train.TrainState(state.params, start))
+        phases.append(Phase('finetuning', trainer, state, steps))
     return _train(phases, optimizer, stopping)
 
 
@@ -143,18 +146,12 @@ class Phase:
         self.done, self.progress = 0, {}
         if trainer.config.resume and self.checkpoints.latest_step() is not None:
             self.done, self.state = self.checkpoints.restore(state)
-        trainer.records.rewind(name, self.done)
+        hosts.on_first(lambda: trainer.records.rewind(name, self.done))
 
-    def batches(self, count: int) -> np.ndarray:
-        """Chooses the images of the next steps."""
-        config = self.trainer.config
-        return train.batch_indices(
-            (config.seed, PHASES.index(self.name)),
-            len(self.trainer.dataset.train.labels),
-            config.batch_size,
-            self.done,
-            count,
-        )
+    def batches(self, count: int) -> Any:
+        """Gives the batches of the next steps."""
+        seed = self.trainer.config.seed, PHASES.index(self.name)
+        return self.trainer.feed.batches(seed, self.done, count)
 
     def advance(self, state: train.TrainState, chunk: train.Chunk) -> None:
         """Takes over what a chunk gave, unless it is broken, and records it."""
@@ -187,15 +184,19 @@ def _train(
 ) -> list[train.TrainState]:
     """Takes the same phase of some runs to its end, side by side where they are at one step."""
     trainer, steps, name = phases[0].trainer, phases[0].steps, phases[0].name
-    config, split = trainer.config, trainer.dataset.train
-    step = train.make_step(trainer.network, optimizer, trainer.dropout(name))
-    run_chunks = train.make_chunks(step)
-    images, labels = jax.device_put((split.images, split.labels))
+    config = trainer.config
+    accumulate = getattr(config, 'accumulate', 1)
+    step = train.make_step(
+        trainer.network, optimizer, trainer.dropout(name), accumulate, trainer.inputs
+    )
+    run_chunks = trainer.feed.compile(step, tuple(phase.state for phase in phases))
+    stop = 0
     with contextlib.ExitStack() as stack:
         for phase in phases:
             stack.enter_context(phase.checkpoints)
         first = phases[0]
-        bar = tqdm(total=steps, initial=first.done, desc=name, unit='step', disable=None)
+        hidden = None if hosts.is_first() else True  # None hides it where there is no terminal
+        bar = tqdm(total=steps, initial=first.done, desc=name, unit='step', disable=hidden)
         stack.enter_context(bar)
         while (done := min(phase.done for phase in phases)) < steps:
             # After a kill between two saves, those behind catch up first.
@@ -203,21 +204,22 @@ def _train(
             count = min(config.record_every, steps - done)
             batches = tuple(phase.batches(count) for phase in group)
             states = tuple(phase.state for phase in group)
-            results = run_chunks(states, images, labels, batches)
+            results = run_chunks(states, batches)
             for phase, (state, chunk) in zip(group, results, strict=True):
                 phase.advance(state, chunk)
             done += count
             if first in group:
                 bar.update(count)
                 bar.set_postfix(first.progress)
-            if stopping or done == steps or done % config.checkpoint_every == 0:
+            stop = hosts.highest(stopping[0] if stopping else 0)
+            if stop or done == steps or done % config.checkpoint_every == 0:
                 for phase in group:
                     phase.save()
-            if stopping:
+            if stop:
                 break
-    if stopping:
+    if stop:
         raise Stopped(
-            f'{signal.Signals(stopping[0]).name}: saved {name} at step {first.done} in '
+            f'{signal.Signals(stop).name}: saved {name} at step {first.done} in '
             f'{trainer.folder}; continue with --resume'
         )
     return [phase.state for phase in phases]

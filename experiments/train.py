@@ -1,12 +1,12 @@
-"""The one training loop: many steps per compiled call, over a data set that lies on the device.
+"""The one training step, and its two loops: over a data set on the device, and over a stream.
 
 The reference network and surgery run through the same step. A network without surgery is one
 whose rule table is empty: then every mask is a scalar and costs nothing.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -16,10 +16,21 @@ import optax
 
 import dns_jax
 from experiments import models
-from experiments.data import Split
 
-INPUT_SCALE = 1 / 256  # Caffe's for MNIST
-_EVALUATION_BATCH = 1_000
+INPUT_SCALE = models.INPUTS['lenet5'].scale
+_AHEAD = 2  # steps handed to the device before the one that is waited for
+
+
+class Images(Protocol):
+    """A split of a data set, as it is measured on."""
+
+    def __len__(self) -> int:
+        """Counts its images."""
+        ...
+
+    def batches(self) -> Iterable[tuple[Any, Any]]:
+        """Gives images and labels in batches; labels below 0 are padding."""
+        ...
 
 
 class TrainState(NamedTuple):
@@ -55,6 +66,8 @@ def make_step(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     dropout: Dropout | None = None,
+    accumulate: int = 1,
+    inputs: models.Input = models.INPUTS['lenet5'],
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
@@ -62,17 +75,40 @@ def make_step(
       network: maps images to logits.
       optimizer: a chain with `dns_jax.surgery` in it.
       dropout: of the phase.
+      accumulate: parts of one size that a batch is taken in, one after the other: memory is
+        needed for the images of one, and the gradient is the mean of theirs.
+      inputs: what the network takes.
 
     Returns:
-      A function of the state, images (batch, 28, 28, 1) uint8 and labels (batch,) int32 that
-      returns the new state and the mean cross-entropy of the batch in nats.
+      A function of the state, images (batch, height, width, channels) uint8 and labels (batch,)
+      int32 that returns the new state and the mean cross-entropy of the batch in nats.
     """
 
     def loss_fn(params, images, labels, **dropping_out):
-        logits = _logits(network, params, images, **dropping_out)
+        logits = _logits(network, inputs, params, images, **dropping_out)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
+
+    def in_parts(state, images, labels, dropping_out):
+        def add_part(total, part):
+            number, images, labels = part
+            own = dict(dropping_out)
+            if own:
+                own['rngs'] = jax.tree.map(lambda key: jax.random.fold_in(key, number), own['rngs'])
+            new = value_and_grad(state.params, state.masks, images, labels, **own)
+            return jax.tree.map(lambda sum_, term: sum_ + term / accumulate, total, new), None
+
+        # Every part has rows of every device that the batch is spread over.
+        split = (
+            jnp.moveaxis(array.reshape(-1, accumulate, *array.shape[1:]), 1, 0)
+            for array in (images, labels)
+        )
+        nothing = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+        # XLA runs convolutions inside a loop on CPU many times slower than outside of it.
+        unroll = accumulate if jax.default_backend() == 'cpu' else 1
+        parts = (jnp.arange(accumulate), *split)
+        return jax.lax.scan(add_part, nothing, parts, unroll=unroll)[0]
 
     def step(state, images, labels):
         dropping_out = {}
@@ -88,7 +124,12 @@ def make_step(
             )
             key = jax.random.fold_in(jax.random.fold_in(key, dropout.number), count)
             dropping_out = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
-        loss, gradients = value_and_grad(state.params, state.masks, images, labels, **dropping_out)
+        if accumulate == 1:
+            loss, gradients = value_and_grad(
+                state.params, state.masks, images, labels, **dropping_out
+            )
+        else:
+            loss, gradients = in_parts(state, images, labels, dropping_out)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
@@ -166,6 +207,40 @@ def make_chunks(
     return run_chunks
 
 
+def make_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., Any]:
+    """Makes the function that runs many steps on batches from a stream, one compiled call each.
+
+    Args:
+      step: from `make_step`.
+      like: a state whose leaves lie where those of all states are to lie.
+
+    Returns:
+      A function of the state, whose memory it takes over, and batches (images, labels) that
+      returns the new state and a `Chunk`.
+    """
+    stay = jax.tree.map(lambda leaf: leaf.sharding, like)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(stay, None, None))
+    def run_step(state, events, images, labels):
+        new_state, loss = step(state, images, labels)
+        new_events = dns_jax.count_events(state.masks, new_state.masks)
+        return new_state, jax.tree.map(jnp.add, events, new_events), loss
+
+    def run_chunk(
+        state: TrainState, batches: Iterable[tuple[jax.Array, jax.Array]]
+    ) -> tuple[TrainState, Chunk]:
+        events = jax.tree.map(jnp.zeros_like, dns_jax.count_events(state.masks, state.masks))
+        losses = []
+        for images, labels in batches:
+            state, events, loss = run_step(state, events, images, labels)
+            losses.append(loss)
+            # Else a slow device would let batches pile up.
+            losses[-_AHEAD:][0].block_until_ready()
+        return state, Chunk(jnp.asarray([float(loss) for loss in losses]), events)
+
+    return run_chunk
+
+
 def batch_indices(
     seed: tuple[int, ...], examples: int, batch_size: int, start: int, steps: int
 ) -> np.ndarray:
@@ -195,11 +270,14 @@ def _shuffled_epoch(seed: tuple[int, ...], examples: int, epoch: int) -> np.ndar
     return np.random.default_rng([*seed, epoch]).permutation(examples).astype(np.int32)
 
 
-def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
+def make_error(
+    network: nn.Module, inputs: models.Input = models.INPUTS['lenet5']
+) -> Callable[[dns_jax.Params, Images], float]:
     """Makes the function that measures the classification error.
 
     Args:
       network: maps images to logits.
+      inputs: what it takes.
 
     Returns:
       A function of the weights to compute with (W⊙T) and a split that returns the share of
@@ -208,20 +286,23 @@ def make_error(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
 
     @jax.jit
     def count_wrong(params, images, labels):
-        logits = _logits(network, params, images)
-        return jnp.sum(jnp.argmax(logits, -1) != labels)
+        logits = _logits(network, inputs, params, images)
+        return jnp.sum((jnp.argmax(logits, -1) != labels) & (labels >= 0))
 
     def error(params, split):
-        return 100 * _sum_over(split, functools.partial(count_wrong, params)) / len(split.labels)
+        return 100 * _sum_over(split, functools.partial(count_wrong, params)) / len(split)
 
     return error
 
 
-def make_loss(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
+def make_loss(
+    network: nn.Module, inputs: models.Input = models.INPUTS['lenet5']
+) -> Callable[[dns_jax.Params, Images], float]:
     """Makes the function that measures the cross-entropy.
 
     Args:
       network: maps images to logits.
+      inputs: what it takes.
 
     Returns:
       A function of the weights to compute with (W⊙T) and a split that returns the mean over its
@@ -230,23 +311,27 @@ def make_loss(network: nn.Module) -> Callable[[dns_jax.Params, Split], float]:
 
     @jax.jit
     def sum_losses(params, images, labels):
-        logits = _logits(network, params, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+        logits = _logits(network, inputs, params, images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        return jnp.where(labels >= 0, losses, 0).sum()
 
     def loss(params, split):
-        return _sum_over(split, functools.partial(sum_losses, params)) / len(split.labels)
+        return _sum_over(split, functools.partial(sum_losses, params)) / len(split)
 
     return loss
 
 
-def _sum_over(split: Split, measure: Callable[[Any, Any], jax.Array]) -> float:
-    batches = range(0, len(split.labels), _EVALUATION_BATCH)
-    parts = (slice(begin, begin + _EVALUATION_BATCH) for begin in batches)
-    return sum(float(measure(split.images[part], split.labels[part])) for part in parts)
+def _sum_over(split: Images, measure: Callable[[Any, Any], jax.Array]) -> float:
+    """Adds up what is measured of all batches of a split; labels below 0 are padding."""
+    return sum(float(measure(images, labels)) for images, labels in split.batches())
 
 
-def _logits(network: nn.Module, params: Any, images: jax.Array, **dropping_out) -> jax.Array:
-    scaled = images.astype(jnp.float32) * INPUT_SCALE
+def _logits(
+    network: nn.Module, inputs: models.Input, params: Any, images: jax.Array, **dropping_out
+) -> jax.Array:
+    scaled = images.astype(jnp.float32) * inputs.scale
+    if any(inputs.mean):
+        scaled -= (jnp.array(inputs.mean) * inputs.scale)[None, None, None]
     return jnp.asarray(network.apply({'params': params}, scaled, **dropping_out))
 
 

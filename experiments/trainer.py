@@ -16,7 +16,8 @@ import numpy as np
 import dns_jax
 from dns_jax import training
 from dns_jax.sparse import save_sparse
-from experiments import data, models, probes, references, report, train
+from experiments import hosts, meshes, models, probes, references, report, train
+from experiments.feeds import open_feed
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
 from experiments.rules import make_optimizer, make_pruner
@@ -40,8 +41,10 @@ class Trainer:
           OSError: if a folder cannot be read or written.
         """
         self.config, self.on_record = config, on_record
-        self.network = models.NETWORKS[config.network]()
-        image_shape = (28, 28, 1)
+        self.feed = open_feed(config)
+        self.dataset, self.network = self.feed.dataset, self.feed.network
+        self.inputs = models.INPUTS.get(config.network, models.INPUTS['lenet5'])
+        image_shape = self.feed.image_shape
         weights_key, coins_key = jax.random.split(jax.random.key(config.seed))
         self.initial = self.network.init(weights_key, jnp.zeros((1, *image_shape)))['params']
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial))
@@ -61,13 +64,11 @@ class Trainer:
         )
         # Of the code that runs, which may be changed on disk before the end.
         self.commit = _commit()
-        self.dataset = data.load(
-            config.dataset, config.data_dir, config.manual_dir, config.train_on_all
-        )
-        self.error = train.make_error(self.network)
+        self.error = train.make_error(self.network, self.inputs)
         self.reference = references.read(config, self.dense_state()) if config.reference else None
-        self.folder = claim(config)
-        self.records = Records(self.folder, config.tensorboard)
+        self.folder = Path(config.workdir)
+        hosts.on_first(lambda: claim(config))
+        self.records = Records(self.folder, config.tensorboard and hosts.is_first())
 
     def dropout(self, phase: str) -> train.Dropout | None:
         """Says how a phase drops units out, None where it does not."""
@@ -97,16 +98,19 @@ class Trainer:
         summary = self._summarise(reference, final) | seconds
         if returns:
             summary['returns'] = self._measure_returns(final, returns)
-        save_sparse(
-            self.folder / 'pruned.safetensors',
-            final.params,
-            final.masks,
-            {'network': self.config.network, 'input_scale': repr(train.INPUT_SCALE)},
-        )
-        first_layer = final.masks.get('fc1', {}).get('kernel')
-        sees_pixels = self.config.network == 'lenet300' and jnp.ndim(first_layer)
-        report.write(self.folder, summary, np.asarray(first_layer) if sees_pixels else None)
+        params, masks = meshes.to_host((final.params, final.masks))
+        hosts.on_first(lambda: self._write(params, masks, summary))
         return summary
+
+    def _write(self, params: dns_jax.Params, masks: dns_jax.Masks, summary: dict[str, Any]):
+        inputs = {'input_scale': repr(self.inputs.scale)}
+        if any(self.inputs.mean):
+            inputs['input_mean'] = ','.join(map(repr, self.inputs.mean))
+        path = self.folder / 'pruned.safetensors'
+        save_sparse(path, params, masks, {'network': self.config.network, **inputs})
+        first_layer = masks.get('fc1', {}).get('kernel')
+        sees_pixels = self.config.network == 'lenet300' and np.ndim(first_layer)
+        report.write(self.folder, summary, first_layer if sees_pixels else None)
 
     def _summarise(self, reference, final) -> dict[str, Any]:
         """Measures sizes and errors, and reads the test split."""
@@ -146,7 +150,7 @@ class Trainer:
         others = probes.remove_others(final.masks, returns.returned, self.config.seed)
         removed = dns_jax.count_events(final.masks, others).values()
         measured['others_removed'] = sum(int(event.pruned) for event in removed)
-        loss = train.make_loss(self.network)
+        loss = train.make_loss(self.network, self.inputs)
         for name, masks in (
             *(('', final.masks), ('_without', without)),
             ('_without_others', others),
@@ -159,7 +163,7 @@ class Trainer:
     def dense_state(self) -> train.TrainState:
         """Makes the state at the start of dense training."""
         params = jax.tree.map(jnp.copy, self.initial)
-        return train.TrainState(params, self.reference_optimizer.init(params))
+        return self.feed.place(train.TrainState(params, self.reference_optimizer.init(params)))
 
     def record(
         self, phase: str, step: int, state: train.TrainState, chunk: train.Chunk
@@ -176,7 +180,7 @@ class Trainer:
             'pruned': {layer: int(event.pruned) for layer, event in chunk.events.items()},
             'spliced': {layer: int(event.spliced) for layer, event in chunk.events.items()},
         }
-        self.records.append(record)
+        hosts.on_first(lambda: self.records.append(record))
         self.on_record(record)
         return record
 

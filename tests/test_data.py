@@ -15,7 +15,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 
-from experiments import data
+from experiments import builders, data
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRAIN, TEST, VALIDATION = 30, 12, 5
@@ -63,7 +63,7 @@ def small_files(tmp_path, monkeypatch):
     folder.mkdir()
     known = {}
     for key, array in arrays.items():
-        path = folder / data._FILES[key]
+        path = folder / builders._IDX_FILES[key]
         write_idx(path, array)
         content = path.read_bytes()
         for name in ('mnist', 'fashion_mnist'):
@@ -197,15 +197,15 @@ def test_prepared_folder_is_read_as_it_is(small_files, tmp_path, no_network):
 def test_published_mnist_passes_the_checksums_of_tfds(
     mnist_files, tmp_path, monkeypatch, no_network
 ):
-    read = data._read_idx
-    whole = {key: read(mnist_files / file) for key, file in data._FILES.items()}
+    read = builders._read_idx
+    whole = {key: read(mnist_files / file) for key, file in builders._IDX_FILES.items()}
     assert whole['train_images'].shape == (60_000, 28, 28)
     assert whole['test_images'].shape == (10_000, 28, 28)
     assert np.bincount(whole['train_labels'])[:3].tolist() == [5923, 6742, 5958]
     # A slice of it goes the whole way, for decoding all takes most of a minute on some machines.
     source = data._Source('3.0.1', train=300, test=300, validation=50)
     monkeypatch.setitem(data._SOURCES, 'mnist', source)
-    monkeypatch.setattr(data, '_read_idx', lambda path: read(path)[:300])
+    monkeypatch.setattr(builders, '_read_idx', lambda path: read(path)[:300])
     loaded = data.load('mnist', tmp_path, mnist_files, train_on_all=True)
     assert pairs(loaded.train.images, loaded.train.labels) == pairs(
         whole['train_images'][:300], whole['train_labels'][:300]
@@ -217,9 +217,9 @@ def test_no_data_and_no_network_names_both_ways_out(tmp_path, no_network):
         data.load('mnist', tmp_path)
     assert isinstance(caught.value.__cause__, OSError)
     assert '--manual_dir' in str(caught.value)
-    for file in data._FILES.values():
+    for file in builders._IDX_FILES.values():
         assert file in str(caught.value)
-    assert len(no_network) <= 4 * len(data._FILES)  # Else the user waits for minutes.
+    assert len(no_network) <= 4 * len(builders._IDX_FILES)  # Else the user waits for minutes.
     assert not (tmp_path / 'mnist' / '3.0.1').exists()
     assert not list((tmp_path / 'dns_jax_cache').iterdir())
 
@@ -231,7 +231,7 @@ def test_unknown_checksum_is_refused(small_files, tmp_path, monkeypatch, no_netw
 
 
 def test_wrong_checksum_is_refused(small_files, tmp_path, no_network):
-    path = small_files[0] / data._FILES['test_labels']
+    path = small_files[0] / builders._IDX_FILES['test_labels']
     write_idx(path, np.zeros((TEST,), np.uint8))
     with pytest.raises(RuntimeError, match='wrong checksum') as caught:
         data.load('mnist', tmp_path, small_files[0])
@@ -356,10 +356,10 @@ def test_cache_is_written_whole_or_not_at_all(copied_dir, monkeypatch):
 HALVES = {
     'has no dataset_info.json': lambda folder: (folder / 'dataset_info.json').unlink(),
     'JSON': lambda folder: os.truncate(folder / 'dataset_info.json', 20),
-    'No such file': lambda folder: next(folder.glob('*test*')).unlink(),
-    'Riegeli': lambda folder: os.truncate(next(folder.glob('*train*')), 131_072),
+    'is missing': lambda folder: next(folder.glob('*test*')).unlink(),
+    'holds 0 records': lambda folder: os.truncate(next(folder.glob('*train*')), 131_072),
     # Cut here, the reader finds no records, yet gives empty ones without a word.
-    'image': lambda folder: os.truncate(next(folder.glob('*train*')), 65_536),
+    '0 records, wanted 1437': lambda folder: os.truncate(next(folder.glob('*train*')), 65_536),
 }
 
 

@@ -50,6 +50,7 @@ ALLOWED = {
     'runners': LEAVES | {'chain', 'native', 'steps'},
     'export': LEAVES | {'chain', 'files', 'sparse'},
     'caffe': LEAVES,
+    'caffe_writer': LEAVES | {'caffe', 'chain', 'files', 'masks'},
 }
 
 
@@ -113,7 +114,7 @@ TOOLS = {
 
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.stem)
 def test_entry_scripts_only_parse_and_delegate(path):
-    allowed = TOOLS.get(path.stem, {'flags', 'run'})
+    allowed = TOOLS.get(path.stem, {'flags', 'hosts', 'image_flags', 'run'})
     assert allowed is None or siblings(path, 'experiments') <= allowed
     assert path.stem in TOOLS or len(path.read_text(encoding='utf-8').splitlines()) < 60
     for other in EXPERIMENTS:

@@ -48,7 +48,7 @@ def value_and_gradients(function, arguments, cotangent):
 
 
 def test_the_networks():
-    assert list(models.NETWORKS) == list(SHAPES)
+    assert list(models.NETWORKS) == list(models.INPUTS) == [*SHAPES, 'alexnet', 'vgg16']
 
 
 @pytest.mark.parametrize(('name', 'count'), [('lenet300', 266_610), ('lenet5', 431_080)])
@@ -213,3 +213,12 @@ def test_lenet300_computes_two_hidden_layers_of_relu(all_params):
         hidden = hidden if layer == 'fc3' else np.maximum(hidden, 0)
     logits = models.NETWORKS['lenet300']().apply({'params': params}, images)
     np.testing.assert_allclose(logits, hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', models.NETWORKS)
+def test_inputs_are_those_of_caffe(name):
+    inputs = models.INPUTS[name]
+    if name in SHAPES:
+        assert inputs == ((0.0,), 1 / 256, 28)
+    else:
+        assert (inputs.mean, inputs.scale) == ((122.679, 116.669, 104.007), 1)

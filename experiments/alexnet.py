@@ -1,0 +1,26 @@
+"""AlexNet on ImageNet: the paper's table 4.
+
+python -m experiments.alexnet --flagfile=experiments/flagfiles/alexnet_imagenet.flags
+"""
+
+from experiments import flags, hosts
+from experiments.image_flags import ImageConfig
+from experiments.run import run
+
+DEFAULTS = {
+    'network': 'alexnet',
+    'image_size': 227,
+    'workdir': 'runs/alexnet',
+    'batch_size': 256,
+    'reference_steps': 450_000,
+    'surgery_steps': 700_000,
+    'finetuning_steps': 0,
+    'record_every': 5_000,
+    'checkpoint_every': 5_000,
+    'reference_learning_rate': 'step:0.01,0.1,100000',
+    'learning_rate': 'step:0.01,0.1,250000',
+    'dropout': 0.5,
+}
+
+if __name__ == '__main__':
+    flags.launch(DEFAULTS, hosts.joined(run), ImageConfig)

@@ -1,0 +1,54 @@
+"""The flags of runs on streamed images, those of ImageNet above all: `flags.Config` and more."""
+
+import dataclasses
+
+from experiments.crops import CROPS
+from experiments.flags import Config, flag
+from experiments.hosts import parse_distributed
+from experiments.meshes import parse_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig(Config):
+    """What a run on streamed images does: the flags of every run, and these."""
+
+    dataset: str = flag('imagenet2012', 'Image classification set of TFDS.')
+    image_size: int = flag(224, 'Height and width of the images, in pixels.', lower_bound=1)
+    crop: str = flag(
+        'caffe',
+        'caffe: warped to 256/227 of the size, a random part of it, mirrored or not; '
+        'random_resized: a random part of 8 to 100 %, mirrored or not; whole: all of it.',
+        choices=CROPS,
+    )
+    width: float = flag(1.0, 'Channels and hidden units / those of the paper.', lower_bound=0.0)
+    compute_dtype: str = flag(
+        'float32',
+        'What the network computes in; weights and masks stay as they are.',
+        choices=('float32', 'bfloat16'),
+    )
+    accumulate: int = flag(
+        1,
+        'Parts that a batch is taken in, one after the other, to need less memory.',
+        lower_bound=1,
+    )
+    workers: int = flag(
+        0, 'Processes that decode images; 0 decodes in threads of this one.', lower_bound=0
+    )
+    mesh: str = flag(
+        '',
+        'Devices along each axis, as data:4,model:2: batches are split over data, fully connected '
+        'layers over model. By default all devices share the batch.',
+    )
+    distributed: str = flag(
+        '',
+        'How processes find each other: auto under SLURM, Kubernetes, Open MPI or on Cloud TPU, or '
+        'HOST:PORT,PROCESSES,PROCESS. By default there is one process.',
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_mesh(self.mesh)
+        if self.distributed:
+            parse_distributed(self.distributed)
+        if not self.width > 0:
+            raise ValueError(f'--width={self.width} must be above 0')
