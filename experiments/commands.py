@@ -16,6 +16,8 @@ from experiments import data
 from experiments.flags import Config, define, flag, is_flag
 from experiments.parsers import parse_table
 
+_FEWEST_IMAGES = 64  # two batches of those that decoding is timed with
+
 # What all variants of a comparison have in common.
 _SHARED = {
     *('dataset', 'data_dir', 'manual_dir', 'train_on_all', 'workdir', 'reference', 'resume'),
@@ -239,6 +241,73 @@ class BenchConfig:
             raise ValueError(
                 f'--peer_rounds={self.peer_rounds} must be at most --rounds={self.rounds}'
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleConfig:
+    """What `experiments.scale` measures."""
+
+    network: str = flag('alexnet', 'Network of the step.', choices=('alexnet', 'vgg16'))
+    width: float = flag(1.0, 'Channels and hidden units / those of the paper.', lower_bound=0.0)
+    batch_size: int = flag(
+        0, 'Images per step; by default 8 on CPU and 256 on an accelerator.', lower_bound=0
+    )
+    compute_dtype: str = flag(
+        'float32', 'What the networks compute in.', choices=('float32', 'bfloat16')
+    )
+    rounds: int = flag(15, 'Timed steps of each program, in alternation.', lower_bound=1)
+    sizes: str = flag(
+        '0.3,3,30,138',
+        'Weights of fully connected networks whose steps are timed, in millions, with commas '
+        'between.',
+    )
+    planned_sizes: str = flag(
+        '1000', 'The same for those that are compiled but not run, with no arrays made.'
+    )
+    sized_batch: int = flag(64, 'Images per step of these networks.', lower_bound=1)
+    images: int = flag(
+        2_000, 'Images made to time their decoding; 0 leaves that out.', lower_bound=0
+    )
+    xla_options: str = flag(
+        '',
+        'Options of the compiler, as NAME=VALUE with commas between, such as '
+        'xla_cpu_copy_insertion_use_region_analysis=true.',
+    )
+    output: str = flag('results/scale', 'What is written: OUTPUT.json, OUTPUT.png and OUTPUT.md.')
+
+    def __post_init__(self):
+        if not self.width > 0:
+            raise ValueError(f'--width={self.width} must be above 0')
+        if 0 < self.images < _FEWEST_IMAGES:
+            raise ValueError(f'--images={self.images} must be 0 or at least {_FEWEST_IMAGES}')
+        self.timed_weights()
+        self.planned_weights()
+        self.options()
+
+    def timed_weights(self) -> list[float]:
+        """Returns how many weights the networks have whose steps are timed."""
+        return self._weights('sizes')
+
+    def planned_weights(self) -> list[float]:
+        """Returns how many weights the networks have that are compiled alone."""
+        return self._weights('planned_sizes')
+
+    def options(self) -> dict[str, str]:
+        """Returns the options of the compiler."""
+        entries = [entry.partition('=') for entry in self.xla_options.split(',') if entry]
+        if not all(name and value for name, _, value in entries):
+            raise ValueError(f'--xla_options={self.xla_options} must be NAME=VALUE,…')
+        return {name: value for name, _, value in entries}
+
+    def _weights(self, name: str) -> list[float]:
+        text = getattr(self, name)
+        try:
+            weights = [1e6 * float(size) for size in text.split(',') if size]
+        except ValueError as error:
+            raise ValueError(f'--{name}={text} must be numbers with commas between') from error
+        if not all(1e-3 <= size / 1e6 < math.inf for size in weights):
+            raise ValueError(f'--{name}={text} must be numbers of 0.001 or more')
+        return weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,13 +100,16 @@ def test_there_are_entry_scripts():
 
 # Those that do not start an experiment have work of their own.
 TOOLS = {
+    'alexnet': {'flags', 'hosts', 'image_flags', 'run'},
     'bench': {'commands', 'flags', 'models', 'train'},
     'compare': {'commands', 'flags', 'parsers', 'plots', 'report', 'sweep', 'workdir'},
     'export': {*('artefacts', 'commands', 'data', 'flags', 'models', 'report', 'train', 'tuning')},
     'frontier': {'commands', 'flags', 'plots', 'report', 'sweep'},
     'latency': {'artefacts', 'commands', 'flags', 'latency_report', 'models'},
     'results': {'report'},
+    'scale': {*('commands', 'flags', 'models', 'scale_input', 'scale_programs', 'scale_report')},
     'search': None,  # an experiment of its own, with modules of its own
+    'vgg16': {'flags', 'hosts', 'image_flags', 'run'},
     'xor': {'commands', 'flags', 'models', 'probes', 'report', 'train', 'xor_plots'},
     'zoo': {'commands', 'flags', 'report'},
 }
