@@ -38,15 +38,17 @@ class Model(NamedTuple):
         return compact(self.chain, self.params, self.masks, self.input_shape)
 
 
-def load_model(name: str) -> Model:
+def load_model(name: str, to_run: bool = True) -> Model:
     """Loads a pruned network.
 
     Args:
       name: a sparse file, such as one of the zoo's; a coded one, `*.dns`; or `fc:INPUTSxUNITS:
         DENSITY`, one fully connected layer of random weights at random places.
+      to_run: whether a chain is wanted, which AlexNet and VGG-16 do not have.
 
     Returns:
-      The network. Its chain is that of the file's metadata, or of the network they name.
+      The network. Its chain is that of the file's metadata, or of the network they name; empty
+      where none is wanted.
 
     Raises:
       ValueError: if the file is damaged or names no network known.
@@ -61,9 +63,11 @@ def load_model(name: str) -> Model:
         params, masks, metadata = expand(*shared[:3]), shared.masks, shared.metadata
     else:
         params, masks, metadata = load_sparse(path)
+    chain, input_shape = (), ()
     try:
-        chain, input_shape = _find_chain(metadata)
-        trace_shapes(chain, params, input_shape)
+        if to_run:
+            chain, input_shape = _find_chain(metadata)
+            trace_shapes(chain, params, input_shape)
     except (TypeError, ValueError) as error:
         raise ValueError(f'{path} holds no network to run: {error}') from error
     params = jax.tree.map(np.asarray, params)

@@ -349,9 +349,10 @@ class ExportConfig:
     model: str = flag('zoo/lenet5.safetensors', 'File of a pruned network.')
     format: str = flag(
         'sparse',
-        'dense and sparse are safetensors, coded is Deep Compression; sparse, onnx and stablehlo '
-        'hold the network as compaction leaves it.',
-        choices=('dense', 'sparse', 'coded', 'onnx', 'stablehlo'),
+        'dense and sparse are safetensors, coded is Deep Compression, caffemodel has the masks '
+        'beside the weights, as the authors have them; sparse, onnx and stablehlo hold the network '
+        'as compaction leaves it.',
+        choices=('dense', 'sparse', 'coded', 'caffemodel', 'onnx', 'stablehlo'),
     )
     output: str | None = flag(None, 'The file to write; by default it goes to runs/exports.')
     batch: int = flag(

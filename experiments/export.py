@@ -23,6 +23,7 @@ from dns_jax.sparse import save_sparse
 from experiments import data, flags, models
 from experiments.artefacts import Model, load_model
 from experiments.commands import ExportConfig
+from experiments.references import write_caffemodel
 from experiments.report import table
 from experiments.train import make_error
 from experiments.tuning import finetune
@@ -43,7 +44,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
       OSError: if a file cannot be read or written.
       FloatingPointError: if tuning diverges.
     """
-    model = load_model(config.model)
+    model = load_model(config.model, to_run=config.format != 'caffemodel')
     path = Path(config.output or f'runs/exports/{model.name}.{_ENDINGS[config.format]}')
     path.parent.mkdir(parents=True, exist_ok=True)
     errors = _FORMATS[config.format](config, model, path)
@@ -101,8 +102,8 @@ def _write_compact(
 
 def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
     """Shares weights, tunes what they share, and measures what was written, read back."""
-    if model.metadata.get('network') not in models.NETWORKS:
-        raise ValueError(f'--format=coded needs a network of {sorted(models.NETWORKS)}')
+    if model.metadata.get('network') not in models.CHAINS:
+        raise ValueError(f'--format=coded needs a network of {sorted(models.CHAINS)}')
     network = models.NETWORKS[model.metadata['network']]()
     dataset = data.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
     shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
@@ -127,10 +128,19 @@ def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
     }
 
 
+def _write_caffemodel(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
+    network = model.metadata.get('network', '')
+    if network not in models.NETWORKS:
+        raise ValueError(f'--format=caffemodel needs a network of {sorted(models.NETWORKS)}')
+    write_caffemodel(path, network, model.params, model.masks)
+    return {}
+
+
 _FORMATS: dict[str, Callable[[ExportConfig, Model, Path], dict[str, float]]] = {
     'dense': _write_dense,
     'sparse': _write_sparse,
     'coded': _write_coded,
+    'caffemodel': _write_caffemodel,
     'onnx': partial(_write_compact, save_onnx),
     'stablehlo': partial(_write_compact, save_stablehlo),
 }
@@ -138,6 +148,7 @@ _ENDINGS = {
     'dense': 'dense.safetensors',
     'sparse': 'sparse.safetensors',
     'coded': 'dns',
+    'caffemodel': 'caffemodel',
     'onnx': 'onnx',
     'stablehlo': 'stablehlo',
 }

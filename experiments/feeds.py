@@ -111,8 +111,13 @@ class Streamed:
         self.network = models.NETWORKS[config.network](
             classes=source.classes, width=config.width, dtype=jnp.dtype(config.compute_dtype)
         )
+        # Threads evaluate: processes would be started again for every record.
         splits = {
-            name: _Placed(getattr(source, name), self._mesh, config.batch_size)
+            name: _Placed(
+                dataclasses.replace(getattr(source, name), workers=0),
+                self._mesh,
+                config.batch_size,
+            )
             for name in ('train', 'validation', 'test')
         }
         self.dataset = dataclasses.replace(source, **splits)

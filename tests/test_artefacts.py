@@ -4,6 +4,7 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
@@ -11,7 +12,8 @@ from networks import LENET5, LENET300
 from safetensors.numpy import load_file
 
 import experiments.export
-from dns_jax import native
+from dns_jax import apply_masks, native
+from dns_jax.caffe import read_caffemodel, to_linen
 from dns_jax.chain import (
     Convolution,
     Dense,
@@ -25,7 +27,7 @@ from dns_jax.chain import (
 from dns_jax.codec import load_coded
 from dns_jax.runners import Choice, jax_runner, recorded_kinds
 from dns_jax.sparse import load_sparse, save_sparse
-from experiments import artefacts, latency_report
+from experiments import artefacts, latency_report, models
 from experiments.artefacts import load_model
 from experiments.commands import ExportConfig, LatencyConfig
 from experiments.export import export
@@ -138,6 +140,37 @@ def run_export(tmp_path, capsys, **flags):
     assert result['dense_bytes'] == 1_066_440
     assert result['ratio'] == result['dense_bytes'] / result['bytes']
     return path, result
+
+
+def test_export_caffemodel(tmp_path, capsys):
+    """Read back as the authors' files are: weights and masks apart, and fc1 named ip1."""
+    path, _ = run_export(tmp_path, capsys, format='caffemodel')
+    layers = read_caffemodel(path)
+    assert list(layers) == ['ip1', 'ip2', 'ip3']
+    params, masks = to_linen(layers, lambda name: name.replace('ip', 'fc'))
+    jax.tree.map(np.testing.assert_array_equal, (params, masks), load_sparse(ZOO)[:2])
+
+
+def test_alexnet_is_exported_to_caffe_but_not_run(tmp_path, capsys):
+    network = models.AlexNet(classes=10, width=1 / 32)
+    params = network.init(jax.random.key(0), jnp.zeros((1, 39, 39, 3)))['params']
+    masks = jax.tree.map(lambda leaf: leaf > 0, params)
+    pruned, path = tmp_path / 'pruned.safetensors', tmp_path / 'file.caffemodel'
+    save_sparse(pruned, params, masks, {'network': 'alexnet'})
+    export(ExportConfig(model=str(pruned), format='caffemodel', output=str(path)))
+    kernel = read_caffemodel(path)['conv1'].blobs[0]
+    expected = apply_masks(params, masks)['conv1']['kernel']
+    # (height, width, red to blue, output) becomes (output, blue to red, height, width).
+    np.testing.assert_array_equal(kernel, expected[:, :, ::-1].transpose(3, 2, 0, 1))
+    for format_ in ('sparse', 'coded'):
+        with pytest.raises(ValueError, match="names the network 'alexnet', which is none of"):
+            export(ExportConfig(model=str(pruned), format=format_))
+
+
+def test_a_network_without_a_name_is_not_for_caffe(tmp_path):
+    config = ExportConfig(model='fc:3x4:1', format='caffemodel', output=str(tmp_path / 'x'))
+    with pytest.raises(ValueError, match='--format=caffemodel needs a network of'):
+        export(config)
 
 
 def test_export_dense(tmp_path, capsys, expected):

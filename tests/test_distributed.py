@@ -85,16 +85,21 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def start(data_dir):
+def start(data_dir, tmp_path_factory):
     """Starts processes of one run; those still alive at the end are killed."""
     started = []
+    # Else every process compiles what those before it have compiled.
+    cache = {
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
 
     def start(workdir, processes, devices, *flags):
         address = free_address()
         values = {**FLAGS, 'data_dir': data_dir, 'workdir': workdir}
         command = [sys.executable, '-m', 'experiments.alexnet', *flags]
         command += [f'--{name}={value}' for name, value in values.items()]
-        environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(devices)}
+        environment = {**os.environ, **cache, 'JAX_NUM_CPU_DEVICES': str(devices)}
         group = []
         for process in range(processes):
             joined = [f'--distributed={address},{processes},{process}'] if processes > 1 else []

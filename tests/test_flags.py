@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from experiments import data, flags, lenet5, lenet300, models, rules, run
+from experiments import alexnet, data, flags, lenet5, lenet300, models, rules, run, vgg16
 from experiments.commands import (
     BenchConfig,
     CompareConfig,
@@ -24,10 +24,12 @@ from experiments.commands import (
     SearchConfig,
 )
 from experiments.flags import Config, define, to_config
+from experiments.image_flags import ImageConfig
 from experiments.parsers import parse_learning_rate, parse_step, parse_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {'lenet300': lenet300, 'lenet5': lenet5}
+IMAGE_SCRIPTS = {'alexnet': alexnet, 'vgg16': vgg16}
 FLAGFILES = sorted((ROOT / 'experiments' / 'flagfiles').glob('*.flags'))
 FIELDS = [field.name for field in dataclasses.fields(Config) if field.name != 'network']
 
@@ -45,7 +47,8 @@ def parse(*arguments, defaults=lenet5.DEFAULTS | {'c_rate': '1'}, config_type=Co
 
 def shapes(name):
     """Returns the shapes of a network's parameters, without making them."""
-    images = jnp.zeros((1, 28, 28, 1))
+    size = models.INPUTS[name].size
+    images = jnp.zeros((1, size, size, len(models.INPUTS[name].mean)))
     return jax.eval_shape(lambda: models.NETWORKS[name]().init(jax.random.key(0), images))['params']
 
 
@@ -658,11 +661,11 @@ def test_the_script_ends_with_one_message_and_no_traceback():
     assert answer.stdout == ''
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_entry_scripts_are_short(script):
-    text = Path(SCRIPTS[script].__file__).read_text()
+@pytest.mark.parametrize(('name', 'script'), (SCRIPTS | IMAGE_SCRIPTS).items())
+def test_entry_scripts_are_short(name, script):
+    text = Path(script.__file__).read_text()
     assert len(text.splitlines()) < 60
-    assert f'python -m experiments.{script} --flagfile=' in SCRIPTS[script].__doc__
+    assert f'python -m experiments.{name} --flagfile=' in script.__doc__
 
 
 @pytest.mark.parametrize('path', FLAGFILES, ids=lambda path: path.stem)
@@ -680,6 +683,12 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
     if command[1] in SCRIPTS:
         config = parse(f'--flagfile={path}', *given, defaults=SCRIPTS[command[1]].DEFAULTS)
         assert rules.make_rules(config, shapes(config.network))
+    elif command[1] in IMAGE_SCRIPTS:
+        defaults = IMAGE_SCRIPTS[command[1]].DEFAULTS
+        config = parse(f'--flagfile={path}', *given, defaults=defaults, config_type=ImageConfig)
+        assert sorted(rules.make_rules(config, shapes(config.network))) == sorted(
+            shapes(config.network)
+        )
     else:
         config_type = {
             'compare': CompareConfig,
@@ -699,11 +708,14 @@ def test_learning_rate_policies_are_those_of_the_library():
         ('exp:0.1,0.99', 0.1 * 0.99**50),
         ('inv:0.1,0.02,0.5', 0.1 * 2**-0.5),
         ('poly:0.1,2', 0.1 * 0.5**2),
+        ('step:0.1,0.5,20', 0.1 * 0.5**2),
     ):
         assert float(parse_learning_rate(text, 100)(50)) == pytest.approx(at_50)
 
 
-@pytest.mark.parametrize('text', ['', 'inv', 'inv:0.1', 'poly:0.1,x', 'fixed:0.1,0.2', 'warp:9'])
+@pytest.mark.parametrize(
+    'text', ['', 'inv', 'inv:0.1', 'poly:0.1,x', 'fixed:0.1,0.2', 'warp:9', 'step:1,0.1']
+)
 def test_malformed_learning_rates_are_refused(text):
     with pytest.raises(ValueError, match=f'--learning_rate: {text!r} must'):
         Config(network='lenet5', c_rate='1', learning_rate=text)

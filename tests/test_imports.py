@@ -103,7 +103,10 @@ TOOLS = {
     'alexnet': {'flags', 'hosts', 'image_flags', 'run'},
     'bench': {'commands', 'flags', 'models', 'train'},
     'compare': {'commands', 'flags', 'parsers', 'plots', 'report', 'sweep', 'workdir'},
-    'export': {*('artefacts', 'commands', 'data', 'flags', 'models', 'report', 'train', 'tuning')},
+    'export': {
+        *('artefacts', 'commands', 'data', 'flags', 'models', 'references', 'report', 'train'),
+        'tuning',
+    },
     'frontier': {'commands', 'flags', 'plots', 'report', 'sweep'},
     'latency': {'artefacts', 'commands', 'flags', 'latency_report', 'models'},
     'results': {'report'},
