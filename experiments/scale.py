@@ -1,0 +1,192 @@
+"""What surgery costs at the size of ImageNet's networks, and how that grows with size.
+
+python -m experiments.scale
+
+Measures a training step of AlexNet, dense and under surgery, whose masks are updated at every step
+(σ = 1), its dearest; the memory that each plans; the same for fully connected networks of growing
+size; and how fast images are decoded. All programs take turns in one process: medians are reported,
+and ratios of neighbours in time. The page is written from the JSON by `experiments.scale_report`.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dns_jax.files import write_whole
+from experiments import flags, scale_programs, scale_report
+from experiments.commands import ScaleConfig
+from experiments.scale_programs import Program, plan
+
+_TIMED = 0.1  # seconds that a timed call of a small program takes at least
+_MOST_STEPS = 50  # in such a call
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What depends on the backend."""
+
+    batch_size: int
+    bar: float  # the largest ratio of the step under surgery to the dense one that is wanted
+    side: int  # of the matrices of the large product
+    floats: int  # that a pass over memory reads and writes; more than caches hold
+
+
+_MACHINES = {
+    True: Machine(batch_size=8, bar=1.10, side=2_048, floats=2**26),
+    False: Machine(batch_size=256, bar=1.05, side=16_384, floats=2**28),
+}
+
+
+def measure(config: ScaleConfig) -> dict[str, Any]:
+    """Measures everything, writes it down and prints the page.
+
+    Args:
+      config: what to measure, and where to write it.
+
+    Returns:
+      What was measured, as `experiments.scale_report` wants it.
+
+    Raises:
+      OSError: if a result cannot be written.
+      FloatingPointError: if a network diverges.
+    """
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)  # asked for at once, not after minutes
+    machine = _MACHINES[jax.default_backend() == 'cpu']
+    result = {
+        'command': ' '.join([*_environment(), 'python -m experiments.scale', *_flags(config)]),
+        'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}',
+        'cores': os.cpu_count(),
+        'dtype': config.compute_dtype,
+        'machine': scale_programs.measure_machine(
+            config.compute_dtype, machine.side, machine.floats
+        ),
+    }
+    _say('the step')
+    result |= {'step': _measure_step(config, machine), 'sizes': []}
+    for weights in config.timed_weights():
+        _say(f'{weights:,.0f} weights')
+        result['sizes'].append(_measure_size(config, weights, is_run=True))
+    for weights in config.planned_weights():
+        _say(f'{weights:,.0f} weights, planned')
+        result['sizes'].append(_measure_size(config, weights, is_run=False))
+    if config.images:
+        _say('the input')
+        result['input'] = _measure_input(config)
+    _write(result, output)
+    print(scale_report.page(result, output.name))
+    return result
+
+
+def _say(what: str) -> None:
+    print(f'measuring {what}', file=sys.stderr, flush=True)
+
+
+def _environment() -> list[str]:
+    return [
+        f'{name}={os.environ[name]}'
+        for name in ('GLIBC_TUNABLES', 'XLA_FLAGS')
+        if os.environ.get(name)
+    ]
+
+
+def _flags(config: ScaleConfig) -> list[str]:
+    return [
+        f'--{field.name}={getattr(config, field.name)}'
+        for field in dataclasses.fields(config)
+        if field.name != 'output' and getattr(config, field.name) != field.default
+    ]
+
+
+def _measure_step(config: ScaleConfig, machine: Machine) -> dict[str, Any]:
+    """Measures the step of the network for ImageNet, all kinds."""
+    task = scale_programs.image_task(
+        config.network,
+        config.width,
+        config.compute_dtype,
+        config.batch_size or machine.batch_size,
+    )
+    plans = {kind: plan(task, kind, config.options()) for kind in scale_programs.KINDS}
+    row = {
+        'network': config.network,
+        'width': config.width,
+        'batch_size': task.batch_size,
+        'bar': machine.bar,
+        'weights': scale_programs.count_weights(task),
+        **scale_programs.count_flop(task),
+        'memory': {kind: scale_programs.describe_memory(plans[kind]) for kind in plans},
+        'xla': {kind: scale_programs.count_by_xla(plans[kind]) for kind in plans},
+    }
+    times = _time_in_turns({kind: Program(planned) for kind, planned in plans.items()}, config)
+    refresh = 1e3 * float(np.median(np.subtract(times['density'], times['surgery'])))
+    return {**row, **_describe_times(times), 'refresh_ms': refresh}
+
+
+def _measure_size(config: ScaleConfig, weights: float, is_run: bool) -> dict[str, Any]:
+    """Measures a fully connected network, dense and under surgery."""
+    task = scale_programs.sized_task(weights, config.compute_dtype, config.sized_batch)
+    plans = {kind: plan(task, kind, config.options()) for kind in ('dense', 'surgery')}
+    row = {
+        'batch_size': task.batch_size,
+        'weights': scale_programs.count_weights(task),
+        **scale_programs.count_flop(task),
+        'memory': {kind: scale_programs.describe_memory(plans[kind]) for kind in plans},
+        'xla': {kind: scale_programs.count_by_xla(plans[kind]) for kind in plans},
+    }
+    if is_run:
+        programs = {kind: Program(planned) for kind, planned in plans.items()}
+        row |= _describe_times(_time_in_turns(programs, config))
+    return row
+
+
+def _time_in_turns(programs: dict[str, Program], config: ScaleConfig) -> dict[str, list[float]]:
+    """Times all programs in every round, in one order and then in the other.
+
+    Returns:
+      `{kind: seconds per step in each round}`.
+    """
+    steps, times = {}, {kind: [] for kind in programs}
+    for kind, program in programs.items():
+        program.seconds()  # the first call also fetches the program's memory
+        steps[kind] = min(_MOST_STEPS, 1 + int(_TIMED / program.seconds()))
+    for number in range(config.rounds):
+        for kind in list(programs)[:: -1 if number % 2 else 1]:
+            times[kind].append(programs[kind].seconds(steps[kind]))
+    return times
+
+
+def _describe_times(times: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = np.divide(times['surgery'], times['dense'])
+    return {
+        'ms': {kind: 1e3 * float(np.median(each)) for kind, each in times.items()},
+        'ratio': float(np.median(ratios)),
+        # Half of all rounds lie within.
+        'ratio_quartiles': [float(value) for value in np.quantile(ratios, (0.25, 0.75))],
+    }
+
+
+def _measure_input(config: ScaleConfig) -> dict[str, Any]:
+    # Takes seconds to import, which other measurements need not wait for.
+    from experiments.models import INPUTS
+    from experiments.scale_input import measure_input
+
+    return measure_input(config.images, INPUTS[config.network].size, workers=(0, 2))
+
+
+def _write(result: dict[str, Any], output: Path) -> None:
+    write_whole(output.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
+    content = io.BytesIO()
+    scale_report.figure(result).savefig(content, format='png')
+    write_whole(output.with_suffix('.png'), content.getvalue())
+    write_whole(output.with_suffix('.md'), scale_report.page(result, output.name))
+
+
+if __name__ == '__main__':
+    flags.launch({}, measure, ScaleConfig)
