@@ -21,10 +21,10 @@ FLAGS = {
     'crop': 'whole',
     'width': 0.03125,
     'batch_size': 16,
-    'reference_steps': 20,
-    'surgery_steps': 60,
-    'record_every': 10,
-    'checkpoint_every': 20,
+    'reference_steps': 10,
+    'surgery_steps': 30,
+    'record_every': 5,
+    'checkpoint_every': 10,
     'refresh_every': 5,
     'compression': 5,
     'reference_learning_rate': 'fixed:0.01',
@@ -149,14 +149,14 @@ def test_two_processes_are_one_run(start, tmp_path):
     errors = [folder.parent / f'{process}.err' for process in range(2)]
 
     group = start(folder, 2, 1)
-    wait_for_record(group, folder, 'reference', 10)
+    wait_for_record(group, folder, 'reference', 5)
     group[1].send_signal(signal.SIGTERM)
     assert end_of(group) == [1, 1]
     for path in errors:
         assert 'Stopped: SIGTERM: saved reference at step' in path.read_text()
 
     group = start(folder, 2, 1, '--resume')
-    wait_for_record(group, folder, 'surgery', 30)
+    wait_for_record(group, folder, 'surgery', 15)
     group[1].kill()
     killed = time.monotonic()
     assert end_of(group)[0] not in (0, None)
@@ -166,7 +166,7 @@ def test_two_processes_are_one_run(start, tmp_path):
 
     group = start(folder, 2, 1, '--resume')
     assert end_of(group) == [0, 0]
-    assert json.loads(group[0].stdout.read().splitlines()[-1])['steps'] == 60
+    assert json.loads(group[0].stdout.read().splitlines()[-1])['steps'] == 30
     printed = [line for line in group[1].stdout if not line.startswith('[Gloo]')]
     assert not printed, 'the first alone prints'
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import latency_report, report, results
+from experiments import latency_report, report, results, scale_report
 
 ROOT = Path(__file__).parents[1]
 # Flags younger than the results, set to what these runs did without them.
@@ -47,6 +47,22 @@ def test_the_commands_are_those_of_the_makefile():
 
 def test_the_table_is_that_of_the_results():
     assert results.table(results.read_summaries()) in README
+
+
+def test_alexnet_on_mnist_is_that_of_the_results():
+    summary = json.loads((ROOT / 'results' / 'alexnet_mnist.json').read_text())
+    assert report.published_table(summary) in README
+    text = ' '.join(README.split())
+    errors = f'{summary["reference_error"]:.2f} → {summary["test_error"]:.2f} % test error'
+    assert f'{errors} at {summary["compression"]:.1f}×' in text
+
+
+def test_the_page_of_scale_is_that_of_the_results():
+    result = json.loads((ROOT / 'results' / 'scale.json').read_text())
+    page = (ROOT / 'results' / 'scale.md').read_text()
+    assert scale_report.page(result, 'scale') == page
+    text = ' '.join(README.split())
+    assert f'{result["step"]["ratio"]:.2f}× the time of a dense step' in text
 
 
 def test_the_frontier_is_that_of_the_results():
