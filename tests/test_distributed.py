@@ -9,26 +9,30 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from dns_jax.sparse import load_sparse
 from experiments import data, hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240  # seconds that a process of these tests may take
 FLAGS = {
     'dataset': 'digits',
-    'image_size': 39,
+    'image_size': 8,
     'crop': 'whole',
-    'width': 0.03125,
     'batch_size': 16,
-    'reference_steps': 10,
-    'surgery_steps': 30,
-    'record_every': 5,
-    'checkpoint_every': 10,
+    'reference_steps': 40,
+    'surgery_steps': 60,
+    'finetuning_steps': 0,
+    'record_every': 10,
+    'checkpoint_every': 20,
     'refresh_every': 5,
     'compression': 5,
-    'reference_learning_rate': 'fixed:0.01',
-    'learning_rate': 'fixed:0.01',
+    'dropout': 0.2,
+    'reference_learning_rate': 'fixed:0.1',
+    'learning_rate': 'fixed:0.1',
 }
 
 
@@ -97,9 +101,10 @@ def start(data_dir, tmp_path_factory):
     def start(workdir, processes, devices, *flags):
         address = free_address()
         values = {**FLAGS, 'data_dir': data_dir, 'workdir': workdir}
-        command = [sys.executable, '-m', 'experiments.alexnet', *flags]
+        command = [sys.executable, 'tests/tiny.py', *flags]
         command += [f'--{name}={value}' for name, value in values.items()]
         environment = {**os.environ, **cache, 'JAX_NUM_CPU_DEVICES': str(devices)}
+        environment['PYTHONPATH'] = str(ROOT)
         group = []
         for process in range(processes):
             joined = [f'--distributed={address},{processes},{process}'] if processes > 1 else []
@@ -149,14 +154,14 @@ def test_two_processes_are_one_run(start, tmp_path):
     errors = [folder.parent / f'{process}.err' for process in range(2)]
 
     group = start(folder, 2, 1)
-    wait_for_record(group, folder, 'reference', 5)
+    wait_for_record(group, folder, 'reference', 10)
     group[1].send_signal(signal.SIGTERM)
     assert end_of(group) == [1, 1]
     for path in errors:
         assert 'Stopped: SIGTERM: saved reference at step' in path.read_text()
 
     group = start(folder, 2, 1, '--resume')
-    wait_for_record(group, folder, 'surgery', 15)
+    wait_for_record(group, folder, 'surgery', 30)
     group[1].kill()
     killed = time.monotonic()
     assert end_of(group)[0] not in (0, None)
@@ -166,13 +171,18 @@ def test_two_processes_are_one_run(start, tmp_path):
 
     group = start(folder, 2, 1, '--resume')
     assert end_of(group) == [0, 0]
-    assert json.loads(group[0].stdout.read().splitlines()[-1])['steps'] == 30
+    assert json.loads(group[0].stdout.read().splitlines()[-1])['steps'] == 60
     printed = [line for line in group[1].stdout if not line.startswith('[Gloo]')]
     assert not printed, 'the first alone prints'
 
     assert end_of(start(alone, 1, 2)) == [0]
-    for name in ('metrics.jsonl', 'pruned.safetensors', 'flags.json'):
-        assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
+    assert (folder / 'flags.json').read_bytes() == (alone / 'flags.json').read_bytes()
+    ours, its = (load_sparse(path / 'pruned.safetensors') for path in (folder, alone))
+    jax.tree.map(np.testing.assert_array_equal, ours.masks, its.masks)
+    if len(os.sched_getaffinity(0)) > 1:
+        # On one core a process with two devices has a thread for each, and sums in other orders.
+        for name in ('metrics.jsonl', 'pruned.safetensors'):
+            assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
 REFUSAL = """

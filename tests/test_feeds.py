@@ -6,12 +6,12 @@ import json
 import signal
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags as absl_flags
+from tiny import Tiny
 
 from experiments import alexnet, data, feeds, models, rules, run, streams, vgg16
 from experiments.flags import define, to_config
@@ -21,22 +21,6 @@ SIZE = 8  # pixels
 OWN_FLAGS = {field.name for field in dataclasses.fields(ImageConfig)} - {
     field.name for field in dataclasses.fields(feeds.Config)
 }
-
-
-class Tiny(nn.Module):
-    """Two layers with the fields of AlexNet, quick to compile."""
-
-    classes: int
-    width: float
-    dtype: object
-
-    @nn.compact
-    def __call__(self, images, dropout=None):
-        hidden = images.reshape(images.shape[0], -1)
-        units = int(16 * self.width)
-        hidden = nn.relu(nn.Dense(units, dtype=self.dtype, name='fc1')(hidden))
-        hidden = models.drop_out(self, hidden, dropout, 'fc1')
-        return nn.Dense(self.classes, dtype=self.dtype, name='fc2')(hidden).astype(jnp.float32)
 
 
 @pytest.fixture(scope='module')

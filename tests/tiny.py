@@ -1,0 +1,29 @@
+"""A network that compiles in no time, and its entry script: python tests/tiny.py FLAGS."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from experiments import flags, hosts, models
+from experiments.image_flags import ImageConfig
+from experiments.run import run
+
+
+class Tiny(nn.Module):
+    """Two layers with the fields of AlexNet."""
+
+    classes: int
+    width: float
+    dtype: object
+
+    @nn.compact
+    def __call__(self, images, dropout=None):
+        hidden = images.reshape(images.shape[0], -1)
+        units = int(16 * self.width)
+        hidden = nn.relu(nn.Dense(units, dtype=self.dtype, name='fc1')(hidden))
+        hidden = models.drop_out(self, hidden, dropout, 'fc1')
+        return nn.Dense(self.classes, dtype=self.dtype, name='fc2')(hidden).astype(jnp.float32)
+
+
+if __name__ == '__main__':
+    models.NETWORKS['tiny'] = Tiny
+    flags.launch({'network': 'tiny'}, hosts.joined(run), ImageConfig)
