@@ -15,10 +15,10 @@ DEFAULTS = {
     'reference_steps': 450_000,
     'surgery_steps': 700_000,
     'finetuning_steps': 0,
-    'record_every': 5_000,
+    'record_every': 1_000,
     'checkpoint_every': 5_000,
     'reference_learning_rate': 'step:0.01,0.1,100000',
-    'learning_rate': 'step:0.01,0.1,250000',
+    'learning_rate': 'poly:0.002,1',
     'dropout': 0.5,
 }
 

@@ -5,6 +5,7 @@ dtype of each. Orbax alone joins tree paths with dots, so `{'a.b': x, 'a': {'b':
 with one value twice, and it converts to the dtype that a restore asks for without a word.
 """
 
+import functools
 import os
 import pathlib
 import time
@@ -14,6 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
+
+from experiments import hosts
 
 PyTree = Any
 
@@ -139,18 +142,24 @@ class Checkpoints:
             raise FileNotFoundError(f'{self._directory} holds steps {steps}; wanted {wanted}')
         damaged = []
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
+            state = None
             try:
                 state = self._read(candidate, like)
             except OSError as error:
                 logging.warning('%s', error)
+            # All processes go on from one checkpoint, so none may miss its part.
+            if hosts.highest(state is None):
                 damaged.append(candidate)
                 continue
-            for old in damaged:
-                folder = self._directory / str(old)
-                folder.rename(self._directory / f'damaged-{old}-{time.time_ns()}')
+            hosts.on_first(functools.partial(self._set_aside, damaged))
             self._manager.reload()
             return candidate, state
         raise OSError(f'{self._directory}: cannot read any of the checkpoints of steps {damaged}')
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            folder = self._directory / str(step)
+            folder.rename(self._directory / f'damaged-{step}-{time.time_ns()}')
 
     def _steps(self) -> list[int]:
         """Returns the steps whose checkpoints are whole on disk, once pending saves are."""

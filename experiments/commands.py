@@ -276,8 +276,8 @@ class ScaleConfig:
     output: str = flag('results/scale', 'What is written: OUTPUT.json, OUTPUT.png and OUTPUT.md.')
 
     def __post_init__(self):
-        if not self.width > 0:
-            raise ValueError(f'--width={self.width} must be above 0')
+        if not 0 < self.width < math.inf:
+            raise ValueError(f'--width={self.width} must be finite and above 0')
         if 0 < self.images < _FEWEST_IMAGES:
             raise ValueError(f'--images={self.images} must be 0 or at least {_FEWEST_IMAGES}')
         self.timed_weights()

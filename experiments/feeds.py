@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, meshes, models, train
+from experiments import data, hosts, meshes, models, train
 from experiments.flags import Config
 from experiments.image_flags import ImageConfig
 
@@ -27,6 +27,7 @@ class Feed(Protocol):
 
     dataset: Any  # with the splits train, validation and test
     network: nn.Module
+    accumulate: int  # parts that a step takes its batch in
     image_shape: tuple[int, int, int]
 
     def place(self, state: train.TrainState) -> train.TrainState:
@@ -65,7 +66,7 @@ class Resident:
     """A data set of small images that lies on the device."""
 
     def __init__(self, config: Config):
-        self._batch_size = config.batch_size
+        self._batch_size, self.accumulate = config.batch_size, 1
         self.dataset = data.load(
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
         )
@@ -94,10 +95,14 @@ class Streamed:
 
     def __init__(self, config: ImageConfig):
         # Takes seconds to import, which runs on resident data need not wait for.
+        from experiments import builders
         from experiments.streams import open_streams
 
-        self._batch_size = config.batch_size
+        self._batch_size, self.accumulate = config.batch_size, config.accumulate
         self._mesh = meshes.make_mesh(config.mesh, config.batch_size, config.accumulate)
+        if jax.process_count() > 1:
+            folders = data.resolve_folders(config.data_dir, config.manual_dir)
+            hosts.on_first(lambda: builders.prepare(config.dataset, *folders))
         source = open_streams(
             config.dataset,
             config.image_size,
@@ -116,7 +121,8 @@ class Streamed:
             name: _Placed(
                 dataclasses.replace(getattr(source, name), workers=0),
                 self._mesh,
-                config.batch_size,
+                # No more images at once than a step takes.
+                config.batch_size // config.accumulate,
             )
             for name in ('train', 'validation', 'test')
         }
@@ -126,9 +132,19 @@ class Streamed:
 
     def place(self, state):
         """Spreads a state over the mesh."""
-        everywhere = meshes.shardings(self._mesh, state.params, state)
+        leaves, structure = jax.tree.flatten(state)
+        places = jax.tree.leaves(meshes.shardings(self._mesh, state.params, state))
+        # What lies there already is not copied: the next step takes its memory over.
+        moving = {
+            number: leaf
+            for number, leaf in enumerate(leaves)
+            if not leaf.sharding.is_equivalent_to(places[number], leaf.ndim)
+        }
+        there = {number: places[number] for number in moving}
         # Every process begins with the whole state, which device_put does not take.
-        return jax.jit(lambda state: state, out_shardings=everywhere)(state)
+        moved = jax.jit(lambda leaves: leaves, out_shardings=there)(moving)
+        placed = [moved.get(number, leaf) for number, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, placed)
 
     def compile(self, step, states):
         """Makes one call of every step."""

@@ -72,6 +72,8 @@ def joined(action: Callable[[Any], R]) -> Callable[[Any], R]:
             return action(config)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).partition('\n')[0]
+            if reason.startswith(('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT')):
+                raise  # no fault of another process
             raise RuntimeError(
                 f'process {jax.process_index()} of {jax.process_count()} cannot go on, most likely '
                 f'because another is gone: {reason}. Start all of them again with --resume.'
@@ -89,17 +91,17 @@ def on_first(action: Callable[[], Any]) -> None:
     """Does something in the first process alone; where it fails there, all fail.
 
     Args:
-      action: raises ValueError or OSError where it fails.
+      action: what to do.
 
     Raises:
-      ValueError, OSError: as the action did, in the first process.
+      Exception: as the action did, in the first process.
       RuntimeError: in the others.
     """
     failure = None
     if is_first():
         try:
             action()
-        except (ValueError, OSError) as error:
+        except Exception as error:  # Whatever it is, the others wait to hear of it.
             failure = error
     failed = highest(failure is not None)
     if failure is not None:

@@ -1,6 +1,7 @@
 """The flags of runs on streamed images, those of ImageNet above all: `flags.Config` and more."""
 
 import dataclasses
+import math
 
 from experiments.crops import CROPS
 from experiments.flags import Config, flag
@@ -50,5 +51,5 @@ class ImageConfig(Config):
         parse_mesh(self.mesh)
         if self.distributed:
             parse_distributed(self.distributed)
-        if not self.width > 0:
-            raise ValueError(f'--width={self.width} must be above 0')
+        if not 0 < self.width < math.inf:
+            raise ValueError(f'--width={self.width} must be finite and above 0')

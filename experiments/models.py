@@ -198,15 +198,13 @@ class Input(NamedTuple):
     size: int  # of a side of the image as a rule, in pixels
 
 
-_IMAGENET_MEAN = (122.679, 116.669, 104.007)  # Caffe's
-
 NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5, 'alexnet': AlexNet, 'vgg16': VGG16}
 
 INPUTS = {
     'lenet300': Input((0.0,), 1 / 256, 28),
     'lenet5': Input((0.0,), 1 / 256, 28),
-    'alexnet': Input(_IMAGENET_MEAN, 1.0, 227),
-    'vgg16': Input(_IMAGENET_MEAN, 1.0, 224),
+    'alexnet': Input((122.679, 116.669, 104.007), 1.0, 227),
+    'vgg16': Input((123.68, 116.779, 103.939), 1.0, 224),
 }
 
 # The same as chains, without dropout, for what becomes of them after training.

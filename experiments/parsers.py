@@ -90,5 +90,7 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
     if len(values) != len(wanted) or not all(0 <= value < math.inf for value in values):
         raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}, numbers of 0 or more')
     if name == 'step':
+        if values[-1] < 1 or values[-1] % 1:
+            raise ValueError(f'{text!r} must end in a whole number of steps, at least 1')
         values[-1] = int(values[-1])
     return policy(*values, *([steps] if name == 'poly' else []))

@@ -185,9 +185,8 @@ def _train(
     """Takes the same phase of some runs to its end, side by side where they are at one step."""
     trainer, steps, name = phases[0].trainer, phases[0].steps, phases[0].name
     config = trainer.config
-    accumulate = getattr(config, 'accumulate', 1)
     step = train.make_step(
-        trainer.network, optimizer, trainer.dropout(name), accumulate, trainer.inputs
+        trainer.network, optimizer, trainer.dropout(name), trainer.feed.accumulate, trainer.inputs
     )
     run_chunks = trainer.feed.compile(step, tuple(phase.state for phase in phases))
     stop = 0

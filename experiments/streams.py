@@ -7,6 +7,8 @@ the batch's number alone: training may stop and go on anywhere, on as many hosts
 import dataclasses
 import functools
 import os
+import resource
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -100,7 +102,7 @@ class StreamedSplit:
         threads = 1 if self.workers else _THREADS
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         dataset = batches.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=self.workers)
+            grain.MultiprocessingOptions(num_workers=self.workers), _leave_signals_to_the_run
         )
         iterator = iter(dataset)
         try:
@@ -203,6 +205,7 @@ def open_streams(
         raise ValueError(f'crop={crop!r}: wanted one of {", ".join(CROPS)}')
     if workers < 0:
         raise ValueError(f'workers={workers}: wanted a number of processes, from 0')
+    _raise_limit_of_open_files()
     builder = builders.prepare(name, *data.resolve_folders(data_dir, manual_dir))
     splits, features = builder.info.splits, builder.info.features
     others = ('validation',) if name == 'imagenet2012' else ('test', 'validation')
@@ -239,6 +242,19 @@ def open_streams(
         validation=open_split(f'train[{count - validation}:]'),
         test=open_split(test),
     )
+
+
+def _leave_signals_to_the_run(worker: int, workers: int) -> None:
+    """Lets a worker go on after a signal to all of a job, as the run has steps to end with it."""
+    del worker, workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _raise_limit_of_open_files() -> None:
+    """Asks for as many open files as may be: every reader keeps each file of its set open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _draw_seed(index: int, generator: np.random.Generator) -> tuple[int, int]:

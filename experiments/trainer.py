@@ -67,8 +67,11 @@ class Trainer:
         self.error = train.make_error(self.network, self.inputs)
         self.reference = references.read(config, self.dense_state()) if config.reference else None
         self.folder = Path(config.workdir)
-        hosts.on_first(lambda: claim(config))
-        self.records = Records(self.folder, config.tensorboard and hosts.is_first())
+        hosts.on_first(lambda: self._open_folder(config))
+
+    def _open_folder(self, config: Config) -> None:
+        """Claims the folder and opens the records, which the first process alone has."""
+        self.records = Records(claim(config), config.tensorboard)
 
     def dropout(self, phase: str) -> train.Dropout | None:
         """Says how a phase drops units out, None where it does not."""
@@ -137,6 +140,7 @@ class Trainer:
 
     def _measure_returns(self, final, returns) -> dict[str, float]:
         """Says how many connections came back, and what they are good for in the end."""
+        final_masks, returned = meshes.to_host((final.masks, returns.returned))
         counts = {
             'pruned': returns.pruned,
             'returned': returns.returned,
@@ -147,8 +151,8 @@ class Trainer:
             for name, masks in counts.items()
         }
         without = jax.tree.map(lambda mask, back: mask & ~back, final.masks, returns.returned)
-        others = probes.remove_others(final.masks, returns.returned, self.config.seed)
-        removed = dns_jax.count_events(final.masks, others).values()
+        others = probes.remove_others(final_masks, returned, self.config.seed)
+        removed = dns_jax.count_events(final_masks, others).values()
         measured['others_removed'] = sum(int(event.pruned) for event in removed)
         loss = train.make_loss(self.network, self.inputs)
         for name, masks in (

@@ -15,10 +15,10 @@ DEFAULTS = {
     'reference_steps': 370_000,
     'surgery_steps': 370_000,
     'finetuning_steps': 0,
-    'record_every': 5_000,
+    'record_every': 1_000,
     'checkpoint_every': 5_000,
     'reference_learning_rate': 'step:0.01,0.1,125000',
-    'learning_rate': 'step:0.001,0.1,125000',
+    'learning_rate': 'poly:0.002,1',
     'dropout': 0.5,
 }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -190,7 +191,8 @@ def test_defaults_of_the_scripts(script):
     [
         ({'mesh': 'rows:2'}, '--mesh=rows:2 must be data:SIZE'),
         ({'distributed': 'here'}, '--distributed=here must be auto or HOST:PORT'),
-        ({'width': 0.0}, '--width=0.0 must be above 0'),
+        ({'width': math.inf}, '--width=inf must be finite and above 0'),
+        ({'width': 0.0}, '--width=0.0 must be finite and above 0'),
     ],
 )
 def test_flags_are_refused(make_config, fields, message):

@@ -714,7 +714,18 @@ def test_learning_rate_policies_are_those_of_the_library():
 
 
 @pytest.mark.parametrize(
-    'text', ['', 'inv', 'inv:0.1', 'poly:0.1,x', 'fixed:0.1,0.2', 'warp:9', 'step:1,0.1']
+    'text',
+    [
+        '',
+        'inv',
+        'inv:0.1',
+        'poly:0.1,x',
+        'fixed:0.1,0.2',
+        'warp:9',
+        'step:1,0.1',
+        'step:1,0.1,0.5',
+        'step:1,0.1,inf',
+    ],
 )
 def test_malformed_learning_rates_are_refused(text):
     with pytest.raises(ValueError, match=f'--learning_rate: {text!r} must'):

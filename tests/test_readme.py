@@ -6,8 +6,12 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
+from absl import flags as absl_flags
 
-from experiments import latency_report, report, results, scale_report
+from experiments import alexnet, latency_report, report, results, scale_report
+from experiments.flags import define, to_config
+from experiments.image_flags import ImageConfig
 
 ROOT = Path(__file__).parents[1]
 # Flags younger than the results, set to what these runs did without them.
@@ -49,9 +53,10 @@ def test_the_table_is_that_of_the_results():
     assert results.table(results.read_summaries()) in README
 
 
-def test_alexnet_on_mnist_is_that_of_the_results():
-    summary = json.loads((ROOT / 'results' / 'alexnet_mnist.json').read_text())
-    assert report.published_table(summary) in README
+@pytest.mark.parametrize('name', ['alexnet_mnist', 'alexnet_mnist_wide'])
+def test_alexnet_on_mnist_is_that_of_the_results(name):
+    summary = json.loads((ROOT / 'results' / f'{name}.json').read_text())
+    assert name != 'alexnet_mnist' or report.published_table(summary) in README
     text = ' '.join(README.split())
     errors = f'{summary["reference_error"]:.2f} → {summary["test_error"]:.2f} % test error'
     assert f'{errors} at {summary["compression"]:.1f}×' in text
@@ -63,6 +68,23 @@ def test_the_page_of_scale_is_that_of_the_results():
     assert scale_report.page(result, 'scale') == page
     text = ' '.join(README.split())
     assert f'{result["step"]["ratio"]:.2f}× the time of a dense step' in text
+
+
+def test_the_page_of_many_devices_starts_runs():
+    """Its commands are parsed as the entry script does, its manifests as YAML."""
+    page = (ROOT / 'docs' / 'many_devices.md').read_text()
+    commands = re.findall(r'python -m experiments\.alexnet((?:\s|\\|--\S+)*)', page)
+    assert len(commands) == 2
+    for command in commands:
+        flag_values = absl_flags.FlagValues()
+        define(ImageConfig, alexnet.DEFAULTS, flag_values)
+        given = command.replace('\\', ' ').replace('$JOB_COMPLETION_INDEX', '1').split()
+        left = flag_values(['program', *given])
+        config = to_config(ImageConfig, alexnet.DEFAULTS, flag_values, left)
+        assert config.distributed
+    (manifests,) = re.findall(r'```yaml\n(.*?)```', page, re.DOTALL)
+    service, job = yaml.safe_load_all(manifests)
+    assert job['spec']['template']['spec']['subdomain'] == service['metadata']['name']
 
 
 def test_the_frontier_is_that_of_the_results():
