@@ -31,6 +31,7 @@ FLAGS = {
     'refresh_every': 5,
     'compression': 5,
     'dropout': 0.2,
+    'accumulate': 2,
     'reference_learning_rate': 'fixed:0.1',
     'learning_rate': 'fixed:0.1',
 }
@@ -101,8 +102,9 @@ def start(data_dir, tmp_path_factory):
     def start(workdir, processes, devices, *flags):
         address = free_address()
         values = {**FLAGS, 'data_dir': data_dir, 'workdir': workdir}
-        command = [sys.executable, 'tests/tiny.py', *flags]
+        command = [sys.executable, 'tests/tiny.py']
         command += [f'--{name}={value}' for name, value in values.items()]
+        command += flags
         environment = {**os.environ, **cache, 'JAX_NUM_CPU_DEVICES': str(devices)}
         environment['PYTHONPATH'] = str(ROOT)
         group = []
@@ -117,6 +119,7 @@ def start(data_dir, tmp_path_factory):
                         stdout=subprocess.PIPE,
                         stderr=errors,
                         text=True,
+                        start_new_session=True,
                     )
                 )
         started.extend(group)
@@ -147,7 +150,7 @@ def end_of(group):
 
 
 def test_two_processes_are_one_run(start, tmp_path):
-    """Stopped by a signal to one, killed one by one, resumed: as one process on two devices."""
+    """Stopped by a signal to one, killed, robbed of a checkpoint: as one process on two devices."""
     folder, alone = tmp_path / 'two' / 'run', tmp_path / 'one' / 'run'
     for path in (folder, alone):
         path.parent.mkdir()
@@ -161,7 +164,7 @@ def test_two_processes_are_one_run(start, tmp_path):
         assert 'Stopped: SIGTERM: saved reference at step' in path.read_text()
 
     group = start(folder, 2, 1, '--resume')
-    wait_for_record(group, folder, 'surgery', 30)
+    wait_for_record(group, folder, 'surgery', 50)
     group[1].kill()
     killed = time.monotonic()
     assert end_of(group)[0] not in (0, None)
@@ -169,8 +172,11 @@ def test_two_processes_are_one_run(start, tmp_path):
     text = errors[0].read_text()
     assert 'another task died' in text or 'most likely because another is gone' in text
 
+    (manifest,) = (folder / 'checkpoints' / 'surgery' / '40' / 'leaves').glob('manifest.ocdbt')
+    manifest.write_bytes(manifest.read_bytes()[:20])
     group = start(folder, 2, 1, '--resume')
     assert end_of(group) == [0, 0]
+    assert len(list((folder / 'checkpoints' / 'surgery').glob('damaged-40-*'))) == 1
     assert json.loads(group[0].stdout.read().splitlines()[-1])['steps'] == 60
     printed = [line for line in group[1].stdout if not line.startswith('[Gloo]')]
     assert not printed, 'the first alone prints'
@@ -183,6 +189,31 @@ def test_two_processes_are_one_run(start, tmp_path):
         # On one core a process with two devices has a thread for each, and sums in other orders.
         for name in ('metrics.jsonl', 'pruned.safetensors'):
             assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
+
+    # From the network of the first, one layer split over the processes.
+    split = tmp_path / 'two' / 'split'
+    flags = ('--mesh=model:2', f'--reference={folder}', '--count_returns', '--ramp_end=30')
+    group = start(split, 2, 1, *flags)
+    assert end_of(group) == [0, 0]
+    summary = json.loads(group[0].stdout.read().splitlines()[-1])
+    assert summary['compression'] == pytest.approx(5, rel=0.01)
+    assert summary['returns']['returned'] <= summary['returns']['pruned']
+
+
+def test_a_signal_to_all_spares_the_workers(start, tmp_path):
+    """As Ctrl-C and clusters send it: the run needs its decoders until it has saved."""
+    folder, alone = tmp_path / 'stopped' / 'run', tmp_path / 'whole' / 'run'
+    for path in (folder, alone):
+        path.parent.mkdir()
+    group = start(folder, 1, 1, '--workers=2')
+    wait_for_record(group, folder, 'reference', 10)
+    os.killpg(group[0].pid, signal.SIGTERM)
+    assert end_of(group) == [1]
+    assert 'Stopped: SIGTERM: saved' in (folder.parent / '0.err').read_text()
+    assert end_of(start(folder, 1, 1, '--workers=2', '--resume')) == [0]
+    assert end_of(start(alone, 1, 1)) == [0]
+    for name in ('metrics.jsonl', 'pruned.safetensors'):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
 REFUSAL = """
