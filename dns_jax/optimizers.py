@@ -12,6 +12,7 @@ def caffe_sgd(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     bias_scale: float = 2.0,
+    decay_biases: bool = True,
 ) -> optax.GradientTransformation:
     r"""Momentum SGD with the learning rate inside the momentum buffer, as in Caffe.
 
@@ -23,8 +24,9 @@ def caffe_sgd(
     Args:
       learning_rate: λ, a number or a schedule of the step.
       momentum: m, in [0, 1).
-      weight_decay: d, on every dense weight, pruned ones and biases included.
+      weight_decay: d, on every dense weight, pruned ones included.
       bias_scale: s for leaves of fewer than two axes (Caffe's `lr_mult`); 1 for the others.
+      decay_biases: whether d is for these leaves too (Caffe's `decay_mult`, 1 or 0).
 
     Returns:
       An optax transformation; its `update` needs `params`.
@@ -54,8 +56,11 @@ def caffe_sgd(
     def biases(tree):
         return jax.tree.map(lambda leaf: jnp.ndim(leaf) < 2, tree)
 
+    def kernels(tree):
+        return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, tree)
+
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        optax.add_decayed_weights(weight_decay, None if decay_biases else kernels),
         optax.masked(optax.scale(bias_scale), biases),
         optax.scale_by_learning_rate(learning_rate, flip_sign=False),
         optax.trace(momentum),

@@ -81,6 +81,7 @@ class Config:
     finetuning_weight_decay: float = flag(0.0, 'Weight decay of fine-tuning.')
     momentum: float = flag(0.9, 'Momentum.')
     bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.')
+    decay_biases: bool = flag(True, 'Whether weight decay is for biases too.')
 
     compression: float | None = flag(
         None, 'All parameters / kept parameters to reach; the layers share by themselves.'

@@ -25,7 +25,8 @@ def make_optimizer(
     """Chains a pruner and Caffe's SGD.
 
     Args:
-      config: momentum and bias_scale; under set and rigl pruned weights are zero and do not learn.
+      config: momentum and what is said of biases; under set and rigl pruned weights are zero and do
+        not learn.
       pruner: of the phase.
       learning_rate: of the phase.
       weight_decay: of the phase.
@@ -33,7 +34,9 @@ def make_optimizer(
     Returns:
       The optimizer of the phase.
     """
-    sgd = dns_jax.caffe_sgd(learning_rate, config.momentum, weight_decay, config.bias_scale)
+    sgd = dns_jax.caffe_sgd(
+        learning_rate, config.momentum, weight_decay, config.bias_scale, config.decay_biases
+    )
     chain = training.train_kept if config.pruner in REGROWING else optax.chain
     return chain(pruner, sgd)
 

@@ -47,7 +47,7 @@ class MadeUpPhotographs(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         with tempfile.TemporaryDirectory() as folder:
             for key in range(count):
                 path = os.path.join(folder, f'{key}.jpeg')
-                _make_photograph(random).save(path, quality=_QUALITY)
+                make_photograph(random, _SIZE).save(path, quality=_QUALITY)
                 yield key, {'image': path, 'label': key % _CLASSES}
 
 
@@ -117,9 +117,18 @@ def _on_one_core() -> Iterator[int]:
         os.sched_setaffinity(0, cores)
 
 
-def _make_photograph(random: np.random.Generator) -> Image.Image:
-    width, height = _SIZE
+def make_photograph(random: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """Makes a smooth colour image with grain as of a photograph.
+
+    Args:
+      random: what it is drawn from.
+      size: width and height, pixels.
+
+    Returns:
+      The image, RGB.
+    """
+    width, height = size
     coarse = random.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize(_SIZE, Image.Resampling.BICUBIC))
+    smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
     pixels = smooth + random.normal(0, 8, (height, width, 1))
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -4,18 +4,10 @@ import io
 import tarfile
 
 import numpy as np
-from PIL import Image
+
+from experiments.scale_input import make_photograph
 
 CIFAR10_CLASSES = [f'class_{label}' for label in range(10)]
-
-
-def make_image(random, size):
-    """Returns a smooth colour image of a (width, height), with grain as of a photograph."""
-    width, height = size
-    coarse = random.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
-    pixels = smooth + random.normal(0, 8, (height, width, 1))
-    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
 def encode(image, kind='JPEG', **options):
@@ -67,13 +59,13 @@ def make_imagenet_archives(folder, synsets, train_per_class, validation, size=(5
     random = np.random.default_rng(seed)
     train = {
         synset: {
-            f'{synset}_{number}.JPEG': encode(make_image(random, size))
+            f'{synset}_{number}.JPEG': encode(make_photograph(random, size))
             for number in range(train_per_class)
         }
         for synset in synsets
     }
     others = {
-        f'ILSVRC2012_val_{number:08d}.JPEG': encode(make_image(random, size))
+        f'ILSVRC2012_val_{number:08d}.JPEG': encode(make_photograph(random, size))
         for number in range(1, validation + 1)
     }
     write_imagenet(folder, train, others)
@@ -115,4 +107,4 @@ def make_cifar10_archive(folder, train_per_batch, test, seed=0):
 
 def photograph(width, height, seed=0):
     """Makes an image by a seed."""
-    return make_image(np.random.default_rng(seed), (width, height))
+    return make_photograph(np.random.default_rng(seed), (width, height))

@@ -49,7 +49,7 @@ def images():
     random = np.random.default_rng(0)
 
     def make():
-        return archives.encode(archives.make_image(random, (40, 30)))
+        return archives.encode(archives.make_photograph(random, (40, 30)))
 
     train = {each: {f'{each}_{n}.JPEG': make() for n in range(TRAIN)} for each in SYNSETS}
     # Not in the order of their names, as in the published archive.
@@ -119,7 +119,7 @@ def test_published_numbers_and_labels(monkeypatch):
 
 def test_cmyk_and_png_become_rgb_and_all_else_stays(images, tmp_path):
     train, validation = images
-    picture = archives.make_image(np.random.default_rng(1), (40, 30))
+    picture = archives.make_photograph(np.random.default_rng(1), (40, 30))
     whole = archives.encode(picture)
     strange = {
         'cmyk': archives.encode(picture.convert('CMYK')),

@@ -144,6 +144,7 @@ EFFECTIVE = {
     'momentum': 0.5,
     'weight_decay': 0.1,
     'bias_scale': 1.0,
+    'decay_biases': False,
     'c_rate': 'fc1:1,fc2:0.5',
     'start': 'fc2:2',
     'stop': '*:1',

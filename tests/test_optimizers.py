@@ -38,7 +38,7 @@ def descend(optimizer, params, gradients):
     return path
 
 
-def caffe(params, gradients, rates, momentum, decay, bias_scale):
+def caffe(params, gradients, rates, momentum, decay, bias_scale, decay_biases=True):
     """SGDSolver::Regularize and ComputeUpdateValue, leaf by leaf, in float64."""
     params = {name: leaf.astype(np.float64) for name, leaf in params.items()}
     history = dict.fromkeys(params, 0.0)
@@ -46,7 +46,8 @@ def caffe(params, gradients, rates, momentum, decay, bias_scale):
     for rate, gradient in zip(rates, gradients, strict=True):
         for name in params:
             local_rate = rate if name == 'kernel' else rate * bias_scale
-            diff = gradient[name] + decay * params[name]
+            decay_mult = 1 if name == 'kernel' or decay_biases else 0
+            diff = gradient[name] + decay * decay_mult * params[name]
             history[name] = local_rate * diff + momentum * history[name]
             params[name] = params[name] - history[name]
         path.append(dict(params))
@@ -63,7 +64,11 @@ def caffe(params, gradients, rates, momentum, decay, bias_scale):
     ids=['step', 'inv', 'fixed'],
 )
 @pytest.mark.parametrize(
-    'arguments', [(0.9, 5e-4, 2.0), (0.0, 0.0, 1.0), (0.5, 0.1, 0.0), (0.9, 0.1, 3)]
+    'arguments',
+    [
+        *((0.9, 5e-4, 2.0), (0.0, 0.0, 1.0), (0.5, 0.1, 0.0), (0.9, 0.1, 3)),
+        (0.9, 0.1, 2.0, False),
+    ],
 )
 def test_caffe_sgd_across_rate_changes(schedule, rates, arguments):
     params, gradients = start()

@@ -547,6 +547,7 @@ HANDED_ON = {
     'finetuning_weight_decay': 0.1,
     'momentum': 0.5,
     'bias_scale': 1.0,
+    'decay_biases': False,
     'score': 'erk',
     'ramp': 'poly:3',
     'ramp_start': '10%',

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -154,6 +155,17 @@ def test_set_without_a_test_split(open_spots):
 def test_set_too_small_to_split(open_spots):
     with pytest.raises(ValueError, match=r"name='spots': 9 training images are too few"):
         open_spots(train=9, test=1)
+
+
+def test_sets_of_many_files_may_be_opened(digits_dir):
+    """ImageNet has over a thousand, and each reader keeps all of them open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] - 1, before[1]))
+    try:
+        streams.open_streams('digits', 8, 'whole', digits_dir)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_evaluation_batches_are_padded():
