@@ -8,11 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from experiments.plots import BLACK, BLUE, ORANGE
-from experiments.report import table
+from experiments.report import NETWORK_NAMES, table
 
 Result = Mapping[str, Any]
 
-_NAMES = {'alexnet': 'AlexNet', 'vgg16': 'VGG-16'}
 _KINDS = {
     'dense': 'dense',
     'surgery': 'surgery, masks updated',
@@ -91,7 +90,9 @@ def _step(result: Result) -> list[str]:
         )
     low, high = step['ratio_quartiles']
     verdict = 'within' if step['ratio'] <= step['bar'] else 'above'
-    name = _NAMES[step['network']] + (f' of width {step["width"]}' if step['width'] != 1 else '')
+    name = NETWORK_NAMES[step['network']] + (
+        f' of width {step["width"]}' if step['width'] != 1 else ''
+    )
     return [
         f'{name}, {step["weights"]:,} weights, {step["batch_size"]} images of noise.',
         table(['step', 'ms', 'images/s', 'GFLOP/s', 'of the large product, %'], rows),
@@ -254,7 +255,7 @@ def figure(result: Result) -> Figure:
         times.plot(weights, milliseconds, color=colour, marker=marker, label=kind)
     ratios.plot(weights, [row['ratio'] for row in timed], color=BLUE, marker='s')
     step = result['step']
-    name = _NAMES[step['network']]
+    name = NETWORK_NAMES[step['network']]
     point = {'color': ORANGE, 'marker': 'D', 'linestyle': ''}
     ratios.plot([step['weights']], [step['ratio']], label=f'{name}, surgery', **point)
     times.plot([step['weights']], [step['ms']['surgery']], **point)

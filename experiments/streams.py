@@ -207,18 +207,7 @@ def open_streams(
         raise ValueError(f'workers={workers}: wanted a number of processes, from 0')
     _raise_limit_of_open_files()
     builder = builders.prepare(name, *data.resolve_folders(data_dir, manual_dir))
-    splits, features = builder.info.splits, builder.info.features
-    others = ('validation',) if name == 'imagenet2012' else ('test', 'validation')
-    test = next((split for split in others if split in splits), None)
-    if 'train' not in splits or test is None:
-        raise ValueError(
-            f'name={name!r}: wanted the splits train and {" or ".join(others)}, it has '
-            f'{", ".join(splits)}'
-        )
-    count = splits['train'].num_examples
-    validation = data.VALIDATION_IMAGES.get(name, min(50_000, round(0.05 * count)))
-    if not 0 < validation < count:
-        raise ValueError(f'name={name!r}: {count} training images are too few to split')
+    features, parts = builder.info.features, _name_parts(name, builder.info.splits, train_on_all)
     # Only what is asked for is decoded, and by other means.
     encoded = {
         key: tfds.decode.SkipDecoding()
@@ -238,10 +227,26 @@ def open_streams(
         name=name,
         classes=features['label'].num_classes,
         image_shape=(image_size, image_size, 3),
-        train=open_split('train' if train_on_all else f'train[:{count - validation}]'),
-        validation=open_split(f'train[{count - validation}:]'),
-        test=open_split(test),
+        **{split: open_split(part) for split, part in parts.items()},
     )
+
+
+def _name_parts(name: str, splits: Any, train_on_all: bool) -> dict[str, str]:
+    """Says in the words of TFDS what of a set each of our splits is."""
+    others = ('validation',) if name == 'imagenet2012' else ('test', 'validation')
+    test = next((split for split in others if split in splits), None)
+    if 'train' not in splits or test is None:
+        raise ValueError(
+            f'name={name!r}: wanted the splits train and {" or ".join(others)}, it has '
+            f'{", ".join(splits)}'
+        )
+    count = splits['train'].num_examples
+    validation = data.VALIDATION_IMAGES.get(name, min(50_000, round(0.05 * count)))
+    if not 0 < validation < count:
+        raise ValueError(f'name={name!r}: {count} training images are too few to split')
+    start = count - validation
+    train = 'train' if train_on_all else f'train[:{start}]'
+    return {'train': train, 'validation': f'train[{start}:]', 'test': test}
 
 
 def _leave_signals_to_the_run(worker: int, workers: int) -> None:

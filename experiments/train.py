@@ -89,26 +89,8 @@ def make_step(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
-
-    def in_parts(state, images, labels, dropping_out):
-        def add_part(total, part):
-            number, images, labels = part
-            own = dict(dropping_out)
-            if own:
-                own['rngs'] = jax.tree.map(lambda key: jax.random.fold_in(key, number), own['rngs'])
-            new = value_and_grad(state.params, state.masks, images, labels, **own)
-            return jax.tree.map(lambda sum_, term: sum_ + term / accumulate, total, new), None
-
-        # Every part has rows of every device that the batch is spread over.
-        split = (
-            jnp.moveaxis(array.reshape(-1, accumulate, *array.shape[1:]), 1, 0)
-            for array in (images, labels)
-        )
-        nothing = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-        # XLA runs convolutions inside a loop on CPU many times slower than outside of it.
-        unroll = accumulate if jax.default_backend() == 'cpu' else 1
-        parts = (jnp.arange(accumulate), *split)
-        return jax.lax.scan(add_part, nothing, parts, unroll=unroll)[0]
+    if accumulate > 1:
+        value_and_grad = _in_parts(value_and_grad, accumulate)
 
     def step(state, images, labels):
         dropping_out = {}
@@ -124,16 +106,37 @@ def make_step(
             )
             key = jax.random.fold_in(jax.random.fold_in(key, dropout.number), count)
             dropping_out = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
-        if accumulate == 1:
-            loss, gradients = value_and_grad(
-                state.params, state.masks, images, labels, **dropping_out
-            )
-        else:
-            loss, gradients = in_parts(state, images, labels, dropping_out)
+        loss, gradients = value_and_grad(state.params, state.masks, images, labels, **dropping_out)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
     return step
+
+
+def _in_parts(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[..., Any]:
+    """Takes a batch in parts, one after the other; the mean of their losses and gradients."""
+
+    def mean(params, masks, images, labels, rngs=None, **options):
+        def add_part(total, part):
+            number, images, labels = part
+            own = dict(options)
+            if rngs:
+                own['rngs'] = jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs)
+            new = value_and_grad(params, masks, images, labels, **own)
+            return jax.tree.map(lambda sum_, term: sum_ + term / accumulate, total, new), None
+
+        # Every part has rows of every device that the batch is spread over.
+        split = (
+            jnp.moveaxis(array.reshape(-1, accumulate, *array.shape[1:]), 1, 0)
+            for array in (images, labels)
+        )
+        nothing = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        # XLA runs convolutions inside a loop on CPU many times slower than outside of it.
+        unroll = accumulate if jax.default_backend() == 'cpu' else 1
+        parts = (jnp.arange(accumulate), *split)
+        return jax.lax.scan(add_part, nothing, parts, unroll=unroll)[0]
+
+    return mean
 
 
 def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
