@@ -4,6 +4,8 @@ import hypothesis
 import jax
 import pytest
 
+from experiments import data
+
 jax.config.update('jax_num_cpu_devices', 8)  # for the meshes of the sharding tests
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
@@ -19,3 +21,11 @@ def mesh():
     """Eight CPU devices along one axis named x."""
     automatic = (jax.sharding.AxisType.Auto,)
     return jax.make_mesh((8,), ('x',), automatic, devices=jax.devices('cpu')[:8])
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A TFDS folder with the digits in it, prepared once."""
+    folder = tmp_path_factory.mktemp('tfds')
+    data.load('digits', folder)
+    return folder

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dns_jax.sparse import load_sparse
-from experiments import data, hosts
+from experiments import hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240  # seconds that a process of these tests may take
@@ -80,13 +80,6 @@ def free_address():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         return f'127.0.0.1:{free.getsockname()[1]}'
-
-
-@pytest.fixture(scope='module')
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('tfds')
-    data.load('digits', folder)
-    return folder
 
 
 @pytest.fixture(scope='module')

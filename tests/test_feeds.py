@@ -25,13 +25,6 @@ OWN_FLAGS = {field.name for field in dataclasses.fields(ImageConfig)} - {
 
 
 @pytest.fixture(scope='module')
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('tfds')
-    data.load('digits', folder)
-    return folder
-
-
-@pytest.fixture(scope='module')
 def make_config(data_dir, tmp_path_factory):
     """Makes the configuration of a tiny run on the digits, in a new folder."""
 

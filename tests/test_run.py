@@ -41,14 +41,6 @@ SUMMARY_KEYS = {
 }
 
 
-@pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-    """A TFDS folder with the digits in it, prepared once."""
-    folder = tmp_path_factory.mktemp('tfds')
-    data.load('digits', folder)
-    return folder
-
-
 @pytest.fixture(scope='module')
 def start(data_dir):
     """Starts a run of LeNet-300-100 in a process of its own."""
