@@ -3,8 +3,11 @@
 import hypothesis
 import jax
 import pytest
+from compat_report import compat, pytest_addoption, pytest_configure
 
 from experiments import data
+
+__all__ = ['compat', 'pytest_addoption', 'pytest_configure']  # pytest finds them here by name
 
 jax.config.update('jax_num_cpu_devices', 8)  # for the meshes of the sharding tests
 jax.config.update('jax_numpy_rank_promotion', 'raise')
