@@ -1,17 +1,24 @@
 """Checkpoints of a training state, written by orbax and read back bit for bit.
 
-A checkpoint holds the leaves of the state as one flat list, and next to it the path, shape and
-dtype of each. Orbax alone joins tree paths with dots, so `{'a.b': x, 'a': {'b': y}}` comes back
-with one value twice, and it converts to the dtype that a restore asks for without a word.
+A checkpoint holds the leaves of the state as one flat list, and next to it the path, shape, dtype
+and checksum of each. Orbax alone joins tree paths with dots, so `{'a.b': x, 'a': {'b': y}}` comes
+back with one value twice, it converts to the dtype that a restore asks for without a word, and it
+reads a flipped bit as another number.
 """
 
+import contextlib
 import functools
+import json
+import math
 import os
 import pathlib
 import time
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
@@ -39,6 +46,35 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Adds up the bits of each leaf, modulo 2^32, the same however it is spread over devices."""
+    return list(map(_checksum, leaves))
+
+
+def _checksum(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == bool:
+        leaf = leaf.astype(jnp.uint8)
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    # Odd factors, one for each place: no flipped bit is lost, and an exchange of numbers shows.
+    factors = jnp.ones(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        factors += place * jnp.uint32(2 * math.prod(bits.shape[axis + 1 :]) % 2**32)
+    return (bits * factors).sum(dtype=jnp.uint32)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition('\n')[0] or type(error).__name__
+
+
+def _seal(contents: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(contents, sort_keys=True).encode())
 
 
 class Checkpoints:
@@ -76,10 +112,15 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits until every save is on disk; the object cannot be used afterwards."""
-        self._manager.close()
+        """Waits until every save is on disk; the object cannot be used afterwards.
 
-    def save(self, step: int, state: PyTree) -> None:
+        Raises:
+          OSError: if a save failed.
+        """
+        with self._named_failures():
+            self._manager.close()
+
+    def save(self, step: int, state: PyTree, notes: Any = None) -> None:
         """Saves `state` in the background; an error there is raised by the next call.
 
         `state` may be donated at once: orbax has copied it by then or, on CPU, holds its buffers,
@@ -88,10 +129,12 @@ class Checkpoints:
         Args:
           step: number of steps taken; above that of every checkpoint in the directory.
           state: pytree of `jax.Array`, typed keys among them.
+          notes: what `notes` is to give back; anything that JSON holds.
 
         Raises:
           TypeError: if a leaf is not a `jax.Array`.
           ValueError: if there are no leaves, a leaf is empty, or `step` is not the newest.
+          OSError: if this save, or the one before it, failed.
         """
         leaves = _leaves_by_path(state)
         for path, leaf in leaves.items():
@@ -104,14 +147,29 @@ class Checkpoints:
         newest = self._manager.latest_step()
         if newest is not None and step <= newest:
             raise ValueError(f'step is {step}; {self._directory} already holds step {newest}')
-        descriptions = [[path, _describe(leaf)] for path, leaf in leaves.items()]
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.JsonSave({'leaves': descriptions}),
-                leaves=ocp.args.StandardSave(list(leaves.values())),
-            ),
+        checksums = map(int, jax.device_get(_checksums(list(leaves.values()))))
+        descriptions = [
+            [path, _describe(leaf), checksum]
+            for (path, leaf), checksum in zip(leaves.items(), checksums, strict=True)
+        ]
+        contents = {'leaves': descriptions, 'notes': notes}
+        arguments = ocp.args.Composite(
+            tree=ocp.args.JsonSave({**contents, 'seal': _seal(contents)}),
+            leaves=ocp.args.StandardSave(list(leaves.values())),
         )
+        with self._named_failures():
+            self._manager.save(step, args=arguments)
+
+    def notes(self, step: int) -> Any:
+        """Returns what was noted with the checkpoint of a step.
+
+        Args:
+          step: of a checkpoint that was restored.
+
+        Returns:
+          As given to `save`, after a round trip through JSON.
+        """
+        return self._read_contents(step)['notes']
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest whole checkpoint; None if there is none."""
@@ -156,6 +214,16 @@ class Checkpoints:
             return candidate, state
         raise OSError(f'{self._directory}: cannot read any of the checkpoints of steps {damaged}')
 
+    @contextlib.contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Turns what orbax raises of a failed save, of any kind, into an error that says so."""
+        try:
+            yield
+        except Exception as error:
+            reason = _first_line(error)
+            message = f'{self._directory}: a checkpoint cannot be saved: {reason}'
+            raise OSError(message) from error
+
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
             folder = self._directory / str(step)
@@ -163,16 +231,25 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Returns the steps whose checkpoints are whole on disk, once pending saves are."""
-        self._manager.wait_until_finished()
+        with self._named_failures():
+            self._manager.wait_until_finished()
         self._manager.reload()
         return list(self._manager.all_steps())
+
+    def _read_contents(self, step: int) -> dict[str, Any]:
+        """Returns what is known of the leaves, and the notes."""
+        arguments = ocp.args.Composite(tree=ocp.args.JsonRestore())
+        contents = dict(self._manager.restore(step, args=arguments)['tree'])
+        if contents.pop('seal') != _seal(contents):
+            raise ValueError('the list of its leaves is not as it was written')
+        return contents
 
     def _read(self, step: int, like: PyTree) -> PyTree:
         """Returns the state saved at `step`; ValueError if unlike `like`, OSError if damaged."""
         wanted = {path: _abstract(leaf) for path, leaf in _leaves_by_path(like).items()}
         try:
-            arguments = ocp.args.Composite(tree=ocp.args.JsonRestore())
-            saved = dict(self._manager.restore(step, args=arguments)['tree']['leaves'])
+            described = self._read_contents(step)['leaves']
+            saved = {path: description for path, description, _ in described}
             differences = [
                 f'like{path} is {_describe(wanted[path]) if path in wanted else "missing"}'
                 f' but was saved as {saved.get(path, "nothing")}'
@@ -183,9 +260,15 @@ class Checkpoints:
                 targets = ocp.args.StandardRestore([wanted[path] for path in saved])
                 arguments = ocp.args.Composite(leaves=targets)
                 leaves = self._manager.restore(step, args=arguments)['leaves']
+                checksums = map(int, jax.device_get(_checksums(leaves)))
+                for (path, _, wanted_sum), found in zip(described, checksums, strict=True):
+                    if found != wanted_sum:
+                        raise ValueError(f'{path} has the checksum {found}; wanted {wanted_sum}')
         except Exception as error:  # A cut file makes orbax raise a bare Exception.
-            reason = str(error).partition('\n')[0] or type(error).__name__
-            message = f'{self._directory}: the checkpoint of step {step} cannot be read: {reason}'
+            message = (
+                f'{self._directory}: the checkpoint of step {step} cannot be read: '
+                f'{_first_line(error)}'
+            )
             raise OSError(message) from error
         if differences:
             raise ValueError(

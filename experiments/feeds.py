@@ -28,6 +28,7 @@ class Feed(Protocol):
     dataset: Any  # with the splits train, validation and test
     network: nn.Module
     accumulate: int  # parts that a step takes its batch in
+    steps_per_call: int  # at most; a run that is asked to leave does so after a call
     image_shape: tuple[int, int, int]
 
     def place(self, state: train.TrainState) -> train.TrainState:
@@ -65,6 +66,8 @@ def open_feed(config: Config) -> Feed:
 class Resident:
     """A data set of small images that lies on the device."""
 
+    steps_per_call = 20
+
     def __init__(self, config: Config):
         self._batch_size, self.accumulate = config.batch_size, 1
         self.dataset = data.load(
@@ -92,6 +95,8 @@ class Resident:
 
 class Streamed:
     """Images that are decoded when they are needed, for a network spread over a mesh."""
+
+    steps_per_call = 5  # of large networks
 
     def __init__(self, config: ImageConfig):
         # Takes seconds to import, which runs on resident data need not wait for.

@@ -68,8 +68,15 @@ class Config:
     finetuning_steps: int = flag(
         10_000, 'Steps of training with frozen masks after surgery.', lower_bound=0
     )
-    record_every: int = flag(500, 'Steps per record, and per compiled call.', lower_bound=1)
+    record_every: int = flag(500, 'Steps per record.', lower_bound=1)
     checkpoint_every: int = flag(2_000, 'Steps per checkpoint.', lower_bound=1)
+    on_divergence: str = flag(
+        'stop',
+        'Where training breaks down: stop, or rollback to the last checkpoint and go on with half '
+        'the learning rate, other batches and, once surgery emptied a layer, the masks as they '
+        'are there.',
+        choices=('stop', 'rollback'),
+    )
 
     reference_learning_rate: str = flag(
         'inv:0.01,1e-4,0.75', "Caffe's policy and its numbers for dense training."
@@ -124,7 +131,7 @@ class Config:
         choices=('magnitude', 'taylor', 'chance'),
     )
     splicing: bool = flag(True, 'Whether surgery lets pruned connections return.')
-    rounds: int = flag(5, 'Rounds of han and iterative.', lower_bound=1)
+    rounds: int = flag(5, 'Rounds of han and iterative.', lower_bound=1, upper_bound=1_000)
     drop: float = flag(0.3, 'Share of the connections that set and rigl exchange in a round.')
     dropout: float = flag(0.0, 'Rate of dropout behind all fully connected layers but the last.')
     pruned_dropout: str = flag(
@@ -169,6 +176,7 @@ class Config:
                 parse_learning_rate(getattr(self, name), steps=1)
             except ValueError as error:
                 raise ValueError(f'--{name}: {error}') from error
+        check_finite(self)
 
     def _check_unread(self):
         """Refuses flags that this run would not look at, and rules that its pruner cannot have."""
@@ -206,6 +214,21 @@ class Config:
             for name, value in dataclasses.asdict(self).items()
             if name not in _NOT_OF_THE_RUN
         }
+
+
+def check_finite(config: Any) -> None:
+    """Refuses numbers that cannot be computed with: no lower or upper bound keeps nan out.
+
+    Args:
+      config: a dataclass of flags.
+
+    Raises:
+      ValueError: if one of them is.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'--{field.name}={value} must be finite')
 
 
 _NOT_OF_THE_RUN = {

@@ -1,10 +1,12 @@
 """A whole run: reference network, surgery, fine-tuning, evaluation, report.
 
-Every phase saves checkpoints, continues from the newest on --resume, and leaves on SIGTERM or
-Ctrl-C after saving. What the phases share, and the summary, is `trainer`'s.
+Every phase saves checkpoints, continues from the newest on --resume, leaves on SIGTERM or Ctrl-C
+after saving, and stops or goes back where training breaks down. What the phases share, and the
+summary, is `trainer`'s.
 """
 
 import contextlib
+import functools
 import json
 import signal
 import time
@@ -14,11 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from absl import logging
 from tqdm import tqdm
 
 import dns_jax
-from experiments import hosts, probes, report, train
+from experiments import divergence, hosts, probes, report, train
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
@@ -44,7 +48,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: if flags do not fit each other, the network or the folder.
       OSError: if a folder cannot be read or written.
-      FloatingPointError: if the loss is not finite.
+      Diverged: if training breaks down.
       Stopped: after SIGTERM or SIGINT.
     """
     (summary,) = run_together([config])
@@ -107,6 +111,8 @@ def train_surgery(
     """Operates on the network of each run, from its dense weights."""
     phases = []
     for trainer, params in zip(trainers, dense, strict=True):
+        for warning in trainer.foresee(params):
+            logging.warning('%s', warning)
         # A copy: the loop takes over the memory of its state, and the reference is still needed.
         state = train.TrainState(jax.tree.map(jnp.copy, params), trainer.optimizer.init(params))
         state = trainer.feed.place(state)
@@ -144,78 +150,130 @@ class Phase:
         self.folder = trainer.folder / 'checkpoints' / name
         self.checkpoints = Checkpoints(self.folder)
         self.done, self.progress = 0, {}
+        self.setbacks: tuple[bool, ...] = ()  # for each, whether surgery had emptied a layer
+        self._unrecorded: list[train.Chunk] = []
         if trainer.config.resume and self.checkpoints.latest_step() is not None:
-            self.done, self.state = self.checkpoints.restore(state)
-        hosts.on_first(lambda: trainer.records.rewind(name, self.done))
+            self._return_to_checkpoint()
+        else:
+            hosts.on_first(lambda: trainer.records.rewind(name, 0))
+            if trainer.config.on_divergence == 'rollback':
+                self.save()
+        self._kept = _count_kept(self.state.masks)
+
+    def next_count(self) -> int:
+        """Says how many steps to take in one call: of a record, as many in each."""
+        record_every, most = self.trainer.config.record_every, self.trainer.feed.steps_per_call
+        count = max(n for n in range(1, min(most, record_every) + 1) if record_every % n == 0)
+        return min(count, self.steps - self.done)
 
     def batches(self, count: int) -> Any:
-        """Gives the batches of the next steps."""
-        seed = self.trainer.config.seed, PHASES.index(self.name)
+        """Gives the batches of the next steps; after a setback, others."""
+        seed = (
+            self.trainer.config.seed,
+            PHASES.index(self.name),
+            *filter(None, [len(self.setbacks)]),
+        )
         return self.trainer.feed.batches(seed, self.done, count)
 
     def advance(self, state: train.TrainState, chunk: train.Chunk) -> None:
-        """Takes over what a chunk gave, unless it is broken, and records it."""
-        broken = train.first_not_finite(chunk.losses)
-        # The last step may break the weights, with no loss after it that would tell.
-        if broken or not train.all_finite(state.params):
-            step = self.done + (broken or len(chunk.losses))
-            raise FloatingPointError(
-                f'the loss or a weight is not finite at step {step} of the {self.name} phase; '
-                f'{self._explain(state)}'
-            )
+        """Takes over what a call gave and records it where it is time, or goes back."""
+        chunk = jax.device_get(chunk)
+        if breakdown := divergence.find_breakdown(chunk, self._kept, state.params):
+            self._set_back(state, breakdown)
+            return
         self.state, self.done = state, self.done + len(chunk.losses)
-        record = self.trainer.record(self.name, self.done, state, chunk)
-        self.progress = _progress(record, self.trainer.parameters)
+        for layer, events in chunk.events.items():
+            self._kept[layer] += int(events.spliced.sum() - events.pruned.sum())
+        self._unrecorded.append(chunk)
+        if self.done % self.trainer.config.record_every == 0 or self.done == self.steps:
+            since = jax.tree.map(lambda *parts: np.concatenate(parts), *self._unrecorded)
+            record = self.trainer.record(self.name, self.done, state, since)
+            self._unrecorded = []
+            self.progress = _progress(record, self.trainer.parameters)
 
     def save(self) -> None:
-        """Saves a checkpoint of the step the phase is at."""
-        self.checkpoints.save(self.done, self.state)
+        """Saves a checkpoint of the step the phase is at, where there is none."""
+        if self.done != self.checkpoints.latest_step():
+            unrecorded = [_to_lists(chunk) for chunk in self._unrecorded]
+            notes = {'setbacks': list(self.setbacks), 'unrecorded': unrecorded}
+            self.checkpoints.save(self.done, self.state, notes)
 
-    def _explain(self, state) -> str:
+    def _return_to_checkpoint(self) -> None:
+        self.done, self.state = self.checkpoints.restore(self.state)
+        notes = self.checkpoints.notes(self.done)
+        self.setbacks = tuple(notes['setbacks'])
+        self._unrecorded = [_from_lists(lists) for lists in notes['unrecorded']]
+        hosts.on_first(lambda: self.trainer.records.rewind(self.name, self.done))
+
+    def _set_back(self, state: train.TrainState, breakdown: divergence.Breakdown) -> None:
+        """Goes back to the last good checkpoint, or ends the run."""
+        message = self._explain(state, breakdown)
+        if self.trainer.config.on_divergence == 'stop':
+            raise divergence.Diverged(message)
+        setbacks = *self.setbacks, breakdown.emptied
+        if len(setbacks) > divergence.MOST_SETBACKS:
+            raise divergence.Diverged(f'{message}; the run had gone back {len(setbacks) - 1} times')
+        self.state = state  # gives its shapes alone
+        self._return_to_checkpoint()
+        self._kept, self.setbacks = _count_kept(self.state.masks), setbacks
+        masks = 'masks as they are there' if any(setbacks) else 'surgery as before'
+        logging.warning(
+            '%s; going on from step %s with half the learning rate, other batches and %s',
+            *(message, self.done, masks),
+        )
+
+    def _explain(self, state: train.TrainState, breakdown: divergence.Breakdown) -> str:
         sizes = dns_jax.measure_sizes(state.params, state.masks)
         densities = ', '.join(f'{layer} {size.density:.2%}' for layer, size in sizes.layers.items())
         step = self.checkpoints.latest_step()
         good = 'none of this phase' if step is None else f'that of step {step}'
-        return f'the densities are {densities}; the last good checkpoint is {good} in {self.folder}'
+        return (
+            f'{breakdown.reason} at step {self.done + breakdown.step} of the {self.name} phase; '
+            f'the densities are {densities}; the last good checkpoint is {good} in {self.folder}'
+        )
 
 
 def _train(
     phases: Sequence[Phase], optimizer: optax.GradientTransformation, stopping: list[int]
 ) -> list[train.TrainState]:
     """Takes the same phase of some runs to its end, side by side where they are at one step."""
-    trainer, steps, name = phases[0].trainer, phases[0].steps, phases[0].name
-    config = trainer.config
-    step = train.make_step(
-        trainer.network, optimizer, trainer.dropout(name), trainer.feed.accumulate, trainer.inputs
-    )
-    run_chunks = trainer.feed.compile(step, tuple(phase.state for phase in phases))
+    first = phases[0]
+    trainer, steps, name = first.trainer, first.steps, first.name
+
+    @functools.cache
+    def compile_calls(setbacks: tuple[bool, ...]) -> Callable[..., Any]:
+        step = train.make_step(
+            trainer.network,
+            divergence.calmed(optimizer, setbacks),
+            trainer.dropout(name),
+            trainer.feed.accumulate,
+            trainer.inputs,
+        )
+        return trainer.feed.compile(step, tuple(phase.state for phase in phases))
+
     stop = 0
     with contextlib.ExitStack() as stack:
         for phase in phases:
             stack.enter_context(phase.checkpoints)
-        first = phases[0]
         hidden = None if hosts.is_first() else True  # None hides it where there is no terminal
         bar = tqdm(total=steps, initial=first.done, desc=name, unit='step', disable=hidden)
         stack.enter_context(bar)
-        while (done := min(phase.done for phase in phases)) < steps:
-            # After a kill between two saves, those behind catch up first.
-            group = [phase for phase in phases if phase.done == done]
-            count = min(config.record_every, steps - done)
+        while not stop and (done := min(phase.done for phase in phases)) < steps:
+            # After a setback, or a kill between two saves, those behind catch up first.
+            behind = [phase for phase in phases if phase.done == done]
+            group = [phase for phase in behind if phase.setbacks == behind[0].setbacks]
+            count = behind[0].next_count()
             batches = tuple(phase.batches(count) for phase in group)
             states = tuple(phase.state for phase in group)
-            results = run_chunks(states, batches)
+            results = compile_calls(group[0].setbacks)(states, batches)
             for phase, (state, chunk) in zip(group, results, strict=True):
                 phase.advance(state, chunk)
-            done += count
-            if first in group:
-                bar.update(count)
-                bar.set_postfix(first.progress)
+            bar.update(first.done - bar.n)
+            bar.set_postfix(first.progress)
             stop = hosts.highest(stopping[0] if stopping else 0)
-            if stop or done == steps or done % config.checkpoint_every == 0:
-                for phase in group:
+            for phase in group:
+                if stop or phase.done == steps or not phase.done % trainer.config.checkpoint_every:
                     phase.save()
-            if stop:
-                break
     if stop:
         raise Stopped(
             f'{signal.Signals(stop).name}: saved {name} at step {first.done} in '
@@ -224,13 +282,36 @@ def _train(
     return [phase.state for phase in phases]
 
 
+def _count_kept(masks: dns_jax.Masks) -> dict[str, int]:
+    return {layer: int(kept) for layer, kept in dns_jax.count_kept(masks).items()}
+
+
+def _to_lists(chunk: train.Chunk) -> list[Any]:
+    events = {layer: [array.tolist() for array in pair] for layer, pair in chunk.events.items()}
+    return [chunk.losses.tolist(), events]
+
+
+def _from_lists(lists: Sequence[Any]) -> train.Chunk:
+    losses, events = lists
+    pairs = {layer: dns_jax.Events(*map(np.int32, pair)) for layer, pair in events.items()}
+    return train.Chunk(np.float32(losses), pairs)
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """Turns SIGTERM and SIGINT into an entry of a list, for a loop to leave at a good moment."""
+    """Turns SIGTERM and SIGINT into an entry of a list, for a loop to leave at a good moment.
+
+    The same signal a second time ends the program at once.
+    """
     received: list[int] = []
+
+    def receive(number, frame):
+        del frame
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     previous = {
-        number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
         yield received

@@ -25,6 +25,7 @@ import jax
 from dns_jax.files import write_whole
 from experiments import flags, run
 from experiments.commands import SearchConfig
+from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.rules import make_rules
 from experiments.space import choice_at, make_ranges, make_run, shapes
@@ -58,7 +59,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
       ValueError: if flags do not fit each other, the network, the study or the folder, or Optuna
         is not installed.
       OSError: if the folder or the database cannot be read or written.
-      FloatingPointError: if the loss of the reference is not finite.
+      Diverged: if training of the reference breaks down.
       RuntimeError: if no trial has an allowed error.
       Stopped: after SIGTERM or SIGINT.
     """
@@ -121,9 +122,9 @@ def _operate(
     bound = reference_error + config.tolerance
     try:
         run.finetune([trainer], run.train_surgery([trainer], [dense], stopping), stopping)
-    except (optuna.TrialPruned, FloatingPointError) as reason:
+    except (optuna.TrialPruned, Diverged) as reason:
         print(f'trial {trial.number}: given up, {reason}', flush=True)
-        if isinstance(reason, FloatingPointError):
+        if isinstance(reason, Diverged):
             trial.set_constraint('validation error', 100.0)
         raise optuna.TrialPruned from reason
     finally:

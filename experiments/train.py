@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
     """What happened in the steps of one compiled call."""
 
     losses: jax.Array  # shape=(steps,), dtype=jnp.float32
-    events: dict[str, dns_jax.Events]  # summed over the steps, by layer
+    events: dict[str, dns_jax.Events]  # by layer, of arrays of shape=(steps,), dtype=jnp.int32
 
 
 class Dropout(NamedTuple):
@@ -152,16 +152,12 @@ def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run_chunk(state, images, labels, indices):
-        def body(carry, batch):
-            state, events = carry
+        def body(state, batch):
             new_state, loss = step(state, images[batch], labels[batch])
-            new_events = dns_jax.count_events(state.masks, new_state.masks)
-            return (new_state, jax.tree.map(jnp.add, events, new_events)), loss
+            return new_state, Chunk(loss, dns_jax.count_events(state.masks, new_state.masks))
 
-        no_events = jax.tree.map(jnp.zeros_like, dns_jax.count_events(state.masks, state.masks))
         # Two steps a turn: XLA on CPU copies weights and masks between turns, not within one.
-        (state, events), losses = jax.lax.scan(body, (state, no_events), indices, unroll=2)
-        return state, Chunk(losses, events)
+        return jax.lax.scan(body, state, indices, unroll=2)
 
     return run_chunk
 
@@ -223,23 +219,21 @@ def make_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., Any]
     """
     stay = jax.tree.map(lambda leaf: leaf.sharding, like)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(stay, None, None))
-    def run_step(state, events, images, labels):
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(stay, None))
+    def run_step(state, images, labels):
         new_state, loss = step(state, images, labels)
-        new_events = dns_jax.count_events(state.masks, new_state.masks)
-        return new_state, jax.tree.map(jnp.add, events, new_events), loss
+        return new_state, Chunk(loss, dns_jax.count_events(state.masks, new_state.masks))
 
     def run_chunk(
         state: TrainState, batches: Iterable[tuple[jax.Array, jax.Array]]
     ) -> tuple[TrainState, Chunk]:
-        events = jax.tree.map(jnp.zeros_like, dns_jax.count_events(state.masks, state.masks))
-        losses = []
+        steps = []
         for images, labels in batches:
-            state, events, loss = run_step(state, events, images, labels)
-            losses.append(loss)
+            state, happened = run_step(state, images, labels)
+            steps.append(happened)
             # Else a slow device would let batches pile up.
-            losses[-_AHEAD:][0].block_until_ready()
-        return state, Chunk(jnp.asarray([float(loss) for loss in losses]), events)
+            steps[-_AHEAD:][0].losses.block_until_ready()
+        return state, jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(steps))
 
     return run_chunk
 
@@ -336,21 +330,3 @@ def _logits(
     if any(inputs.mean):
         scaled -= (jnp.array(inputs.mean) * inputs.scale)[None, None, None]
     return jnp.asarray(network.apply({'params': params}, scaled, **dropping_out))
-
-
-def first_not_finite(losses: jax.Array) -> int:
-    """Finds the first loss that is NaN or infinite.
-
-    Args:
-      losses: of consecutive steps.
-
-    Returns:
-      Which step of them it was, from 1; 0 if all are finite.
-    """
-    broken = np.flatnonzero(~np.isfinite(np.asarray(losses)))
-    return int(broken[0]) + 1 if broken.size else 0
-
-
-def all_finite(params: dns_jax.Params) -> bool:
-    """Says whether no weight is NaN or infinite."""
-    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))

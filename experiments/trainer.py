@@ -4,7 +4,9 @@ Numbers that choices are made on come from the validation split; the test split 
 the end.
 """
 
+import os
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ import numpy as np
 import dns_jax
 from dns_jax import training
 from dns_jax.sparse import save_sparse
-from experiments import hosts, meshes, models, probes, references, report, train
+from experiments import divergence, hosts, meshes, models, probes, references, report, train
 from experiments.feeds import open_feed
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
-from experiments.rules import make_optimizer, make_pruner
+from experiments.rules import make_optimizer, make_pruner, make_rules
 from experiments.workdir import PHASES, Records, claim
 
 
@@ -71,7 +73,9 @@ class Trainer:
 
     def _open_folder(self, config: Config) -> None:
         """Claims the folder and opens the records, which the first process alone has."""
-        self.records = Records(claim(config), config.tensorboard)
+        folder, lock = claim(config)
+        weakref.finalize(self, os.close, lock)
+        self.records = Records(folder, config.tensorboard)
 
     def dropout(self, phase: str) -> train.Dropout | None:
         """Says how a phase drops units out, None where it does not."""
@@ -89,6 +93,15 @@ class Trainer:
         return train.Dropout(
             lambda masks: dense | training.scale_dropout(config.dropout, masks), number
         )
+
+    def foresee(self, dense: dns_jax.Params) -> list[str]:
+        """Says which layers surgery would leave nothing of, where that can be known."""
+        config = self.config
+        if config.pruner != 'surgery' or config.importance != 'magnitude':
+            return []
+        takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
+        rules = make_rules(config, self.initial)
+        return divergence.foresee(rules, dense, config.surgery_steps, takes_part)
 
     def finish(
         self,
@@ -153,7 +166,7 @@ class Trainer:
         without = jax.tree.map(lambda mask, back: mask & ~back, final.masks, returns.returned)
         others = probes.remove_others(final_masks, returned, self.config.seed)
         removed = dns_jax.count_events(final_masks, others).values()
-        measured['others_removed'] = sum(int(event.pruned) for event in removed)
+        measured['others_removed'] = sum(int(event.pruned.sum()) for event in removed)
         loss = train.make_loss(self.network, self.inputs)
         for name, masks in (
             *(('', final.masks), ('_without', without)),
@@ -181,8 +194,8 @@ class Trainer:
             'loss': float(np.mean(chunk.losses)),
             'validation_error': self.error(pruned, self.dataset.validation),
             'kept': {layer: size.kept for layer, size in sizes.layers.items()},
-            'pruned': {layer: int(event.pruned) for layer, event in chunk.events.items()},
-            'spliced': {layer: int(event.spliced) for layer, event in chunk.events.items()},
+            'pruned': {layer: int(event.pruned.sum()) for layer, event in chunk.events.items()},
+            'spliced': {layer: int(event.spliced.sum()) for layer, event in chunk.events.items()},
         }
         hosts.on_first(lambda: self.records.append(record))
         self.on_record(record)

@@ -2,10 +2,11 @@
 
 A run's `flags.json` says which numbers it computes; its `metrics.jsonl` holds one JSON object a
 line. Both are written whole or not at all, and a line that a killed run had not backed by a
-checkpoint is dropped on resume.
+checkpoint is dropped on resume. A lock keeps other processes out for as long as the run lives.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,47 +17,65 @@ from experiments.flags import Config
 
 FLAGS_FILE = 'flags.json'
 METRICS_FILE = 'metrics.jsonl'
+LOCK_FILE = '.lock'
 PHASES = ('reference', 'surgery', 'finetuning')
 
 
-def claim(config: Config) -> Path:
+def claim(config: Config) -> tuple[Path, int]:
     """Makes the folder ready for a run.
 
     Args:
       config: the run; `workdir`, `resume` and `overwrite` decide.
 
     Returns:
-      The folder, with this run's `flags.json` in it.
+      The folder, with this run's `flags.json` in it, and the descriptor of the file that locks it:
+      other processes are kept out until it is closed.
 
     Raises:
       ValueError: if the folder holds a run and neither --resume nor --overwrite is given, holds
         a run with other flags on --resume, or holds other things than a run.
-      OSError: if the folder cannot be written.
+      OSError: if another process has the folder, or it cannot be written.
     """
     folder = Path(config.workdir)
-    flags_file = folder / FLAGS_FILE
-    identity = config.identity()
-    if flags_file.exists():
+    _check_claim(config, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    try:
+        # Of a process, not of an open file: a second run in this one may follow the first.
+        os.lockf(lock, os.F_TLOCK, 0)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(lock)
+        raise BlockingIOError(f'--workdir={folder} is in use by another process') from error
+    # What another run did meanwhile counts.
+    _check_claim(config, folder)
+    if config.overwrite:
+        _delete_run(folder)
+    try:
+        write_whole(folder / FLAGS_FILE, json.dumps(config.identity(), indent=2) + '\n')
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    return folder, lock
+
+
+def _check_claim(config: Config, folder: Path) -> None:
+    if (folder / FLAGS_FILE).exists():
         recorded = read_flags(folder)
-        if config.overwrite:
-            _delete_run(folder)
-        elif not config.resume:
+        if not (config.overwrite or config.resume):
             raise ValueError(
                 f'--workdir={folder} already holds a run; continue it with --resume, replace it '
                 'with --overwrite, or choose another'
             )
-        elif differences := _differences(recorded, identity):
+        if config.resume and (differences := _differences(recorded, config.identity())):
             raise ValueError(f'--workdir={folder} holds a run with other flags: {differences}')
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ValueError(f'--workdir={folder} is not empty and holds no run of this program')
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(flags_file, json.dumps(identity, indent=2) + '\n')
-    except OSError as error:
-        raise OSError(
-            f'--workdir={folder} must be a folder that can be written: {error}'
-        ) from error
-    return folder
+
+
+def _not_writable(folder: Path, error: OSError) -> OSError:
+    return OSError(f'--workdir={folder} must be a folder that can be written: {error}')
 
 
 def read_records(folder: str | Path) -> list[dict[str, Any]]:
@@ -80,7 +99,7 @@ def read_records(folder: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             if record['phase'] not in PHASES or not isinstance(record['step'], int):
                 raise ValueError(f'phase {record["phase"]!r}, step {record["step"]!r}')
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f'{path}, line {number}, is damaged: {error!r}') from error
         records.append(record)
     return records
@@ -162,7 +181,7 @@ def read_flags(folder: Path) -> Mapping[str, Any]:
     path = folder / FLAGS_FILE
     try:
         flags = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is damaged: {error}') from error
     if not isinstance(flags, dict) or 'network' not in flags:
         raise ValueError(f'{path} is damaged: it holds no flags of a run')

@@ -178,7 +178,7 @@ TRIED_APART = {'density', 'layer_density', 'update_gamma', 'count_returns'}
 # What these do is asked below, one by one.
 PLACES_AND_SWITCHES = {
     *('dataset', 'data_dir', 'manual_dir', 'workdir', 'reference'),
-    *('resume', 'overwrite', 'tensorboard'),
+    *('resume', 'overwrite', 'tensorboard', 'on_divergence'),
 }
 
 

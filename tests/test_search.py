@@ -28,6 +28,7 @@ from PIL import Image
 
 from experiments import data, lenet300, models, run, search, space, study
 from experiments.commands import SearchConfig
+from experiments.divergence import Diverged
 from experiments.flags import Config, define, to_config
 from experiments.parsers import parse_table
 
@@ -281,7 +282,7 @@ def test_a_hopeless_trial_is_given_up(make_played, capsys):
 def test_a_trial_that_breaks_is_given_up(make_played, capsys):
     def course(config, step):
         if number_of(config) == 0:
-            raise FloatingPointError('the loss is not finite')
+            raise Diverged('the loss is not finite')
         return 62.0
 
     config = make_played(course, trials=2)
@@ -541,6 +542,7 @@ HANDED_ON = {
     'finetuning_steps': 3,
     'record_every': 250,
     'checkpoint_every': 4_000,
+    'on_divergence': 'rollback',
     'reference_learning_rate': 'fixed:0.1',
     'finetuning_learning_rate': 'fixed:0.1',
     'reference_weight_decay': 0.1,

@@ -160,9 +160,7 @@ def test_chunks_of_one_length_give_bit_for_bit_what_a_long_one_gives(params, spl
 
 
 @pytest.mark.parametrize('length', [1, 4, STEPS])
-def test_the_events_of_a_chunk_are_the_sum_over_its_steps(
-    params, split, run_chunk, stepwise, length
-):
+def test_the_events_of_a_chunk_are_those_of_its_steps(params, split, run_chunk, stepwise, length):
     indices, states, _ = stepwise
     _, chunk = run_chunk(initial_state(params), split.images, split.labels, indices[:length])
     kernels = [
@@ -171,8 +169,8 @@ def test_the_events_of_a_chunk_are_the_sum_over_its_steps(
     ]
     pairs = list(itertools.pairwise(kernels))
     assert list(chunk.events) == ['fc1']
-    assert chunk.events['fc1'].pruned == sum((old & ~new).sum() for old, new in pairs)
-    assert chunk.events['fc1'].spliced == sum((new & ~old).sum() for old, new in pairs)
+    assert chunk.events['fc1'].pruned.tolist() == [(old & ~new).sum() for old, new in pairs]
+    assert chunk.events['fc1'].spliced.tolist() == [(new & ~old).sum() for old, new in pairs]
 
 
 def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
@@ -272,29 +270,6 @@ def test_error_of_a_network_that_is_always_right(params):
     images = random_split(1_500).images
     assert error(silent, Split(images, np.full(1_500, 3, np.int32))) == 0
     assert error(silent, Split(images, np.full(1_500, 4, np.int32))) == 100
-
-
-@pytest.mark.parametrize(
-    ('losses', 'expected'),
-    [
-        ([1.0], 0),
-        ([1.0, 2.0, 3e38], 0),
-        ([np.nan], 1),
-        ([1.0, np.inf, np.nan], 2),
-        ([1.0, 2.0, -np.inf], 3),
-    ],
-)
-def test_first_not_finite(losses, expected):
-    assert train.first_not_finite(jnp.asarray(losses)) == expected
-
-
-@pytest.mark.parametrize(
-    ('value', 'expected'), [(1.0, True), (3e38, True), (np.nan, False), (-np.inf, False)]
-)
-def test_all_finite(params, value, expected):
-    params = jax.tree.map(jnp.copy, params)
-    params['fc2']['bias'] = params['fc2']['bias'].at[4].set(value)
-    assert train.all_finite(params) is expected
 
 
 def test_the_masks_are_found_in_the_state_of_any_optimizer(params):

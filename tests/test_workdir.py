@@ -8,7 +8,7 @@ import pytest
 
 from dns_jax.files import write_whole
 from experiments.flags import Config
-from experiments.workdir import FLAGS_FILE, METRICS_FILE, Records, claim
+from experiments.workdir import FLAGS_FILE, LOCK_FILE, METRICS_FILE, Records, claim
 
 
 def config(folder, **fields):
@@ -45,10 +45,10 @@ def foreign_folder(tmp_path):
 def test_a_free_folder_is_claimed(tmp_path, place, switch):
     (tmp_path / 'empty').mkdir()
     wanted = config(tmp_path / place, **switch)
-    folder = claim(wanted)
+    folder, _ = claim(wanted)
     assert folder == tmp_path / place
     assert json.loads((folder / FLAGS_FILE).read_text()) == wanted.identity()
-    assert os.listdir(folder) == [FLAGS_FILE]
+    assert sorted(os.listdir(folder)) == [LOCK_FILE, FLAGS_FILE]
 
 
 @pytest.mark.parametrize('fields', [{}, {'seed': 3}])
@@ -60,7 +60,7 @@ def test_a_folder_with_a_run_is_refused(run_folder, fields):
 
 def test_resume_keeps_the_run(run_folder):
     before = (run_folder / FLAGS_FILE).read_text()
-    assert claim(config(run_folder, resume=True)) == run_folder
+    assert claim(config(run_folder, resume=True))[0] == run_folder
     assert (run_folder / 'summary.json').exists()
     assert (run_folder / FLAGS_FILE).read_text() == before
 
@@ -74,7 +74,7 @@ def test_resume_with_other_flags_is_refused_and_names_them(run_folder):
 
 def test_resume_may_change_places_and_switches(run_folder):
     changed = config(run_folder, resume=True, data_dir='a', manual_dir='b', tensorboard=True)
-    assert claim(changed) == run_folder
+    assert claim(changed)[0] == run_folder
 
 
 def test_resume_of_a_run_with_more_flags_than_there_are_now_is_refused(run_folder):
@@ -94,7 +94,7 @@ def test_damaged_flags_are_named(run_folder, content):
 def test_overwrite_deletes_the_run(run_folder):
     wanted = config(run_folder, overwrite=True, seed=3)
     claim(wanted)
-    assert os.listdir(run_folder) == [FLAGS_FILE]
+    assert sorted(os.listdir(run_folder)) == [LOCK_FILE, FLAGS_FILE]
     assert json.loads((run_folder / FLAGS_FILE).read_text()) == wanted.identity()
 
 

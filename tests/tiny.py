@@ -11,9 +11,9 @@ from experiments.run import run
 class Tiny(nn.Module):
     """Two layers with the fields of AlexNet."""
 
-    classes: int
-    width: float
-    dtype: object
+    classes: int = 10
+    width: float = 1.0
+    dtype: object = jnp.float32
 
     @nn.compact
     def __call__(self, images, dropout=None):
@@ -22,6 +22,12 @@ class Tiny(nn.Module):
         hidden = nn.relu(nn.Dense(units, dtype=self.dtype, name='fc1')(hidden))
         hidden = models.drop_out(self, hidden, dropout, 'fc1')
         return nn.Dense(self.classes, dtype=self.dtype, name='fc2')(hidden).astype(jnp.float32)
+
+
+def run_tiny(fields):
+    """Does a run of the network; for a process that a test starts and ends."""
+    models.NETWORKS['tiny'] = Tiny
+    run(flags.Config(network='tiny', **fields))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,143 @@
+"""What breaks training down, told before a run where it can be known, and what is done about it.
+
+Training has broken down where a loss or a weight is not finite, or where surgery has left nothing
+of a layer, so that the network answers the same to every image.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dns_jax
+from experiments import train
+
+MOST_SETBACKS = 3  # in one phase; a run that needs more has flags that do not fit it
+
+
+class Diverged(RuntimeError):
+    """Training broke down, and the run was not to go back, or had gone back too often."""
+
+
+class Breakdown(NamedTuple):
+    """Where training broke down, and how."""
+
+    step: int  # of the steps looked at, from 1
+    reason: str
+    emptied: bool  # whether surgery left nothing of a layer
+
+
+def find_breakdown(
+    chunk: train.Chunk, kept: Mapping[str, int], params: dns_jax.Params
+) -> Breakdown | None:
+    """Finds the first step at which training broke down.
+
+    Args:
+      chunk: what happened in some steps.
+      kept: connections that each layer had before them.
+      params: the weights after them.
+
+    Returns:
+      The breakdown; None if there was none.
+    """
+    found = []
+    if broken := np.flatnonzero(~np.isfinite(chunk.losses)).tolist():
+        found.append(Breakdown(broken[0] + 1, 'the loss is not finite', False))
+    for layer, events in chunk.events.items():
+        left = kept[layer] + np.cumsum(np.subtract(events.spliced, events.pruned))
+        if empty := np.flatnonzero(left == 0).tolist():
+            found.append(Breakdown(empty[0] + 1, f'surgery has left nothing of {layer}', True))
+    # The last step may break the weights, with no loss after it that would tell.
+    if not found and (layers := _not_finite(params)):
+        reason = f'a weight of {", ".join(layers)} is not finite'
+        found.append(Breakdown(len(chunk.losses), reason, False))
+    return min(found, default=None)
+
+
+def _not_finite(params: dns_jax.Params) -> list[str]:
+    layers = dns_jax.group_by_layer(params, takes_part=lambda path, leaf: True)
+    return [layer for layer, finite in jax.device_get(_are_finite(layers)).items() if not finite]
+
+
+@jax.jit
+def _are_finite(layers: Mapping[str, Sequence[jax.Array]]) -> dict[str, jax.Array]:
+    return {
+        layer: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+        for layer, leaves in layers.items()
+    }
+
+
+def calmed(
+    optimizer: optax.GradientTransformation, setbacks: Sequence[bool]
+) -> optax.GradientTransformation:
+    """Makes the optimizer that a phase goes on with after setbacks.
+
+    Args:
+      optimizer: of the phase, with surgery in it.
+      setbacks: for each, whether surgery had emptied a layer.
+
+    Returns:
+      The same with half the learning rate for each setback; once a layer was emptied, with masks
+      that stay as they are. Its state is that of the optimizer.
+    """
+    if not setbacks:
+        return optimizer
+
+    def update_fn(updates, state, params: Any = None):
+        updates, new_state = optimizer.update(updates, state, params)
+        if any(setbacks):
+            new_state = optax.tree.set(new_state, masks=optax.tree.get(state, 'masks'))
+        return optax.tree.scale(0.5 ** len(setbacks), updates), new_state
+
+    return optax.GradientTransformation(optimizer.init, update_fn)
+
+
+def foresee(
+    rules: Mapping[str, dns_jax.Rule],
+    params: dns_jax.Params,
+    steps: int,
+    takes_part: Callable[[str, jax.Array], bool],
+) -> list[str]:
+    """Says which layers surgery would leave nothing of, were the weights to stay as they are.
+
+    Args:
+      rules: by pattern, of the weights' magnitude.
+      params: the weights that surgery begins with.
+      steps: of surgery.
+      takes_part: which leaves take part.
+
+    Returns:
+      A sentence for each layer of which nothing is left by the first thresholds or by the last.
+    """
+    found = {}
+    layers = dns_jax.group_by_layer(params, takes_part=takes_part)
+    patterns = {
+        layer: pattern for layer, (pattern, _) in dns_jax.match_patterns(rules, layers).items()
+    }
+    for pattern, rule in rules.items():
+        weights = {layer: layers[layer] for layer in layers if patterns.get(layer) == pattern}
+        masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), weights)
+        for count in (0, _last_refresh(rule, steps)):
+            bands = rule.thresholds(weights, masks, jnp.int32(count))
+            for layer, (low, _) in bands.items():
+                largest = max(float(jnp.abs(leaf).max()) for leaf in weights[layer])
+                if largest < float(low):
+                    found.setdefault(
+                        layer,
+                        f'the threshold of {layer} at step {count}, {float(low):.4g}, lies above '
+                        f'all its weights, the largest being {largest:.4g}: surgery would leave '
+                        'nothing of it',
+                    )
+                elif not largest:
+                    found.setdefault(layer, f'all weights of {layer} are zero')
+    return list(found.values())
+
+
+def _last_refresh(rule: dns_jax.Rule, steps: int) -> int:
+    """Finds the last step at which a rule is asked for thresholds."""
+    counts = np.arange(0, steps, rule.refresh_every or steps)
+    updating = np.asarray(jax.vmap(rule.update_probability)(jnp.asarray(counts))) > 0
+    return int(counts[updating].max(initial=0))
