@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-matrix coverage mutants lint bench results
+.PHONY: demo test test-all test-matrix coverage mutants lint bench results
 
 demo: $(BIN)/ready
 	$(BIN)/python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_digits.flags
 
 test: $(BIN)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+# With the slow ones, of which each takes a minute or more; writes the table of what works.
+test-all: $(BIN)/ready
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m 'slow or not slow' \
+	  --compat=results/compat.md
 
 # Each Python that runs here, in a `.venv-3.12` of its own: 3.11 has jax 0.10, the others the newest.
 MATRIX ?= 3.11 3.12 3.13

@@ -5,27 +5,22 @@ life is short. What a user sees of the entry scripts is asked in `test_run`.
 """
 
 import dataclasses
-import gc
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from absl import logging
+from damaged_checkpoints import restore_damaged
 from tiny import Tiny, run_tiny
 
 from experiments import divergence, models, run
-from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 
 FIELDS = {
@@ -58,22 +53,33 @@ def make_config(data_dir):
 
 
 @pytest.fixture(scope='module')
-def start(data_dir):
-    """Starts runs in processes of their own."""
+def start_process():
+    """Starts processes that have imported everything."""
     processes = multiprocessing.get_context('forkserver')
-    processes.set_forkserver_preload(['tiny'])
+    processes.set_forkserver_preload(['tiny', 'damaged_checkpoints'])
     started = []
 
-    def start(workdir, **fields):
-        fields = {**FIELDS, 'data_dir': str(data_dir), 'workdir': str(workdir), **fields}
-        process = processes.Process(target=run_tiny, args=(fields,))
+    def start_process(action, *arguments):
+        process = processes.Process(target=action, args=arguments)
         process.start()
         started.append(process)
         return process
 
-    yield start
+    yield start_process
     for process in started:
         process.kill()
+
+
+@pytest.fixture(scope='module')
+def start(start_process, data_dir, tmp_path_factory):
+    """Starts runs in processes of their own."""
+    nowhere = tmp_path_factory.mktemp('errors') / 'error.txt'
+
+    def start(workdir, errors=nowhere, **fields):
+        fields = {**FIELDS, 'data_dir': str(data_dir), 'workdir': str(workdir), **fields}
+        return start_process(run_tiny, fields, errors)
+
+    return start
 
 
 def outcome(folder):
@@ -159,7 +165,7 @@ def test_a_signal_saves_and_leaves_within_five_seconds(start, tmp_path, number, 
     wait_for_record(process, tmp_path / 'run')
     sent = time.monotonic()
     os.kill(process.pid, number)
-    assert done(process) == 1  # by an exception that `flags.launch` turns into a message
+    assert done(process) == 1
     seconds = time.monotonic() - sent
     compat('faults', f'{number.name} in the middle of a record', 'left within 5 s')
     assert seconds < 5
@@ -172,12 +178,22 @@ def steps_of(folder, phase):
     return sorted(int(path.name) for path in (folder / 'checkpoints' / phase).glob('[0-9]*'))
 
 
-def run_in_short_stretches(config, train_phase, *arguments):
-    """Stops a phase after every compiled call; returns how often."""
+class EveryThird(list):
+    """Signals that seem to have come every third time that they are looked at."""
+
+    looked = 0
+
+    def __bool__(self):
+        self.looked += 1
+        return self.looked % 3 == 0
+
+
+def run_in_short_stretches(config, train_phase, *arguments, stopping):
+    """Stops a phase again and again; returns how often."""
     for stretch in itertools.count():
         trainer = run.Trainer(dataclasses.replace(config, resume=config.resume or stretch > 0))
         try:
-            train_phase([trainer], *arguments, [signal.SIGTERM])
+            train_phase([trainer], *arguments, stopping)
         except run.Stopped:
             continue
         return stretch
@@ -188,7 +204,7 @@ def test_stopped_after_every_call_a_run_ends_as_the_unbroken_one(make_config, tm
     run.run_together([make_config(tmp_path / 'whole', **short)])
     config = make_config(tmp_path / 'run', **short)
     # In calls of 20 steps; after the last, the phase is done.
-    assert run_in_short_stretches(config, run.train_references) == 7
+    assert run_in_short_stretches(config, run.train_references, stopping=[signal.SIGTERM]) == 7
     assert steps_of(tmp_path / 'run', 'reference') == [120, 130]
     run.run_together([make_config(tmp_path / 'run', **short, resume=True)])
     assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
@@ -230,14 +246,12 @@ def small_disk(tmp_path):
         subprocess.run(['umount', str(folder)], check=False)
 
 
-def test_a_full_disk(start, whole, small_disk, capfd, compat):
+def test_a_full_disk(start, whole, small_disk, tmp_path, compat):
     compat('faults', 'full disk', 'an error that says so; goes on from the last good checkpoint')
     disk, remount = small_disk
-    assert done(start(disk / 'run')) == 1
-    assert re.search(
-        rf'OSError: {disk}/run.*: a checkpoint cannot be saved: .*No space left',
-        capfd.readouterr().err,
-    )
+    assert done(start(disk / 'run', tmp_path / 'error.txt')) == 1
+    message = rf'OSError: {disk}/run.*: a checkpoint cannot be saved: .*No space left'
+    assert re.match(message, (tmp_path / 'error.txt').read_text())
     assert steps_of(disk / 'run', 'reference')
     remount('size=50m')
     assert done(start(disk / 'run', resume=True)) == 0
@@ -257,55 +271,16 @@ def test_a_folder_that_cannot_be_written(make_config, small_disk, compat):
         run.run(make_config(disk / 'run', resume=True))
 
 
-def damages(path, random_):
-    """The ways in which a file is damaged: bits flipped, cut, emptied and gone."""
-    content = path.read_bytes()
-    for _ in range(3 if content else 0):
-        at = random_.randrange(len(content))
-        flipped = bytes([content[at] ^ 1 << random_.randrange(8)])
-        yield content[:at] + flipped + content[at + 1 :]
-    if content:
-        yield content[: len(content) // 2]
-        yield b''
-    yield None
-
-
-def make_state(seed):
-    key = jax.random.key(seed)
-    weights = jax.random.normal(key, (40, 30))
-    return {'params': weights, 'masks': weights > 0, 'key': key, 'count': jnp.int32(seed)}
-
-
-def bits(state):
-    keyless = {**state, 'key': jax.random.key_data(state['key'])}
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(keyless)]
-
-
-# Of what it begins to read of a damaged file, orbax leaves tasks behind.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_no_damage_to_a_checkpoint_brings_back_another_state(tmp_path, compat):
+def test_no_damage_to_a_checkpoint_brings_back_another_state(start_process, tmp_path, compat):
     row = 'damaged files in the newest checkpoint'
     compat('faults', row)
-    with Checkpoints(tmp_path / 'whole') as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(step, make_state(step), {'seed': step})
-    folder = tmp_path / 'whole' / '2'
-    files = sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
-    steps = []
-    for file in files:
-        for damage in damages(folder / file, random.Random(str(file))):
-            shutil.rmtree(tmp_path / 'copy', ignore_errors=True)
-            shutil.copytree(tmp_path / 'whole', tmp_path / 'copy')
-            damaged = tmp_path / 'copy' / '2' / file
-            damaged.unlink() if damage is None else damaged.write_bytes(damage)
-            with Checkpoints(tmp_path / 'copy') as checkpoints:
-                step, state = checkpoints.restore(make_state(0))
-                assert bits(state) == bits(make_state(step)), file
-                assert checkpoints.notes(step) == {'seed': step}
-            steps.append(step)
-    gc.collect()  # here, not in the next test
+    # Of what it begins to read of a damaged file, orbax leaves tasks behind, and complaints.
+    assert done(start_process(restore_damaged, tmp_path)) == 0
+    steps = json.loads((tmp_path / 'steps.json').read_text())
+    assert len(steps) > 50
     passed_over = steps.count(1)
-    assert passed_over > len(steps) / 3
+    assert passed_over + steps.count(2) == len(steps)
+    assert passed_over > len(steps) / 5
     compat('faults', row, f'{len(steps)} damages, {passed_over} led to the one before')
 
 
@@ -363,11 +338,13 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
     assert ('masks as they are there' in told[-1]) == emptied
     # With masks that stay as they were before the first step, nothing is pruned.
     assert (summary['kept'] == summary['parameters']) == emptied
-    # A run that is stopped after each call forgets no setback.
+    # Stopped after three calls, which may all have gone back, a run forgets no setback.
     config = make_config(tmp_path / 'run', reference=str(tmp_path / 'whole'), **fields)
     dense = run.train_references([run.Trainer(config)], [])
-    run_in_short_stretches(dataclasses.replace(config, resume=True), run.train_surgery, dense)
-    run.run_together([dataclasses.replace(config, resume=True)])
+    config = dataclasses.replace(config, resume=True)
+    signals = EveryThird([signal.SIGTERM])
+    assert run_in_short_stretches(config, run.train_surgery, dense, stopping=signals) >= 1 - emptied
+    run.run_together([config])
     records, network = outcome(tmp_path / 'whole')
     surgery = [line for line in records.splitlines(keepends=True) if '"surgery"' in line]
     assert outcome(tmp_path / 'run') == (''.join(surgery), network)

@@ -24,10 +24,14 @@ class Tiny(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype, name='fc2')(hidden).astype(jnp.float32)
 
 
-def run_tiny(fields):
-    """Does a run of the network; for a process that a test starts and ends."""
+def run_tiny(fields, errors):
+    """Does a run of the network in a process that a test starts and ends."""
     models.NETWORKS['tiny'] = Tiny
-    run(flags.Config(network='tiny', **fields))
+    try:
+        run(flags.Config(network='tiny', **fields))
+    except Exception as error:
+        errors.write_text(f'{type(error).__name__}: {error}')
+        raise SystemExit(1) from error
 
 
 if __name__ == '__main__':
