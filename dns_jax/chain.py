@@ -56,9 +56,16 @@ class Select:
 
 
 Layer = Dense | Convolution | MaxPool | Relu | Flatten | Select
+"""Any layer of a chain."""
+
 Chain = tuple[Layer, ...]
+"""A network: its layers, first to last."""
+
 Weighted = Dense | Convolution
-Weights = Mapping[str, Mapping[str, Any]]  # kernel and bias, by the names of the layers
+"""A layer with weights."""
+
+Weights = Mapping[str, Mapping[str, Any]]
+"""The kernel and the bias of each layer with weights, by its name."""
 
 _KINDS = {kind.__name__: kind for kind in (Dense, Convolution, MaxPool, Relu, Flatten, Select)}
 _AXES = ('NHWC', 'HWIO', 'NHWC')

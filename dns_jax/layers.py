@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dns_jax.typing import LayerOf, Predicate
 
-T = TypeVar('T')
+_Value = TypeVar('_Value')
 
 
 def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
@@ -135,7 +135,9 @@ def group_by_layer(
     return dict(sorted(groups.items()))
 
 
-def match_patterns(table: Mapping[str, T], layers: Iterable[str]) -> dict[str, tuple[str, T]]:
+def match_patterns(
+    table: Mapping[str, _Value], layers: Iterable[str]
+) -> dict[str, tuple[str, _Value]]:
     """Finds for each layer the first pattern of a table that its name matches.
 
     Args:

@@ -6,6 +6,7 @@ never return, but for those of `regrow`. Where a pruner is given one number it i
 else a table `{pattern: number}` as of rules.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def han(
       A transformation as of `surgery`.
 
     Raises:
-      As `surgery`, `std` and `update_at` do.
+      ValueError: if `rounds` is empty, or names a step that is negative or not finite.
+      As `surgery` and `std` do.
 
     Example:
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.0])}
@@ -60,6 +62,7 @@ def han(
     Reference:
       Han et al. 2015, Learning both weights and connections for efficient neural networks.
     """
+    _check_rounds('rounds', rounds)
     probability = update_at(rounds)
     rules = {pattern: Rule(std(c), probability, 1) for pattern, c in _table(c_rate).items()}
     return surgery(rules, key, splicing=False, **options)
@@ -80,6 +83,7 @@ def one_shot(
       A transformation as of `surgery`.
 
     Raises:
+      ValueError: if `step` is negative or not finite.
       As `iterative` does.
 
     Example:
@@ -89,6 +93,7 @@ def one_shot(
       >>> state.masks['fc1']
       Array([False, False, False,  True], dtype=bool)
     """
+    _check_rounds('step', [step])
     return iterative(density, [step], key, **options)
 
 
@@ -117,8 +122,9 @@ def iterative(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `density` is outside (0, 1], or `rounds` names a step twice.
-      As `surgery` and `update_at` do.
+      ValueError: if `density` is outside (0, 1], or `rounds` is empty or names a step twice, or
+        one that is negative or not finite.
+      As `surgery` does.
 
     Example:
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
@@ -131,13 +137,12 @@ def iterative(
       1 2
       2 1
     """
+    _check_rounds('rounds', rounds)
     probability, steps = update_at(rounds), np.asarray(rounds, np.int32)
     if len(set(rounds)) < len(rounds):
         raise ValueError(f'rounds must not name a step twice, but is {list(rounds)!r}')
     rules = {}
-    for pattern, final in _table(density).items():
-        if not 0 < final <= 1:
-            raise ValueError(f'density must be in (0, 1], but is {final!r}')
+    for pattern, final in _density_table(density).items():
 
         def schedule(step, final=final):
             done = jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.float32)
@@ -171,8 +176,8 @@ def gradual(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `every` is less than 1.
-      As `surgery`, `divide` and `polynomial_density` do.
+      ValueError: if `density` is outside (0, 1], or `every` is less than 1.
+      As `surgery` and `polynomial_density` do.
 
     Example:
       >>> params = {'fc1': jnp.arange(1.0, 9.0)}
@@ -194,7 +199,7 @@ def gradual(
         raise ValueError(f'every must be at least 1, but is {every!r}')
     ramps = {
         pattern: polynomial_density(number, start, end)
-        for pattern, number in _table(density).items()
+        for pattern, number in _density_table(density).items()
     }
     probability = update_at([*range(start, end, every), end])
     rules = {pattern: Rule(divide(ramp), probability, 1) for pattern, ramp in ramps.items()}
@@ -241,8 +246,9 @@ def regrow(
       whose growth is 0 are not.
 
     Raises:
-      ValueError: if `every` is less than 1 or `drop` is a number outside [0, 1].
-      As `surgery` and `divide` do.
+      ValueError: if `density` is outside (0, 1], `every` is less than 1, or `drop` is a number
+        outside [0, 1].
+      As `surgery` does.
 
     Example:
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
@@ -329,3 +335,20 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
 
 def _table(numbers: float | Mapping[str, float]) -> Mapping[str, float]:
     return numbers if isinstance(numbers, Mapping) else {'*': numbers}
+
+
+def _density_table(density: float | Mapping[str, float]) -> Mapping[str, float]:
+    table = _table(density)
+    for number in table.values():
+        if not 0 < number <= 1:
+            raise ValueError(f'density must be in (0, 1], but is {number!r}')
+    return table
+
+
+def _check_rounds(name: str, steps: Sequence[int]) -> None:
+    """Refuses steps by the name that the caller knows, where `update_at` has one of its own."""
+    if not steps:
+        raise ValueError(f'{name} must name at least one step, but is {steps!r}')
+    for step in steps:
+        if not 0 <= step < math.inf:
+            raise ValueError(f'{name} must be finite and at least 0, but is {step!r}')

@@ -235,7 +235,10 @@ def recorded_kinds(text: str, chain: Chain) -> dict[str, str]:
       >>> recorded_kinds('{"fc": "sparse"}', (Dense('fc'),))
       {'fc': 'sparse'}
     """
-    kinds = json.loads(text)
+    try:
+        kinds = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'kinds {text[:80]!r} cannot be read: {error}') from error
     names = {layer.name for layer in chain if isinstance(layer, Weighted)}
     known = ('dense', 'sparse', 'native')
     is_table = isinstance(kinds, dict) and kinds.keys() == names

@@ -1,11 +1,9 @@
 """Image sets as TFDS folders of array_record files, prepared and checked without TensorFlow."""
 
 import contextlib
-import gzip
 import io
 import os
 import pathlib
-import tarfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +13,15 @@ from array_record.python.array_record_module import ArrayRecordReader  # pyright
 from PIL import Image
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+from experiments.archives import (
+    iterate_classes,
+    iterate_images,
+    list_files,
+    read_cifar10,
+    read_idx,
+)
+from experiments.crops import open_image
 
 _IDX_FILES = {
     'train_images': 'train-images-idx3-ubyte.gz',
@@ -222,22 +229,13 @@ def _idx_builder(name: str) -> type:
                 files = dl_manager.download({key: self.URL + _IDX_FILES[key] for key in _IDX_FILES})
             except _DOWNLOAD_FAILURES as error:
                 raise _not_to_be_had(self.name, list(_IDX_FILES.values()), error) from error
-            arrays = {key: _read_idx(file) for key, file in files.items()}
+            arrays = {key: read_idx(file) for key, file in files.items()}
             return {
                 'train': self._generate_examples(arrays['train_images'], arrays['train_labels']),
                 'test': self._generate_examples(arrays['test_images'], arrays['test_labels']),
             }
 
     return Idx
-
-
-def _read_idx(path: os.PathLike[str]) -> np.ndarray:
-    """Reads a gzipped IDX file of bytes: 0, 0, 8, the rank, the shape as >i4, then the values."""
-    with gzip.open(path) as file:
-        content = file.read()
-    rank = content[3]
-    shape = np.frombuffer(content, '>i4', count=rank, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def _cifar10_builder() -> type:
@@ -253,21 +251,14 @@ def _cifar10_builder() -> type:
                 path = dl_manager.download(files.url)
             except _DOWNLOAD_FAILURES as error:
                 raise _not_to_be_had(self.name, [os.path.basename(files.url)], error) from error
-            with tarfile.open(path, 'r:gz') as archive:
-                contents = {
-                    os.path.basename(member.name): archive.extractfile(member).read()  # pyright: ignore
-                    for member in archive
-                    if member.isfile()
-                }
-            self.info.features['label'].names = contents['batches.meta.txt'].decode().split()
+            names, train, test = read_cifar10(path, files)
+            self.info.features['label'].names = names
             return {
-                'train': self._generate_examples('train', [contents[f] for f in files.train_files]),
-                'test': self._generate_examples('test', [contents[f] for f in files.test_files]),
+                'train': self._generate_examples('train', train),
+                'test': self._generate_examples('test', test),
             }
 
-        def _generate_examples(self, split, contents):
-            # One byte for the label, then the image: 1,024 bytes each of red, green and blue.
-            rows = np.frombuffer(b''.join(contents), np.uint8).reshape(-1, 3_073)
+        def _generate_examples(self, split, rows):
             images = np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
             for key, example in _generate_examples(self, images, rows[:, 0]):
                 yield key, {**example, 'id': f'{split}_{key:05d}'}
@@ -294,9 +285,9 @@ def _imagenet_builder() -> type:
                     )
             # Listing takes seconds, so that a wrong archive is found before hours of work.
             _check_classes(train)
-            images = _iterate_images(validation, _label_validation_images(validation))
+            images = iterate_images(validation, _label_validation_images(validation))
             return {
-                'train': self._generate_examples('train', train, _iterate_classes(train)),
+                'train': self._generate_examples('train', train, iterate_classes(train)),
                 'validation': self._generate_examples('validation', validation, images),
             }
 
@@ -318,24 +309,9 @@ def _read_synsets(file: str) -> list[str]:
     return tfds.core.tfds_path(f'datasets/imagenet2012/{file}').read_text(encoding='utf-8').split()
 
 
-@contextlib.contextmanager
-def _open_tar(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
-    """Opens a tar, and names it in the errors of the standard library."""
-    try:
-        with tarfile.open(path, 'r:') as archive:
-            yield archive
-    except tarfile.TarError as error:
-        raise ValueError(f'{path} is cut short or no tar archive: {error}') from error
-
-
-def _list_files(path: pathlib.Path) -> list[str]:
-    with _open_tar(path) as archive:
-        return [member.name for member in archive if member.isfile()]
-
-
 def _check_classes(path: pathlib.Path) -> None:
     """Holds the training archive to one tar of each class."""
-    wanted, found = {f'{each}.tar' for each in _read_synsets('labels.txt')}, set(_list_files(path))
+    wanted, found = {f'{each}.tar' for each in _read_synsets('labels.txt')}, set(list_files(path))
     if found != wanted:
         missing, unknown = sorted(wanted - found), sorted(found - wanted)
         raise ValueError(
@@ -346,36 +322,10 @@ def _check_classes(path: pathlib.Path) -> None:
 
 def _label_validation_images(path: pathlib.Path) -> dict[str, str]:
     """Returns the class of each validation image; they are listed in the order of the names."""
-    names, synsets = sorted(_list_files(path)), _read_synsets('validation_labels.txt')
+    names, synsets = sorted(list_files(path)), _read_synsets('validation_labels.txt')
     if len(names) != len(synsets):
         raise ValueError(f'{path} holds {len(names):,} images, wanted {len(synsets):,}')
     return dict(zip(names, synsets, strict=True))
-
-
-def _iterate_images(path: pathlib.Path, labels: dict[str, str]) -> Iterator[tuple[str, bytes, str]]:
-    """Yields name, bytes and class of each validation image."""
-    with _open_tar(path) as archive:
-        for name, file in _iterate_files(archive):
-            yield name, file.read(), labels[name]
-
-
-def _iterate_classes(path: pathlib.Path) -> Iterator[tuple[str, bytes, str]]:
-    """Yields name, bytes and class of each training image."""
-    with _open_tar(path) as archive:
-        for class_name, class_file in _iterate_files(archive):
-            try:
-                # Read where it lies: in memory it would take 150 MB.
-                with tarfile.open(fileobj=class_file, mode='r:') as images:
-                    for name, file in _iterate_files(images):
-                        yield name, file.read(), class_name.removesuffix('.tar')
-            except tarfile.TarError as error:
-                raise ValueError(f'{path}: {class_name} is damaged: {error}') from error
-
-
-def _iterate_files(archive: tarfile.TarFile) -> Iterator[tuple[str, Any]]:
-    for member in archive:
-        if member.isfile():
-            yield member.name, archive.extractfile(member)
 
 
 def _as_plain_jpeg(content: bytes, where: str) -> bytes:
@@ -384,7 +334,7 @@ def _as_plain_jpeg(content: bytes, where: str) -> bytes:
     In the published archives, 22 images are CMYK and one is a PNG in spite of its name.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             # MPO is a JPEG that further images follow.
             if image.format in ('JPEG', 'MPO') and image.mode in ('L', 'RGB'):
                 # To decode all takes long. Without the end marker, a file may still be whole.

@@ -3,6 +3,7 @@
 Each is a frozen dataclass as `flags.Config` is.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from experiments import data
-from experiments.flags import Config, define, flag, is_flag
+from experiments.flags import Config, check_finite, define, flag, is_flag
 from experiments.parsers import parse_table
 
 _FEWEST_IMAGES = 64  # two batches of those that decoding is timed with
@@ -33,7 +34,9 @@ class FrontierConfig(Config):
     network: str = flag('lenet300', 'Network.', choices=('lenet300', 'lenet5'))
     workdir: str = flag('runs/frontier', 'Folder of the sweep, with one folder for each run.')
     compressions: str = flag('30,60,120', 'The compressions to reach, with commas between.')
-    seeds: int = flag(5, 'Runs of each, with the seeds from --seed on.', lower_bound=1)
+    seeds: int = flag(
+        5, 'Runs of each, with the seeds from --seed on.', lower_bound=1, upper_bound=1_000
+    )
     side_by_side: int = flag(5, 'Seeds trained in one program, at most.', lower_bound=1)
 
     def __post_init__(self):
@@ -89,8 +92,8 @@ class CompareConfig(FrontierConfig):
         lengths = {run.surgery_steps + run.finetuning_steps for _, run in self.named_runs()}
         if len(lengths) > 1:
             raise ValueError(f'--variant: all must take as many steps, but take {sorted(lengths)}')
-        folders = [run.workdir for run in self.runs()]
-        twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+        folders = collections.Counter(run.workdir for run in self.runs())
+        twice = sorted(folder for folder, count in folders.items() if count > 1)
         if twice:
             raise ValueError(
                 f'--variant: names must differ in letters and digits, but two make {twice}'
@@ -385,6 +388,7 @@ class ExportConfig:
                 raise ValueError(f'--{field.name}={value} has no meaning beside the other flags')
         if self.format == 'coded' and not (self.output or '.dns').endswith('.dns'):
             raise ValueError(f'--output={self.output} must end in .dns, by which it is known')
+        check_finite(self)
         self.parse_clusters()
 
     def parse_clusters(self) -> dict[str, int]:

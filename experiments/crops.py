@@ -7,6 +7,28 @@ import numpy as np
 from PIL import Image
 
 CROPS = ('caffe', 'random_resized', 'whole')
+# What TFDS encodes and decodes. Pillow would also hand a file to other programs, as PostScript is.
+_FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG')
+_MOST_PIXELS = 89_478_485  # a third of a GiB once decoded; above, Pillow warns of bombs
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Opens an image; its pixels are decoded once they are asked for.
+
+    Args:
+      content: a BMP, GIF, JPEG or PNG file.
+
+    Returns:
+      The image.
+
+    Raises:
+      ValueError: it has more than 89,478,485 pixels.
+      OSError: the file is damaged or another; Pillow raises other types besides.
+    """
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f'it has {image.width}x{image.height} pixels, over {_MOST_PIXELS}')
+    return image
 
 
 def crop_image(
@@ -15,7 +37,7 @@ def crop_image(
     """Decodes an image, cuts a part out of it and resizes that to a square.
 
     Args:
-      content: a file that Pillow can read.
+      content: as for `open_image`.
       image_size: height and width wanted, pixels.
       crop: one of `CROPS`.
       generator: what place and mirroring are drawn from; None gives the crop for evaluation.
@@ -24,9 +46,9 @@ def crop_image(
       The pixels, (image_size, image_size, 3) uint8.
 
     Raises:
-      OSError: the file is damaged; Pillow raises other types besides.
+      Exception: as `open_image` does.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(content) as image:
         width, height = image.size
         box, mirror = _choose_box(width, height, image_size, crop, generator)
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster. As long as

@@ -6,8 +6,10 @@ and writes `data_dir/dns_jax_cache/<name>-<version>.npz`; later ones read that f
 
 import dataclasses
 import io
+import math
 import os
 import pathlib
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +19,7 @@ from dns_jax.files import write_whole
 
 _CLASSES = 10
 _EVALUATION_BATCH = 1_000  # images
+_MOST_HEADER = 1_000  # bytes before an array in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,17 +164,32 @@ def _read_cache(cache: pathlib.Path, source: _Source) -> dict[str, np.ndarray]:
         expected[f'{split}_labels'] = ((count,), np.dtype(np.int32))
     with open(cache, 'rb') as file:
         try:
-            with np.load(file, allow_pickle=False) as stored:
-                arrays = dict(stored)
-            found = {key: (array.shape, array.dtype) for key, array in arrays.items()}
-            if found != expected:
-                raise ValueError(f'it holds {found}, wanted {expected}')
+            with zipfile.ZipFile(file) as stored:
+                names = sorted(stored.namelist())
+                if names != sorted(f'{key}.npy' for key in expected):
+                    raise ValueError(f'it holds {names}, wanted {list(expected)}')
+                arrays = {key: _read_array(stored, key, *form) for key, form in expected.items()}
             labels = np.concatenate([arrays['train_labels'], arrays['test_labels']])
             if labels.min() < 0 or labels.max() >= _CLASSES:
                 raise ValueError(f'its labels reach outside 0 to {_CLASSES - 1}')
         except Exception as error:  # Damaged bytes raise a dozen types, all of one meaning.
             raise ValueError(f'{cache} is damaged: {error}. Delete it and run again.') from error
     return arrays
+
+
+def _read_array(
+    stored: zipfile.ZipFile, key: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """Reads an array that must have a form; no memory is taken for what it claims to have."""
+    size = dtype.itemsize * math.prod(shape)
+    if not 0 <= stored.getinfo(f'{key}.npy').file_size - size <= _MOST_HEADER:
+        raise ValueError(f'{key} does not have the {size} bytes of {dtype} of the shape {shape}')
+    with stored.open(f'{key}.npy') as file:
+        np.lib.format.read_magic(file)
+        found = np.lib.format.read_array_header_1_0(file)
+        if found != (shape, False, dtype):
+            raise ValueError(f'{key} is {found}, wanted {(shape, False, dtype)}')
+        return np.frombuffer(bytearray(file.read(size)), dtype).reshape(shape)
 
 
 def _prepare(

@@ -59,8 +59,11 @@ def _of_run(folder: Path, config: Config, like: TrainState) -> dns_jax.Params:
                 f'--reference={folder} is of a run with {name} {flags.get(name)!r}; wanted '
                 f'{own[name]!r}'
             )
+    steps = flags.get('reference_steps')
+    if not isinstance(steps, int):
+        raise ValueError(f'--reference={folder} has flags with {steps!r} for reference_steps')
     with Checkpoints(checkpoints_folder) as checkpoints:
-        return checkpoints.restore(like, flags['reference_steps'])[1].params
+        return checkpoints.restore(like, steps)[1].params
 
 
 def _of_caffe(path: Path, config: Config, like: TrainState) -> dns_jax.Params:

@@ -16,9 +16,8 @@ import numpy as np
 
 from dns_jax.files import write_whole
 from experiments import plots
+from experiments.summaries import LAYER_COUNTS, Summary, check_summary
 from experiments.workdir import read_records
-
-Summary = Mapping[str, Any]
 
 NETWORK_NAMES = {
     'lenet300': 'LeNet-300-100',
@@ -49,25 +48,6 @@ PUBLISHED_SHARES = {
         },
     },
 }
-SUMMARY_KEYS = (
-    'network',
-    'dataset',
-    'seed',
-    'steps',
-    'reference_error',
-    'test_error',
-    'validation_error',
-    'parameters',
-    'kept',
-    'compression',
-    'seconds',
-    'commit',
-    'jax',
-    'per_layer',
-)
-# What adds up over the layers; the two ratios follow from the sums.
-LAYER_COUNTS = ('parameters', 'kept', 'multiply_adds', 'kept_multiply_adds', 'bytes', 'kept_bytes')
-LAYER_KEYS = (*LAYER_COUNTS, 'density', 'compression')
 RESULT_HEADER = ('network', 'parameters → kept', 'error: reference → after surgery', 'compression')
 FRONTIER_HEADER = (
     *('network', 'seeds', 'compression', 'kept'),
@@ -108,17 +88,6 @@ LAYER_HEADER = (
     'bytes',
     'kept',
 )
-
-
-def _check_summary(summary: Summary) -> None:
-    """Raises ValueError naming the first key that the summary, or one of its layers, lacks."""
-    for key in SUMMARY_KEYS:
-        if key not in summary:
-            raise ValueError(f"the summary lacks the key '{key}'")
-    for layer, entry in summary['per_layer'].items():
-        for key in LAYER_KEYS:
-            if key not in entry:
-                raise ValueError(f"the summary's per_layer['{layer}'] lacks the key '{key}'")
 
 
 def _short_count(count: int) -> str:
@@ -172,15 +141,16 @@ def published_table(summary: Summary) -> str:
     Returns:
       A Markdown table; empty where no paper tells of the network's layers.
     """
-    published = PUBLISHED_SHARES.get(summary['network'])
-    if not published:
+    published = PUBLISHED_SHARES.get(summary['network'], {})
+    layers = {*summary['per_layer'], 'total'}
+    if not published or not all(layers <= shares.keys() for shares in published.values()):
         return ''
     total = {key: summary[key] for key in ('parameters', 'kept')}
     rows = [
         (
             layer,
             f'{entry["parameters"]:,}',
-            f'{100 * entry["kept"] / entry["parameters"]:.1f}',
+            f'{100 * entry["kept"] / max(entry["parameters"], 1):.1f}',
             *(f'{shares[layer]:g}' for shares in published.values()),
         )
         for layer, entry in [*summary['per_layer'].items(), ('total', total)]
@@ -209,7 +179,7 @@ def format_table(summary: Summary) -> str:
     Raises:
       ValueError: the summary lacks a key.
     """
-    _check_summary(summary)
+    check_summary(summary)
     result = table(RESULT_HEADER, [_result_cells(summary)])
     tables = result, table(LAYER_HEADER, _layer_rows(summary)), published_table(summary)
     return '\n\n'.join(filter(None, tables))
@@ -284,7 +254,7 @@ def markdown(summary: Summary, pictures: Sequence[Path] = ()) -> str:
     Raises:
       ValueError: the summary lacks a key.
     """
-    _check_summary(summary)
+    check_summary(summary)
     network, *_ = _result_cells(summary)
     flags = summary.get('flags', {})
     seen = ', of images that it was trained on' if flags.get('train_on_all') else ''
@@ -341,7 +311,7 @@ def write(
       OSError: a file cannot be written; the message names it.
     """
     workdir = Path(workdir)
-    _check_summary(summary)
+    check_summary(summary)
     pixels = {}
     if first_layer_mask is not None:
         pixels['first_layer'] = plots.first_layer_figure(first_layer_mask)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report import frontier_table, middle_and_range
+from experiments.summaries import check_summary, read_summary
 
+_NUMBERS = ('target', 'compression', 'kept', 'reference_error', 'test_error')
 FOLDER = Path(__file__).parents[1] / 'results'
 _HEADER = '| flagfile | seeds | error of the reference | error after surgery | kept | compression |'
 
@@ -25,7 +27,7 @@ def read_summaries(folder: Path = FOLDER) -> dict[str, list[dict[str, Any]]]:
       `{flagfile: the summaries of its runs}`, sorted by flagfile and seed.
 
     Raises:
-      ValueError: if the folder holds none.
+      ValueError: if the folder holds none, or one of them is damaged.
     """
     paths = sorted(folder.glob('*-[0-9]*.json'))
     if not paths:
@@ -33,7 +35,12 @@ def read_summaries(folder: Path = FOLDER) -> dict[str, list[dict[str, Any]]]:
     flagfiles: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         flagfile = path.stem.rpartition('-')[0]
-        flagfiles.setdefault(flagfile, []).append(json.loads(path.read_text()))
+        summary = read_summary(path)
+        try:
+            check_summary(summary)
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}') from error
+        flagfiles.setdefault(flagfile, []).append(summary)
     return flagfiles
 
 
@@ -46,13 +53,19 @@ def read_frontiers(folder: Path = FOLDER, kind: str = 'frontier') -> list[dict[s
 
     Returns:
       Their rows, sorted by network.
+
+    Raises:
+      ValueError: if a file is damaged.
     """
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob(f'{kind}_*.csv')):
-        with path.open(newline='') as file:
-            rows += csv.DictReader(file)
-    numbers = ('target', 'compression', 'kept', 'reference_error', 'test_error')
-    return [{**row, **{name: float(row[name]) for name in numbers}} for row in rows]
+        for row in _read_rows(path):
+            try:
+                numbers = {name: float(row[name]) for name in _NUMBERS}
+                rows.append({**row, 'network': row['network'], **numbers})
+            except (KeyError, ValueError) as error:
+                raise ValueError(f'{path} has the row {row}: {error!r}') from error
+    return rows
 
 
 def read_comparison(path: Path) -> list[dict[str, Any]]:
@@ -63,6 +76,9 @@ def read_comparison(path: Path) -> list[dict[str, Any]]:
 
     Returns:
       Its rows, what is a number as one, without the columns that a row leaves empty.
+
+    Raises:
+      ValueError: if the file is damaged.
     """
 
     def number(text):
@@ -71,12 +87,22 @@ def read_comparison(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             return text
 
-    with path.open(newline='') as file:
-        rows = list(csv.DictReader(file))
     return [
         {name: number(text) for name, text in row.items() if text or name == 'target'}
-        for row in rows
+        for row in _read_rows(path)
     ]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline='', encoding='utf-8') as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f'{path} is damaged: row {number} has more or fewer columns')
+    return rows
 
 
 def table_row(name: str, summaries: Sequence[dict[str, Any]]) -> str:

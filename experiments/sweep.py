@@ -14,6 +14,7 @@ from dns_jax.files import write_whole
 from experiments.commands import FrontierConfig
 from experiments.flags import Config
 from experiments.run import run_together
+from experiments.summaries import read_summary
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
@@ -96,5 +97,5 @@ def _without_seed(run: Config) -> dict[str, Any]:
 def _finished(run: Config) -> Mapping[str, Any] | None:
     """Reads the summary of a run that was finished with these flags, so as not to repeat it."""
     path = Path(run.workdir) / 'summary.json'
-    summary = json.loads(path.read_text()) if path.exists() else {}
+    summary = read_summary(path) if path.exists() else {}
     return summary if summary.get('flags') == run.identity() else None

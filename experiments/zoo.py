@@ -6,10 +6,13 @@ python -m experiments.zoo --workdir=runs/frontier_lenet300/120-0 --name=lenet300
 import json
 from pathlib import Path
 
+import jax
+
 from dns_jax.files import write_whole
 from dns_jax.sparse import load_sparse
 from experiments import flags, report
 from experiments.commands import ZooConfig
+from experiments.summaries import check_summary, read_summary
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 
@@ -28,17 +31,15 @@ def publish(config: ZooConfig) -> list[Path]:
       OSError: if the run is not finished, or the zoo cannot be written.
     """
     run = Path(config.workdir)
-    try:
-        summary = json.loads((run / 'summary.json').read_text())
-    except ValueError as error:
-        raise ValueError(f'{run / "summary.json"} is damaged: {error}') from error
+    summary = read_summary(run / 'summary.json')
+    check_summary(summary)
     # Where another run lay says nothing of the network; whose file it began with does.
-    reference = Path(summary.get('flags', {}).pop('reference', None) or '')
+    reference = Path(str(summary.get('flags', {}).pop('reference', None) or ''))
     if reference.suffix == '.caffemodel':
         summary['flags']['reference'] = reference.name
     card = report.markdown(summary)
     network = load_sparse(run / 'pruned.safetensors')
-    kept = sum(int(mask.sum()) for layer in network.masks.values() for mask in layer.values())
+    kept = sum(int(mask.sum()) for mask in jax.tree.leaves(network.masks))
     if kept != summary['kept']:
         raise ValueError(
             f'--workdir={run}: pruned.safetensors keeps {kept} parameters, summary.json says '

@@ -197,7 +197,7 @@ def test_prepared_folder_is_read_as_it_is(small_files, tmp_path, no_network):
 def test_published_mnist_passes_the_checksums_of_tfds(
     mnist_files, tmp_path, monkeypatch, no_network
 ):
-    read = builders._read_idx
+    read = builders.read_idx
     whole = {key: read(mnist_files / file) for key, file in builders._IDX_FILES.items()}
     assert whole['train_images'].shape == (60_000, 28, 28)
     assert whole['test_images'].shape == (10_000, 28, 28)
@@ -205,7 +205,7 @@ def test_published_mnist_passes_the_checksums_of_tfds(
     # A slice of it goes the whole way, for decoding all takes most of a minute on some machines.
     source = data._Source('3.0.1', train=300, test=300, validation=50)
     monkeypatch.setitem(data._SOURCES, 'mnist', source)
-    monkeypatch.setattr(builders, '_read_idx', lambda path: read(path)[:300])
+    monkeypatch.setattr(builders, 'read_idx', lambda path: read(path)[:300])
     loaded = data.load('mnist', tmp_path, mnist_files, train_on_all=True)
     assert pairs(loaded.train.images, loaded.train.labels) == pairs(
         whole['train_images'][:300], whole['train_labels'][:300]
@@ -314,7 +314,7 @@ DAMAGES = {
 def test_damaged_cache(damage, digits_dir, tmp_path):
     cache = tmp_path / 'dns_jax_cache' / 'digits-1.0.0.npz'
     cache.parent.mkdir()
-    with np.load(digits_dir / 'dns_jax_cache' / cache.name) as stored:
+    with np.load(digits_dir / 'dns_jax_cache' / cache.name, allow_pickle=False) as stored:
         DAMAGES[damage](cache, dict(stored))
     with pytest.raises(ValueError, match=r'digits-1\.0\.0\.npz is damaged.*Delete it'):
         data.load('digits', tmp_path)

@@ -141,6 +141,15 @@ def test_coins_fall_as_often_as_they_should_and_independently():
     check(coins.all(1).mean(), 0.3 * 0.6 * 0.5)
 
 
+def test_coin_that_equals_the_probability_is_lost():
+    # So that σ = 0 never updates, whatever is drawn, and σ = 1 always does.
+    weight, mask, key = jnp.zeros(1), jnp.ones(1, bool), jax.random.key(0)
+    coin = np.asarray(jax.random.uniform(key, (1,)))[0]
+    for sigma, kept in [(coin, True), (np.nextafter(coin, np.float32(1)), False)]:
+        new = update_masks(key, weight, mask, {'': Thresholds(1.0, 2.0)}, {'': sigma})
+        assert bool(new[0]) is kept
+
+
 def test_weights_of_16_bits_are_compared_in_float32():
     # In bfloat16 the threshold would round onto the weight, and keep it.
     weight = jnp.array([0.09960938], jnp.bfloat16)
@@ -289,6 +298,14 @@ def test_scalar_masks_cost_nothing():
     chex.assert_trees_all_equal(update_masks(jax.random.key(0), params, masks, {}, {}), masks)
 
 
+def test_a_scalar_mask_stays_beside_those_of_its_layer_and_without():
+    params = {'a': {'bias': jnp.zeros(3), 'kernel': jnp.zeros((2, 3))}, 'b': {'bias': jnp.zeros(2)}}
+    masks = init_masks(params, is_kernel)
+    new = update_masks(jax.random.key(0), params, masks, {'a': Thresholds(1.0, 2.0)}, {'a': 1.0})
+    want = {'a': {'bias': True, 'kernel': [[False] * 3] * 2}, 'b': {'bias': True}}
+    assert jax.tree.map(lambda leaf: leaf.tolist(), new) == want
+
+
 # Blocks of 128 are added up in bytes: sizes at their edges, and sums that a byte cannot hold.
 SIZES = [0, 1, 127, 128, 129, 255, 256, 257, 128 * 255, 128 * 255 + 127, 128 * 256, 40_000, 100_003]
 
@@ -311,6 +328,15 @@ def test_count_true_of_all_shapes(shape):
     counts = jax.jit(jax.vmap(count_true))(mask)
     assert counts.tolist() == [np.count_nonzero(part) for part in mask]
     assert counts.dtype == jnp.int32
+
+
+def test_count_true_of_an_axis_that_is_sharded_explicitly():
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((8,), ('x',), explicit, devices=jax.devices('cpu')[:8])
+    mask = np.random.default_rng(0).random((16, 24)) < 0.7
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(mask, jax.NamedSharding(mesh, jax.P('x')))
+        assert int(jax.jit(count_true)(placed)) == mask.sum()
 
 
 def test_counts_of_all_at_once():

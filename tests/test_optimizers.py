@@ -111,19 +111,3 @@ def test_params_are_needed():
     optimizer = caffe_sgd(0.1)
     with pytest.raises(ValueError, match='params'):
         optimizer.update(gradients[0], optimizer.init(params))
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ({'momentum': 1}, r'momentum must be in \[0, 1\), but is 1'),
-        ({'momentum': -0.5}, r'momentum must be in \[0, 1\), but is -0.5'),
-        ({'momentum': float('nan')}, r'momentum must be in \[0, 1\), but is nan'),
-        ({'weight_decay': -1e-3}, 'weight_decay must be at least 0, but is -0.001'),
-        ({'weight_decay': float('nan')}, 'weight_decay must be at least 0, but is nan'),
-        ({'bias_scale': -2.0}, 'bias_scale must be at least 0, but is -2.0'),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        caffe_sgd(0.1, **arguments)

@@ -233,42 +233,6 @@ def test_nothing_returns_at_a_threshold_of_zero():
     np.testing.assert_array_equal(state.masks['fc1'], [True, False])
 
 
-@pytest.mark.parametrize(
-    ('make', 'message'),
-    [
-        (lambda: pruners.han(-0.1, [0], KEY), 'c_rate must be finite and at least 0, but is -0.1'),
-        (lambda: pruners.han(np.nan, [0], KEY), 'c_rate must be finite'),
-        (lambda: pruners.han(1.0, [], KEY), 'steps must name at least one step'),
-        (lambda: pruners.han(1.0, [3, -1], KEY), 'steps must be finite and at least 0, but is -1'),
-        (lambda: pruners.one_shot(0.0, 0, KEY), r'density must be in \(0, 1\], but is 0.0'),
-        (lambda: pruners.one_shot(0.5, -2, KEY), 'at least 0, but is -2'),
-        (lambda: pruners.gradual(0.5, 0, 10, 0, KEY), 'every must be at least 1, but is 0'),
-        (lambda: pruners.gradual(0.5, 10, 10, 2, KEY), 'end must be finite and after start'),
-        (lambda: pruners.gradual(1.5, 0, 10, 2, KEY), r'final must be in \(0, 1\]'),
-        (lambda: pruners.iterative(-0.5, [1, 2], KEY), r'density must be in \(0, 1\], but is -0.5'),
-        (lambda: pruners.iterative(0.5, [], KEY), 'steps must name at least one step'),
-        (
-            lambda: pruners.iterative(0.5, [5, 5], KEY),
-            r'rounds must not name a step twice, but is \[5, 5\]',
-        ),
-        (lambda: pruners.regrow(0.5, 0, 9, KEY), 'every must be at least 1, but is 0'),
-        (lambda: pruners.regrow(0.5, 1, 9, KEY, 1.5), r'drop must be in \[0, 1\], but is 1.5'),
-        (lambda: pruners.regrow(1.5, 1, 9, KEY), r'density must be in \(0, 1\], but is 1.5'),
-        (
-            lambda: dns_jax.surgery(
-                dns_jax.Rule(dns_jax.mean_std(1.0), dns_jax.update_probability()),
-                KEY,
-                importance=importance.taylor,
-            ),
-            r"refresh_every of '\*' must be at least 1 for thresholds by importance=.*taylor",
-        ),
-    ],
-)
-def test_bad_arguments(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 @pytest.mark.parametrize(('by', 'every'), [('gradient', 1), ('chance', 4)])
 def test_regrow_exchanges_the_smallest_for_the_most_important(by, every):
     stop, density = 41, 0.4

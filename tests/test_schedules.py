@@ -16,6 +16,7 @@ from dns_jax import (
     caffe_step,
     log_linear_density,
     polynomial_density,
+    update_at,
     update_probability,
 )
 
@@ -41,6 +42,7 @@ CASES = {
     'σ one step': (update_probability(stop=11, start=10), lambda i: 1 if i == 10 else 0),
     'σ power 0': (update_probability(power=0), lambda i: 1),
     'σ gamma 0': (update_probability(gamma=0, power=3), lambda i: 1),
+    'at steps': (update_at([0, 10, 999]), lambda i: i in (0, 10, 999)),
     'polynomial': (
         polynomial_density(0.05, 10, 1000),
         lambda i: 0.05 + 0.95 * (1 - ramp(i, 10, 1000)) ** 3,
@@ -160,64 +162,3 @@ def test_boundaries_are_exact(first):
         density = jax.jit(factory(0.25, first, first + 2))
         got = [density(jnp.int32(first + shift)) for shift in (-1, 0, 1, 2, 3)]
         np.testing.assert_allclose(got, [1, 1, middle, 0.25, 0.25], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ('factory', 'arguments', 'message'),
-    [
-        (
-            update_probability,
-            {'gamma': -1e-4},
-            'gamma must be finite and at least 0, but is -0.0001',
-        ),
-        (
-            update_probability,
-            {'gamma': math.nan},
-            'gamma must be finite and at least 0, but is nan',
-        ),
-        (update_probability, {'power': -1.0}, 'power must be finite and at least 0, but is -1.0'),
-        (update_probability, {'start': -1}, 'start must be finite and at least 0, but is -1'),
-        (update_probability, {'stop': -1}, 'stop must be finite and at least 0, but is -1'),
-        (
-            update_probability,
-            {'stop': 9, 'start': 10},
-            'stop must be finite and at least 10, but is 9',
-        ),
-        *(
-            (factory, {'final': 0.5, 'start': 1, 'end': 9, **bad}, message)
-            for factory in (polynomial_density, log_linear_density)
-            for bad, message in [
-                *(
-                    ({name: value}, rf'{name} must be in \(0, 1\], but is {value}')
-                    for name in ('final', 'initial')
-                    for value in (0, -0.5, 1.5, math.nan)
-                ),
-                ({'start': -1}, 'start must be finite and at least 0, but is -1'),
-                ({'start': math.nan}, 'start must be finite and at least 0, but is nan'),
-                ({'end': 1}, 'end must be finite and after start=1, but is 1'),
-                ({'end': 0}, 'end must be finite and after start=1, but is 0'),
-                ({'end': math.inf}, 'end must be finite and after start=1, but is inf'),
-                ({'end': math.nan}, 'end must be finite and after start=1, but is nan'),
-            ]
-        ),
-        *(
-            (
-                polynomial_density,
-                {'final': 0.5, 'start': 1, 'end': 9, 'power': power},
-                f'power must be finite and above 0, but is {power}',
-            )
-            for power in (0, -1.0, math.inf, math.nan)
-        ),
-        (caffe_step, {'base': 1, 'gamma': 1, 'step_size': 0}, 'step_size .* at least 1.* is 0'),
-        (caffe_inv, {'base': 1, 'gamma': -1, 'power': 1}, 'gamma .* at least 0.* is -1'),
-        (caffe_poly, {'base': 1, 'power': 1, 'steps': 0}, 'steps .* at least 1.* is 0'),
-        (
-            caffe_multistep,
-            {'base': 1, 'gamma': 1, 'boundaries': [5, 3]},
-            r'boundaries must ascend, but are \[5, 3\]',
-        ),
-    ],
-)
-def test_bad_arguments(factory, arguments, message):
-    with pytest.raises(ValueError, match=f'^{message}'):
-        factory(**arguments)

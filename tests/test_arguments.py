@@ -1,0 +1,262 @@
+"""One table of invalid arguments, of everything that makes a schedule, rule, pruner or optimizer.
+
+A row is a factory, arguments that are fine, and one that is not, with values it refuses; the
+message is held to its last letter, as it must name the argument, its value and what was wanted.
+"""
+
+import ast
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import dns_jax
+from dns_jax import (
+    Rule,
+    caffe_inv,
+    caffe_multistep,
+    caffe_poly,
+    caffe_sgd,
+    caffe_step,
+    global_density,
+    importance,
+    layer_density,
+    log_linear_density,
+    mean_std,
+    optimizers,
+    polynomial_density,
+    pruners,
+    schedules,
+    std,
+    surgery,
+    thresholds,
+    training,
+    update_at,
+    update_probability,
+)
+
+KEY = jax.random.key(0)
+RULE = Rule(mean_std(1.0), update_probability())
+
+
+class Row(NamedTuple):
+    factory: Any
+    fine: dict
+    argument: str
+    values: tuple
+    wanted: str  # what the message says of the argument; {} stands for the value's repr
+    error: type = ValueError
+
+
+AT_LEAST = 'must be finite and at least {}, but is {{}}'.format
+SHARE = 'must be in (0, 1], but is {}'
+BAND = 'must be in [0, 1), but is {}'
+NOT_SHARES = (0, -0.5, 1.5, math.nan, math.inf)
+NOT_BANDS = (1, 2, -0.1, math.nan)
+KEYS = (
+    *(jax.random.PRNGKey(0), jnp.zeros(2, jnp.uint32), jax.random.split(KEY, 2)),
+    *(0, 1.5, None, 'key', object()),
+)
+RAMP = {'final': 0.5, 'start': 1, 'end': 9}
+GRADUAL = {'density': 0.5, 'start': 0, 'end': 10, 'every': 2, 'key': KEY}
+REGROW = {'density': 0.5, 'every': 1, 'stop': 9, 'key': KEY}
+ROUNDS = {'rounds': [0], 'key': KEY}
+
+
+def ramps(factory):
+    """What both ramps of a density refuse."""
+    return [
+        *(Row(factory, RAMP, name, NOT_SHARES, SHARE) for name in ('final', 'initial')),
+        Row(factory, RAMP, 'start', (-1, math.nan, -math.inf), AT_LEAST(0)),
+        Row(
+            *(factory, RAMP, 'end', (1, 0, math.inf, math.nan)),
+            'must be finite and after start=1, but is {}',
+        ),
+    ]
+
+
+SCHEDULES = [
+    *(
+        Row(update_probability, {}, name, (-1, -1e-4, math.nan, math.inf), AT_LEAST(0))
+        for name in ('gamma', 'power', 'start', 'stop')
+    ),
+    Row(update_probability, {'start': 10}, 'stop', (9, -1), AT_LEAST(10)),
+    Row(update_at, {}, 'steps', ([], ()), 'must name at least one step, but is {}'),
+    *ramps(polynomial_density),
+    *ramps(log_linear_density),
+    Row(
+        *(polynomial_density, RAMP, 'power', (0, -1.0, math.inf, math.nan)),
+        'must be finite and above 0, but is {}',
+    ),
+    Row(caffe_step, {'base': 1, 'gamma': 1}, 'step_size', (0, -3, math.nan), AT_LEAST(1)),
+    Row(caffe_inv, {'base': 1, 'power': 1}, 'gamma', (-1, -1e-9, math.nan), AT_LEAST(0)),
+    Row(caffe_poly, {'base': 1, 'power': 1}, 'steps', (0, -3, math.inf), AT_LEAST(1)),
+    Row(
+        *(caffe_multistep, {'base': 1, 'gamma': 1}, 'boundaries', ([5, 3], [1, 2, 1])),
+        'must ascend, but are {}',
+    ),
+]
+
+RULES = [
+    Row(mean_std, {}, 'c_rate', (math.nan, math.inf, -math.inf), 'must be finite, but is {}'),
+    Row(std, {}, 'c_rate', (-0.1, math.nan, math.inf), AT_LEAST(0)),
+    *(Row(rule, {}, 'density', NOT_SHARES, SHARE) for rule in (layer_density, global_density)),
+    Row(mean_std, {'c_rate': 0.5}, 'hysteresis', NOT_BANDS, BAND),
+    *(
+        Row(rule, {'density': 0.5}, 'hysteresis', NOT_BANDS, BAND)
+        for rule in (layer_density, global_density)
+    ),
+    Row(
+        *(global_density, {'density': 0.5}, 'score', ('lamp', '', None)),
+        "must be 'norm', 'std' or 'erk', but is {}",
+    ),
+]
+
+# The key, the layers that take part and the importance are checked by surgery for all of them.
+PRUNERS = [
+    Row(
+        *(surgery, {'rules': RULE}, 'key', KEYS),
+        'must be one typed PRNG key, from jax.random.key, but is {}',
+        TypeError,
+    ),
+    Row(pruners.han, ROUNDS, 'c_rate', (-0.1, {'*': -0.1}, math.nan), AT_LEAST(0)),
+    Row(pruners.iterative, ROUNDS, 'density', (*NOT_SHARES, {'*': -0.5}), SHARE),
+    Row(pruners.one_shot, {'step': 0, 'key': KEY}, 'density', (*NOT_SHARES, {'a': 2}), SHARE),
+    Row(pruners.gradual, GRADUAL, 'density', (*NOT_SHARES, {'*': 0}), SHARE),
+    Row(pruners.regrow, REGROW, 'density', (*NOT_SHARES, {'*': 0}), SHARE),
+    *(
+        Row(pruner, {first: 0.5, 'key': KEY}, 'rounds', values, wanted)
+        for pruner, first in [(pruners.han, 'c_rate'), (pruners.iterative, 'density')]
+        for values, wanted in [
+            (([], ()), 'must name at least one step, but is {}'),
+            (([3, -1],), 'must be finite and at least 0, but is -1'),
+        ]
+    ),
+    Row(
+        *(pruners.iterative, {'density': 0.5, 'key': KEY}, 'rounds', ([5, 5], [3, 5, 3])),
+        'must not name a step twice, but is {}',
+    ),
+    Row(pruners.one_shot, {'density': 0.5, 'key': KEY}, 'step', (-1, math.nan), AT_LEAST(0)),
+    Row(pruners.gradual, GRADUAL, 'every', (0, -2), 'must be at least 1, but is {}'),
+    Row(pruners.gradual, GRADUAL, 'start', (-1, math.nan), AT_LEAST(0)),
+    Row(pruners.gradual, GRADUAL, 'end', (0, -1), 'must be finite and after start=0, but is {}'),
+    Row(pruners.regrow, REGROW, 'every', (0, -2), 'must be at least 1, but is {}'),
+    Row(pruners.regrow, REGROW, 'drop', (1.5, -0.1, math.nan), 'must be in [0, 1], but is {}'),
+]
+
+OTHERS = [
+    Row(caffe_sgd, {'learning_rate': 0.1}, 'momentum', (1, -0.5, math.nan), BAND),
+    *(
+        Row(
+            caffe_sgd,
+            {'learning_rate': 0.1},
+            name,
+            (-1e-3, math.nan),
+            'must be at least 0, but is {}',
+        )
+        for name in ('weight_decay', 'bias_scale')
+    ),
+    Row(training.scale_dropout, {'masks': jnp.ones(3, bool)}, 'rate', (-0.1, 1.0, math.nan), BAND),
+]
+
+TABLE = [*SCHEDULES, *RULES, *PRUNERS, *OTHERS]
+
+
+def innermost(value):
+    """The number in a table of one pattern."""
+    return next(iter(value.values())) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize(
+    ('row', 'value'),
+    [
+        pytest.param(row, value, id=f'{row.factory.__name__}-{row.argument}-{number}')
+        for row in TABLE
+        for number, value in enumerate(row.values)
+    ],
+)
+def test_bad_arguments(row, value):
+    with pytest.raises(row.error) as caught:
+        row.factory(**{**row.fine, row.argument: value})
+    assert str(caught.value) == f'{row.argument} {row.wanted.format(repr(innermost(value)))}'
+
+
+# Values at the very ends of their ranges, that are accepted.
+ENDS = [
+    (update_probability, {'gamma': 0, 'power': 0, 'stop': 7, 'start': 7}),
+    (update_at, {'steps': [0]}),
+    (polynomial_density, {'final': 1, 'start': 0, 'end': 1, 'initial': 1, 'power': 1e-9}),
+    (log_linear_density, {'final': 1e-9, 'start': 0, 'end': 1, 'initial': 1}),
+    (caffe_step, {'base': 1, 'gamma': 1, 'step_size': 1}),
+    (caffe_inv, {'base': 1, 'gamma': 0, 'power': 1}),
+    (caffe_poly, {'base': 1, 'power': 1, 'steps': 1}),
+    (caffe_multistep, {'base': 1, 'gamma': 1, 'boundaries': [3, 3]}),
+    (mean_std, {'c_rate': -1e9, 'hysteresis': 0}),
+    (std, {'c_rate': 0}),
+    (layer_density, {'density': 1, 'hysteresis': 0}),
+    (global_density, {'density': 1, 'hysteresis': 0}),
+    (surgery, {'rules': RULE._replace(refresh_every=1), 'key': KEY}),
+    (pruners.han, {'c_rate': 0, 'rounds': [0], 'key': KEY}),
+    (pruners.one_shot, {'density': 1, 'step': 0, 'key': KEY}),
+    (pruners.iterative, {'density': 1, 'rounds': [0], 'key': KEY}),
+    (pruners.gradual, {'density': 1, 'start': 0, 'end': 1, 'every': 1, 'key': KEY}),
+    *((pruners.regrow, {**REGROW, 'density': 1, 'drop': drop}) for drop in (0, 1)),
+    (caffe_sgd, {'learning_rate': 0, 'momentum': 0, 'weight_decay': 0, 'bias_scale': 0}),
+    (training.scale_dropout, {'rate': 0, 'masks': jnp.ones(3, bool)}),
+]
+
+
+@pytest.mark.parametrize(
+    ('factory', 'arguments'), ENDS, ids=[factory.__name__ for factory, _ in ENDS]
+)
+def test_the_ends_of_the_ranges_are_fine(factory, arguments):
+    assert factory(**arguments) is not None
+
+
+@pytest.mark.parametrize('steps', [[-1], [3, -2], [math.nan]])
+def test_the_first_bad_step_is_named(steps):
+    with pytest.raises(ValueError, match=r'^steps must .* at least 0, but is') as caught:
+        update_at(steps)
+    assert str(caught.value).endswith(f' {steps[-1]}')
+
+
+@pytest.mark.parametrize('every', [-1, -250])
+def test_rules_are_named_by_their_patterns(every):
+    for rules, pattern in [
+        (RULE._replace(refresh_every=every), '*'),
+        ({'fc2': RULE, 'fc1': RULE._replace(refresh_every=every)}, 'fc1'),
+    ]:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the next line says which
+            surgery(rules, KEY)
+        message = f'refresh_every of {pattern!r} must be at least 0, but is {every}'
+        assert str(caught.value) == message
+    with pytest.raises(
+        ValueError, match=r"^refresh_every of '\*' must be at least 1 .*is 0$"
+    ) as no:
+        surgery(RULE, KEY, importance=importance.taylor)
+    assert f'importance={importance.taylor!r}' in str(no.value)
+
+
+# Refuses what its update is given, not an argument: test_training has that.
+ELSEWHERE = {'train_kept'}
+
+
+def factories():
+    """The public functions of these modules that refuse something, by their docstrings."""
+    for module in (schedules, thresholds, pruners, optimizers, training):
+        tree = ast.parse(inspect.getsource(module))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith('_'):
+                function = getattr(module, node.name)
+                if 'Raises:\n' in inspect.getdoc(function):
+                    yield function
+    yield dns_jax.surgery
+
+
+def test_every_factory_that_refuses_something_is_in_the_table():
+    wanted = {function.__name__ for function in factories()} - ELSEWHERE
+    assert wanted == {row.factory.__name__ for row in TABLE}
+    assert wanted == {factory.__name__ for factory, _ in ENDS}
