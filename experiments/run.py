@@ -293,8 +293,10 @@ def _to_lists(chunk: train.Chunk) -> list[Any]:
 
 def _from_lists(lists: Sequence[Any]) -> train.Chunk:
     losses, events = lists
-    pairs = {layer: dns_jax.Events(*map(np.int32, pair)) for layer, pair in events.items()}
-    return train.Chunk(np.float32(losses), pairs)
+    pairs = {layer: map(jnp.int32, pair) for layer, pair in events.items()}
+    return train.Chunk(
+        jnp.float32(losses), {layer: dns_jax.Events(*pair) for layer, pair in pairs.items()}
+    )
 
 
 @contextlib.contextmanager
