@@ -7,10 +7,14 @@ BIN := .venv/bin
 demo: $(BIN)/ready
 	$(BIN)/python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_digits.flags
 
+# XLA compiles without most optimizations here, and what it compiled is kept: a second run takes a third.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
+test: export JAX_COMPILATION_CACHE_DIR = $(abspath $(BIN:/bin=)/compiled)
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: $(BIN)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
-# With the slow ones, of which each takes a minute or more; writes the table of what works.
+# With those that take long, compiled as users do; writes the table of what works.
 test-all: $(BIN)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m 'slow or not slow' \
 	  --compat=results/compat.md

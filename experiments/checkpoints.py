@@ -50,7 +50,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Adds up the bits of each leaf, modulo 2^32, the same however it is spread over devices."""
+    """Sums up each leaf by its bits and their places, the same however it lies on devices."""
     return list(map(_checksum, leaves))
 
 
@@ -61,12 +61,20 @@ def _checksum(leaf: jax.Array) -> jax.Array:
         leaf = leaf.astype(jnp.uint8)
     width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
     bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-    # Odd factors, one for each place: no flipped bit is lost, and an exchange of numbers shows.
-    factors = jnp.ones(bits.shape, jnp.uint32)
+    places = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        factors += place * jnp.uint32(2 * math.prod(bits.shape[axis + 1 :]) % 2**32)
-    return (bits * factors).sum(dtype=jnp.uint32)
+        places += place * jnp.uint32(math.prod(bits.shape[axis + 1 :]) % 2**32)
+    # Mixed as MurmurHash3 ends: one to one, so that no flipped bit is lost, and so thoroughly that
+    # several, or numbers that change places, do not cancel out but by a chance of 2^-32.
+    mixed = _mix(bits ^ _mix(places))
+    return mixed.sum(dtype=jnp.uint32)
+
+
+def _mix(numbers: jax.Array) -> jax.Array:
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        numbers = (numbers ^ (numbers >> shift)) * jnp.uint32(factor)
+    return numbers ^ (numbers >> 16)
 
 
 def _first_line(error: Exception) -> str:
@@ -219,6 +227,8 @@ class Checkpoints:
         """Turns what orbax raises of a failed save, of any kind, into an error that says so."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone
         except Exception as error:
             reason = _first_line(error)
             message = f'{self._directory}: a checkpoint cannot be saved: {reason}'
@@ -240,6 +250,8 @@ class Checkpoints:
         """Returns what is known of the leaves, and the notes."""
         arguments = ocp.args.Composite(tree=ocp.args.JsonRestore())
         contents = dict(self._manager.restore(step, args=arguments)['tree'])
+        if 'seal' not in contents:
+            raise ValueError('it has no checksums, as those of earlier versions')
         if contents.pop('seal') != _seal(contents):
             raise ValueError('the list of its leaves is not as it was written')
         return contents

@@ -183,6 +183,7 @@ class SearchConfig(Config):
     cut: float = 0.0
     cut_at: str = '50%'
     count_returns: bool = False
+    on_divergence: str = 'stop'
     train_on_all: bool = False
     resume: bool = False
     overwrite: bool = False

@@ -166,6 +166,11 @@ class Config:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
         self._check_unread()
+        if self.count_returns and self.on_divergence == 'rollback':
+            raise ValueError(
+                '--count_returns and --on_divergence=rollback exclude each other: what returned '
+                'in an attempt that was undone would count'
+            )
         if self.checkpoint_every % self.record_every:
             raise ValueError(
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '

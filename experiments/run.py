@@ -163,16 +163,16 @@ class Phase:
     def next_count(self) -> int:
         """Says how many steps to take in one call: of a record, as many in each."""
         record_every, most = self.trainer.config.record_every, self.trainer.feed.steps_per_call
-        count = max(n for n in range(1, min(most, record_every) + 1) if record_every % n == 0)
-        return min(count, self.steps - self.done)
+        # Every length is compiled: of one length, if that makes no more than twice as many calls.
+        alike = [n for n in range(most // 2, most + 1) if record_every % n == 0]
+        left = record_every - self.done % record_every, self.steps - self.done
+        return min(max(alike, default=most), *left)
 
     def batches(self, count: int) -> Any:
         """Gives the batches of the next steps; after a setback, others."""
-        seed = (
-            self.trainer.config.seed,
-            PHASES.index(self.name),
-            *filter(None, [len(self.setbacks)]),
-        )
+        seed = self.trainer.config.seed, PHASES.index(self.name)
+        if self.setbacks:
+            seed = *seed, len(self.setbacks)
         return self.trainer.feed.batches(seed, self.done, count)
 
     def advance(self, state: train.TrainState, chunk: train.Chunk) -> None:
@@ -213,7 +213,9 @@ class Phase:
         setbacks = *self.setbacks, breakdown.emptied
         if len(setbacks) > divergence.MOST_SETBACKS:
             raise divergence.Diverged(f'{message}; the run had gone back {len(setbacks) - 1} times')
-        self.state = state  # gives its shapes alone
+        self.state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
         self._return_to_checkpoint()
         self._kept, self.setbacks = _count_kept(self.state.masks), setbacks
         masks = 'masks as they are there' if any(setbacks) else 'surgery as before'
@@ -279,6 +281,8 @@ def _train(
             f'{signal.Signals(stop).name}: saved {name} at step {first.done} in '
             f'{trainer.folder}; continue with --resume'
         )
+    for phase in phases:
+        phase.trainer.setbacks[name] = len(phase.setbacks)
     return [phase.state for phase in phases]
 
 

@@ -1,6 +1,7 @@
 """Many runs: which are finished, which go side by side, what is written of them."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -8,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from matplotlib.figure import Figure
 
 from dns_jax.files import write_whole
 from experiments.commands import FrontierConfig
+from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.run import run_together
 from experiments.summaries import read_summary
@@ -32,7 +35,7 @@ def run_all(
         looked at while it goes on.
 
     Returns:
-      The summary of each run.
+      The summary of each run, but for those that broke down.
 
     Raises:
       As `experiments.run.run` does.
@@ -42,9 +45,24 @@ def run_all(
         left = [run for run in group if run not in summaries]
         for begin in range(0, len(left), side_by_side):
             batch = left[begin : begin + side_by_side]
-            summaries |= zip(batch, run_together(batch), strict=True)
+            summaries |= _run_batch(batch)
             on_batch(summaries)
     return summaries
+
+
+def _run_batch(batch: Sequence[Config]) -> Summaries:
+    """Does some runs side by side; one that breaks down is left out."""
+    try:
+        return dict(zip(batch, run_together(batch), strict=True))
+    except Diverged as error:
+        if len(batch) == 1:
+            logging.warning('%s is left out: %s', batch[0].workdir, error)
+            return {}
+    # One by one, so that the others come to their end.
+    alone = [_run_batch([dataclasses.replace(run, resume=True, overwrite=False)]) for run in batch]
+    return {
+        run: next(iter(found.values())) for run, found in zip(batch, alone, strict=True) if found
+    }
 
 
 def report_all(

@@ -4,9 +4,7 @@ Numbers that choices are made on come from the validation split; the test split 
 the end.
 """
 
-import os
 import subprocess
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +62,7 @@ class Trainer:
             parse_learning_rate(config.learning_rate, config.surgery_steps),
             config.weight_decay,
         )
+        self.setbacks: dict[str, int] = {}  # how often each phase went back to a checkpoint
         # Of the code that runs, which may be changed on disk before the end.
         self.commit = _commit()
         self.error = train.make_error(self.network, self.inputs)
@@ -73,9 +72,7 @@ class Trainer:
 
     def _open_folder(self, config: Config) -> None:
         """Claims the folder and opens the records, which the first process alone has."""
-        folder, lock = claim(config)
-        weakref.finalize(self, os.close, lock)
-        self.records = Records(folder, config.tensorboard)
+        self.records = Records(claim(config), config.tensorboard)
 
     def dropout(self, phase: str) -> train.Dropout | None:
         """Says how a phase drops units out, None where it does not."""
@@ -112,6 +109,8 @@ class Trainer:
     ) -> dict[str, Any]:
         """Writes the pruned network and the report, and returns the summary."""
         summary = self._summarise(reference, final) | seconds
+        if any(self.setbacks.values()):
+            summary['setbacks'] = self.setbacks
         if returns:
             summary['returns'] = self._measure_returns(final, returns)
         params, masks = meshes.to_host((final.params, final.masks))

@@ -18,18 +18,19 @@ from experiments.flags import Config
 FLAGS_FILE = 'flags.json'
 METRICS_FILE = 'metrics.jsonl'
 LOCK_FILE = '.lock'
+_locks: dict[tuple[int, int], int] = {}  # of this process: descriptors by file, never closed
 PHASES = ('reference', 'surgery', 'finetuning')
 
 
-def claim(config: Config) -> tuple[Path, int]:
+def claim(config: Config) -> Path:
     """Makes the folder ready for a run.
 
     Args:
       config: the run; `workdir`, `resume` and `overwrite` decide.
 
     Returns:
-      The folder, with this run's `flags.json` in it, and the descriptor of the file that locks it:
-      other processes are kept out until it is closed.
+      The folder, with this run's `flags.json` in it. Other processes are kept out for as long as
+      this one lives.
 
     Raises:
       ValueError: if the folder holds a run and neither --resume nor --overwrite is given, holds
@@ -40,15 +41,11 @@ def claim(config: Config) -> tuple[Path, int]:
     _check_claim(config, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+        _lock(folder)
+    except BlockingIOError as error:
+        raise BlockingIOError(f'--workdir={folder} is in use by another process') from error
     except OSError as error:
         raise _not_writable(folder, error) from error
-    try:
-        # Of a process, not of an open file: a second run in this one may follow the first.
-        os.lockf(lock, os.F_TLOCK, 0)
-    except (BlockingIOError, PermissionError) as error:
-        os.close(lock)
-        raise BlockingIOError(f'--workdir={folder} is in use by another process') from error
     # What another run did meanwhile counts.
     _check_claim(config, folder)
     if config.overwrite:
@@ -57,7 +54,21 @@ def claim(config: Config) -> tuple[Path, int]:
         write_whole(folder / FLAGS_FILE, json.dumps(config.identity(), indent=2) + '\n')
     except OSError as error:
         raise _not_writable(folder, error) from error
-    return folder, lock
+    return folder
+
+
+def _lock(folder: Path) -> None:
+    """Keeps other processes out; such a lock ends when any descriptor of its file is closed."""
+    path = folder / LOCK_FILE
+    if path.exists() and (path.stat().st_dev, path.stat().st_ino) in _locks:
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.lockf(descriptor, os.F_TLOCK, 0)
+    except OSError:
+        os.close(descriptor)
+        raise
+    _locks[os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino] = descriptor
 
 
 def _check_claim(config: Config, folder: Path) -> None:

@@ -32,7 +32,10 @@ def publish(config: ZooConfig) -> list[Path]:
     """
     run = Path(config.workdir)
     summary = read_summary(run / 'summary.json')
-    check_summary(summary)
+    try:
+        check_summary(summary)
+    except ValueError as error:
+        raise ValueError(f'{run / "summary.json"}: {error}') from error
     # Where another run lay says nothing of the network; whose file it began with does.
     reference = Path(str(summary.get('flags', {}).pop('reference', None) or ''))
     if reference.suffix == '.caffemodel':

@@ -38,7 +38,7 @@ class CompatReport:
         for name, value in report.user_properties:
             if name == 'compat':
                 table, row, found = value
-                self.rows[table][row] = report.outcome, found
+                self.rows[table][row] = report.outcome, found if report.passed else ''
 
     def pytest_sessionfinish(self):
         if unknown := self.rows.keys() - TABLES.keys():

@@ -56,7 +56,8 @@ def write_tar(members, form):
             member = tarfile.TarInfo(name)
             member.size = len(inner)
             archive.addfile(member, io.BytesIO(inner))
-    return content.getvalue().rstrip(b'\0') + bytes(1_024)
+    whole = content.getvalue().rstrip(b'\0')
+    return whole + bytes(-len(whole) % 512 + 1_024)  # without the padding to 10 KiB
 
 
 def seal_tar(content):

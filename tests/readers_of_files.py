@@ -98,14 +98,26 @@ def sparse_headers(folder):
         header, _, tensors = data.partition(b'\0')
         inner.read(len(header).to_bytes(8, 'little') + header + tensors)
 
-    empty = '{"dtype": "%s", "shape": [0], "data_offsets": [0, 0]}'
-    attack = (
-        f'{{"__metadata__": {{"a:shape": "[{2**40}]"}}, '
-        f'"a:indices": {empty % "U32"}, "a:values": {empty % "F32"}}}'
+    attacks = (
+        *(sparse_parts(shape) for shape in (f'[{2**40}]', '[-1]', '[[1]]', 'null', '[1e9]')),
+        sparse_parts('[2]', [5], [1]),
+        sparse_parts('[2]', [1, 0], [1, 1]),
+        sparse_parts('[2]', [0], [math.inf]),
+        sparse_parts('[2]', [0, 1], [1]),
     )
-    return inner._replace(
-        seeds=tuple(map(part, inner.seeds)), read=read, attacks=(attack.encode(),)
-    )
+    return inner._replace(seeds=tuple(map(part, inner.seeds)), read=read, attacks=attacks)
+
+
+def sparse_parts(shape, indices=(), values=()):
+    """Returns the header of a sparse file of one leaf, a zero, and its tensors."""
+    tensors = np.array(indices, '<u4').tobytes(), np.array(values, '<f4').tobytes()
+    begin, end = len(tensors[0]), len(tensors[0] + tensors[1])
+    header = {
+        '__metadata__': {'a:shape': shape},
+        'a:indices': {'dtype': 'U32', 'shape': [len(indices)], 'data_offsets': [0, begin]},
+        'a:values': {'dtype': 'F32', 'shape': [len(values)], 'data_offsets': [begin, end]},
+    }
+    return json.dumps(header).encode() + b'\0' + b''.join(tensors)
 
 
 def coded_files(folder):
@@ -131,9 +143,9 @@ def coded_contents(folder):
     def read(data):
         inner.read(b'DNS\x01' + struct.pack('<I', zlib.crc32(data)) + data)
 
-    # One leaf of 2**40 weights, none of them kept.
+    # One leaf of 2**30 weights, none of them kept.
     head = number(0) + number(1) + text('w') + number(1) + text('') + number(0) + number(1)
-    attack = head + b''.join(map(number, (0, 1, 2**40, 0)))
+    attack = head + b''.join(map(number, (0, 1, 2**30, 0)))
     return inner._replace(
         seeds=tuple(seed[8:] for seed in inner.seeds), read=read, attacks=(attack,)
     )

@@ -64,9 +64,12 @@ def parse(config_type, arguments):
     """Turns arguments into a configuration as a script does."""
     needed = config_type in (Config, ImageConfig)
     defaults = {'network': 'lenet300'} if needed else {}
-    # Unknown flags are let pass: absl takes long to find what it proposes in their place.
-    names = (argument.lstrip('-').partition('=')[0] for argument in arguments)
-    arguments = [f'--undefok={",".join(names)}', *arguments]
+    # Unknown flags are let pass, and are short: what absl proposes in the place of others it finds
+    # by recursion, which takes long, and ends in a RecursionError where a name has 900 letters.
+    pairs = [argument.partition('=') for argument in arguments]
+    names = ','.join(name[:60].lstrip('-') for name, _, _ in pairs)
+    arguments = [name[:60] + equals + value for name, equals, value in pairs]
+    arguments = [f'--undefok={names}', *arguments]
     flag_values = absl_flags.FlagValues()
     define(config_type, defaults, flag_values)
     return to_config(config_type, defaults, flag_values, flag_values(['program', *arguments]))

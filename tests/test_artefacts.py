@@ -151,6 +151,7 @@ def test_export_caffemodel(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, (params, masks), load_sparse(ZOO)[:2])
 
 
+@pytest.mark.slow
 def test_alexnet_is_exported_to_caffe_but_not_run(tmp_path, capsys):
     network = models.AlexNet(classes=10, width=1 / 32)
     params = network.init(jax.random.key(0), jnp.zeros((1, 39, 39, 3)))['params']
@@ -268,6 +269,7 @@ def coded(tmp_path_factory):
         *(('learning_rate', 2e-2), ('seed', 1), ('train_on_all', True)),
     ],
 )
+@pytest.mark.slow
 def test_a_flag_of_coding_has_an_effect(coded, name, value):
     write, plain = coded
     assert write(**{name: value}) != plain
@@ -312,6 +314,7 @@ def test_export_flags_that_mean_nothing(flags):
         ExportConfig(**flags)
 
 
+@pytest.mark.slow
 def test_latency_of_a_network(tmp_path, capsys):
     output = tmp_path / 'new' / 'latency.json'
     result = measure(LatencyConfig(model=ZOO, batches='1,3', turns=1, output=str(output)))
@@ -333,6 +336,7 @@ def test_latency_of_a_network(tmp_path, capsys):
     assert printed.startswith(latency_report.latency_tables(result))
 
 
+@pytest.mark.slow
 def test_latency_of_a_layer(capsys):
     flags = {'model': 'fc:30x20:0.1', 'batches': '2', 'turns': 1, 'break_even': True}
     result = measure(LatencyConfig(**flags))

@@ -398,6 +398,7 @@ EDITS = st.lists(
     kinds=st.lists(st.sampled_from(['Convolution', 'InnerProduct', 'CInnerProduct']), max_size=2),
     axes=st.lists(st.integers(0, 9), max_size=5),
 )
+@pytest.mark.slow
 def test_a_mutated_file_is_read_or_refused(scratch, where, edits, kinds, axes):
     """The damage is done at every depth, the lengths around it made right again."""
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 from absl import logging as absl_logging
 
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, _checksums
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ('', 'a', 'a/b', 'a.b', 'é %2F..')
@@ -345,7 +345,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path):
 CHILD = """
 import sys
 import jax
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, _checksums
 
 checkpoints = Checkpoints(sys.argv[1])
 state = {'w': jax.random.normal(jax.random.key(1), (8_000_000,))}
@@ -406,3 +406,43 @@ def test_an_error_in_the_background_is_raised_and_costs_no_checkpoint(tmp_path, 
             checkpoints.close()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(like())[0] == 1
+
+
+def checksum(array):
+    return int(_checksums([jnp.asarray(array)])[0])
+
+
+NOISE = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda noise: noise.at[1::2].multiply(-1.0),
+        lambda noise: noise.at[0, 0].multiply(-1.0).at[7, 3].multiply(-1.0),
+        lambda noise: noise.at[jnp.array([0, 256])].set(noise[jnp.array([256, 0])]),
+        lambda noise: noise[::-1],
+        lambda noise: -noise,
+        lambda noise: noise.at[5, 2].set(jnp.nextafter(noise[5, 2], 9.0)),
+        lambda noise: noise.astype(jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bool'])
+def test_a_change_shows_in_the_checksum(change, dtype):
+    noise = jnp.asarray(NOISE)
+    as_dtype = (lambda array: array > 0.5) if dtype == 'bool' else (lambda a: a.astype(dtype))
+    before, after = as_dtype(noise), as_dtype(change(noise))
+    assert (checksum(before) != checksum(after)) == bool((before != after).any())
+
+
+def test_the_checksum_of_ones_and_minus_ones_that_change_places():
+    ones = np.ones(8, np.float32)
+    for place in range(1, 8):
+        one, other = ones.copy(), ones.copy()
+        one[0], other[place] = -1.0, -1.0
+        assert checksum(one) != checksum(other)
+
+
+def test_the_checksum_does_not_depend_on_where_an_array_lies(mesh):
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    assert checksum(jax.device_put(NOISE[:296], rows)) == checksum(NOISE[:296])

@@ -475,6 +475,7 @@ def damage(random, data):
     return bytes(damaged)
 
 
+@pytest.mark.slow
 def test_ten_thousand_damaged_files(path, small):
     """Half have the checksum of what they became, so that what lies behind it is tested."""
     random = np.random.default_rng(0)

@@ -33,6 +33,7 @@ def rows(config):
     return compare.compare(config)
 
 
+@pytest.mark.slow
 def test_every_variant_is_run_with_every_seed(rows):
     assert [(row['variant'], row['target'], row['seed']) for row in rows] == [
         *(('surgery', 20.0, 0), ('surgery', 20.0, 1)),
@@ -49,6 +50,7 @@ def test_every_variant_is_run_with_every_seed(rows):
     assert sizes['RigL'] == pytest.approx(9 * 266_610, rel=0.01)
 
 
+@pytest.mark.slow
 def test_all_start_from_the_reference_of_their_seed(config, rows):
     for seed in (0, 1):
         assert len({row['reference_error'] for row in rows if row['seed'] == seed}) == 1
@@ -56,6 +58,7 @@ def test_all_start_from_the_reference_of_their_seed(config, rows):
     assert folders == {'surgery-20-0', 'surgery-20-1'}
 
 
+@pytest.mark.slow
 def test_what_returned_and_what_was_cut_is_told(config, rows):
     for row in rows:
         assert ('returns_pruned' in row) == (row['variant'] == 'surgery')
@@ -75,6 +78,7 @@ def test_what_returned_and_what_was_cut_is_told(config, rows):
         )
 
 
+@pytest.mark.slow
 def test_tables_and_files_hold_the_rows(config, rows, capsys, monkeypatch):
     monkeypatch.setattr(sweep, 'run_together', None)  # all are finished
     assert compare.compare(dataclasses.replace(config, resume=True)) == rows

@@ -312,6 +312,7 @@ COMPANY = {
 
 @pytest.mark.parametrize('company', COMPANY)
 @each_transformation
+@pytest.mark.slow
 def test_masks_do_not_depend_on_company(name, company):
     weights, _, masks = whole_run(name)
     # MultiSteps and its like mix int32 and float32 inside optax.
@@ -322,6 +323,7 @@ def test_masks_do_not_depend_on_company(name, company):
 
 
 @each_transformation
+@pytest.mark.slow
 def test_optimizer_does_not_see_the_transformation(name):
     params = linen()
     for optimizer in (optax.adam(0.01), optax.sgd(0.1, 0.9)):

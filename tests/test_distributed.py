@@ -142,6 +142,7 @@ def end_of(group):
     return [process.wait(timeout=LIMIT) for process in group]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(start, tmp_path):
     """Stopped by a signal to one, killed, robbed of a checkpoint: as one process on two devices."""
     folder, alone = tmp_path / 'two' / 'run', tmp_path / 'one' / 'run'
@@ -197,6 +198,7 @@ def test_two_processes_are_one_run(start, tmp_path):
     assert summary['returns']['returned'] <= summary['returns']['pruned']
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_spares_the_workers(start, tmp_path):
     """As Ctrl-C and clusters send it: the run needs its decoders until it has saved."""
     folder, alone = tmp_path / 'stopped' / 'run', tmp_path / 'whole' / 'run'
@@ -225,6 +227,7 @@ act(types.SimpleNamespace(distributed=sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_first_ends_all():
     address = free_address()
     group = [

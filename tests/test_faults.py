@@ -5,6 +5,7 @@ life is short. What a user sees of the entry scripts is asked in `test_run`.
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ from tiny import Tiny, run_tiny
 
 from experiments import divergence, models, run
 from experiments.flags import Config
+from experiments.workdir import PHASES
 
 FIELDS = {
     'dataset': 'digits',
@@ -115,31 +117,44 @@ def wait_for_life(process, folder):
         time.sleep(0.002)
 
 
+def saved(folder):
+    """The newest checkpoint of each phase: grows as a run gets on, and only then."""
+    return [max(steps_of(folder, phase), default=-1) for phase in PHASES]
+
+
 def kill_again_and_again(start, folder, times):
-    """Kills a run at random moments, each time resumed; returns how often it lived to be killed."""
-    moments, kills = random.Random(0), 0
+    """Kills a run at random moments of starting, computing and saving, each time resumed.
+
+    Returns how often it had saved something before it was killed.
+    """
+    moments, with_progress = random.Random(0), 0
     for _ in range(times):
+        before = saved(folder)
         process = start(folder, resume=True)
         wait_for_life(process, folder)
-        process.join(moments.uniform(0, 1.2))
-        kills += process.is_alive()
+        if moments.random() < 0.2:
+            process.join(moments.uniform(0, 1))  # while it compiles
+        else:
+            while process.is_alive() and saved(folder) == before:
+                time.sleep(0.001)
+            process.join(moments.uniform(0, 0.1))
+        assert process.is_alive()
         process.kill()
         process.join()
+        with_progress += saved(folder) > before
     assert done(start(folder, resume=True)) == 0
-    return kills
+    return with_progress
 
 
 def assert_every_step_is_counted_once(folder):
     records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     assert [(record['phase'], record['step']) for record in records] == [
-        (phase, step)
-        for phase in ('reference', 'surgery', 'finetuning')
-        for step in range(10, FIELDS[f'{phase}_steps'] + 10, 10)
+        (phase, step) for phase in PHASES for step in range(10, FIELDS[f'{phase}_steps'] + 10, 10)
     ]
 
 
 def test_killed_three_times(start, whole, tmp_path):
-    assert kill_again_and_again(start, tmp_path / 'run', 3) == 3
+    assert kill_again_and_again(start, tmp_path / 'run', 3) >= 1
     assert outcome(tmp_path / 'run') == whole
     assert_every_step_is_counted_once(tmp_path / 'run')
 
@@ -150,9 +165,9 @@ def test_killed_fifty_times(start, tmp_path, monkeypatch, compat):
     longer = {'surgery_steps': 4_000, 'stop': '3000'}
     monkeypatch.setattr(f'{__name__}.FIELDS', FIELDS | longer)
     assert done(start(tmp_path / 'whole')) == 0
-    kills = kill_again_and_again(start, tmp_path / 'run', 50)
-    compat('faults', 'SIGKILL at 50 random moments', f'{kills} kills; every bit as unbroken')
-    assert kills == 50
+    with_progress = kill_again_and_again(start, tmp_path / 'run', 50)
+    compat('faults', 'SIGKILL at 50 random moments', f'{with_progress} after a new checkpoint')
+    assert with_progress > 25
     assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
     assert_every_step_is_counted_once(tmp_path / 'run')
 
@@ -167,7 +182,7 @@ def test_a_signal_saves_and_leaves_within_five_seconds(start, tmp_path, number, 
     os.kill(process.pid, number)
     assert done(process) == 1
     seconds = time.monotonic() - sent
-    compat('faults', f'{number.name} in the middle of a record', 'left within 5 s')
+    compat('faults', f'{number.name} in the middle of a record', 'saved and left within 5 s')
     assert seconds < 5
     (step,) = steps_of(tmp_path / 'run', 'reference')
     records = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
@@ -175,7 +190,8 @@ def test_a_signal_saves_and_leaves_within_five_seconds(start, tmp_path, number, 
 
 
 def steps_of(folder, phase):
-    return sorted(int(path.name) for path in (folder / 'checkpoints' / phase).glob('[0-9]*'))
+    names = [path.name for path in (folder / 'checkpoints' / phase).glob('*')]
+    return sorted(int(name) for name in names if name.isdigit())  # others are being written
 
 
 class EveryThird(list):
@@ -224,7 +240,12 @@ def test_two_runs_do_not_share_a_folder(start, make_config, tmp_path, compat):
     process.kill()
     process.join()
     # The lock died with its holder.
-    run.Trainer(make_config(folder, reference_steps=10**7, resume=True))
+    trainer = run.Trainer(make_config(folder, reference_steps=10**7, resume=True))
+    trainer = run.Trainer(make_config(folder, reference_steps=10**7, resume=True))
+    gc.collect()
+    assert done(start(folder, tmp_path / 'error.txt', reference_steps=10**7, resume=True)) == 1
+    assert 'is in use by another process' in (tmp_path / 'error.txt').read_text()
+    assert trainer.folder == folder
 
 
 @pytest.fixture
@@ -246,9 +267,9 @@ def small_disk(tmp_path):
         subprocess.run(['umount', str(folder)], check=False)
 
 
-def test_a_full_disk(start, whole, small_disk, tmp_path, compat):
+def test_a_full_disk(start, whole, tmp_path, compat, request):
     compat('faults', 'full disk', 'an error that says so; goes on from the last good checkpoint')
-    disk, remount = small_disk
+    disk, remount = request.getfixturevalue('small_disk')
     assert done(start(disk / 'run', tmp_path / 'error.txt')) == 1
     message = rf'OSError: {disk}/run.*: a checkpoint cannot be saved: .*No space left'
     assert re.match(message, (tmp_path / 'error.txt').read_text())
@@ -258,17 +279,12 @@ def test_a_full_disk(start, whole, small_disk, tmp_path, compat):
     assert outcome(disk / 'run') == whole
 
 
-def test_a_folder_that_cannot_be_written(make_config, small_disk, compat):
+def test_a_folder_that_cannot_be_written(make_config, compat, request):
     compat('faults', 'read-only folder', 'refused before any training')
-    disk, remount = small_disk
+    disk, remount = request.getfixturevalue('small_disk')
     remount('ro')
     with pytest.raises(OSError, match=r'--workdir=.*run must be a folder that can be written'):
         run.run(make_config(disk / 'run'))
-    remount('rw')
-    run.Trainer(make_config(disk / 'run'))
-    remount('ro')
-    with pytest.raises(OSError, match=r'--workdir=.*run must be a folder that can be written'):
-        run.run(make_config(disk / 'run', resume=True))
 
 
 def test_no_damage_to_a_checkpoint_brings_back_another_state(start_process, tmp_path, compat):
@@ -330,9 +346,10 @@ def test_a_layer_that_surgery_empties_is_named_and_foreseen(
 def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings, fields, compat):
     emptied = fields is EMPTYING
     cause = 'a layer all pruned' if emptied else 'a loss that is not finite'
-    compat('faults', f'{cause}, --on_divergence=rollback', 'ends, and resumes, bit for bit')
+    compat('faults', f'{cause}, --on_divergence=rollback', 'comes to its end, stopped or not')
     fields = fields | {'on_divergence': 'rollback'}
     (summary,) = run.run_together([make_config(tmp_path / 'whole', **fields)])
+    assert 1 <= summary['setbacks']['surgery'] <= divergence.MOST_SETBACKS
     told = [one for one in warnings if 'going on from step' in one]
     assert 1 <= len(told) <= divergence.MOST_SETBACKS
     assert ('masks as they are there' in told[-1]) == emptied

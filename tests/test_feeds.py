@@ -76,6 +76,7 @@ def test_every_flag_is_tried():
 
 
 @pytest.mark.parametrize(('name', 'value'), EFFECTIVE.items())
+@pytest.mark.slow
 def test_a_flag_has_an_effect(make_config, plain, name, value):
     assert outcome(make_config(**{name: value})) != plain
 
@@ -89,6 +90,7 @@ def test_a_place_has_none(make_config, plain, name, value):
 
 @pytest.mark.parametrize('mesh', ['data:1', 'data:4,model:2'])
 @pytest.mark.parametrize('phase', ['reference', 'surgery'])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_on_any_mesh(make_config, plain, mesh, phase):
     """It is stopped in the middle of an epoch of 78 batches."""
     config = make_config()

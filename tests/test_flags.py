@@ -192,24 +192,28 @@ def test_a_run_repeats_itself(make_config, plain):
 
 
 @pytest.mark.parametrize(('name', 'value'), EFFECTIVE.items())
+@pytest.mark.slow
 def test_a_flag_has_an_effect(make_config, plain, name, value):
     assert getattr(plain[0], name) != value
     assert outcome(make_config(**{name: value})) != plain[1]
 
 
 @pytest.mark.parametrize(('name', 'value'), EFFECTIVE_BY_DENSITY.items())
+@pytest.mark.slow
 def test_a_flag_of_densities_has_an_effect(make_config, plain_by_density, name, value):
     assert getattr(plain_by_density[0], name) != value
     assert outcome(make_config(**{**BY_DENSITY, name: value})) != plain_by_density[1]
 
 
 @pytest.mark.parametrize(('name', 'value', 'others'), [(k, *v) for k, v in EFFECTIVE_WITH.items()])
+@pytest.mark.slow
 def test_a_flag_has_an_effect_beside_others(make_config, name, value, others):
     config = make_config(**others)
     assert getattr(config, name) != value
     assert outcome(make_config(**{**others, name: value})) != outcome(config)
 
 
+@pytest.mark.slow
 def test_every_pruner_is_another(make_config):
     outcomes = {
         'han': outcome(make_config(pruner='han', c_rate='0.5', rounds=2, ramp_end='50%'))[0]
@@ -260,6 +264,7 @@ def test_steps_that_never_come(make_config, fields, message):
         run.Trainer(make_config(**{**BY_DENSITY, **fields}))
 
 
+@pytest.mark.slow
 def test_what_a_cut_prunes_counts_as_pruned(make_config):
     config = make_config(**BY_DENSITY, cut=0.5, cut_at='3', count_returns=True)
     (summary,) = run.run_together([config])
@@ -270,6 +275,7 @@ def test_what_a_cut_prunes_counts_as_pruned(make_config):
 
 
 @pytest.mark.parametrize('dropout', ['kept', 'scaled'])
+@pytest.mark.slow
 def test_dropout_in_surgery(make_config, dropout):
     """Where nothing is pruned yet, scaled is kept; where much is, it is less."""
     weights = {}
@@ -373,7 +379,7 @@ def test_manual_dir_is_looked_at(make_config, tmp_path):
 def test_workdir_is_where_all_is_written(plain):
     config, _ = plain
     names = {path.name for path in Path(config.workdir).iterdir()}
-    assert names == {'flags.json', 'metrics.jsonl', 'checkpoints'}
+    assert names == {'.lock', 'flags.json', 'metrics.jsonl', 'checkpoints'}
 
 
 def test_reference_takes_the_place_of_dense_training(make_config, plain):
@@ -416,7 +422,7 @@ def test_tensorboard_writes_events(make_config):
 
 def test_identity_is_all_but_places_and_switches():
     config = Config('lenet5', resume=True, c_rate='1')
-    left_out = PLACES_AND_SWITCHES - {'dataset', 'reference'}
+    left_out = PLACES_AND_SWITCHES - {'dataset', 'reference', 'on_divergence'}
     assert sorted(config.identity()) == sorted({'network', *FIELDS} - left_out)
     assert json.loads(json.dumps(config.identity())) == config.identity()
 
@@ -439,6 +445,7 @@ def test_a_flag_given_is_the_field_of_its_name(name):
     values |= {'density': 0.5, 'layer_density': '0.5', 'update_gamma': 1.0, 'count_returns': True}
     values |= {'dataset': 'digits', 'resume': True, 'overwrite': True}
     values |= {'tensorboard': True, 'checkpoint_every': 4_000, 'record_every': 250}
+    values |= {'on_divergence': 'rollback'}
     value = values.get(name, f'some/{name}')
     # With the flags beside which it has a meaning.
     beside = EFFECTIVE_WITH[name][1] if name in EFFECTIVE_WITH and name != 'pruner' else {}

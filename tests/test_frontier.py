@@ -11,6 +11,7 @@ import pytest
 
 from experiments import data, frontier, plots, report, run, sweep
 from experiments.commands import FrontierConfig
+from experiments.divergence import Diverged
 from experiments.flags import Config
 
 SHORT = {
@@ -41,6 +42,7 @@ def rows(config):
     return frontier.do_sweep(config)
 
 
+@pytest.mark.slow
 def test_every_run_reaches_its_target(rows):
     assert [(row['target'], row['seed']) for row in rows] == [(5, 0), (5, 1), (20, 0), (20, 1)]
     for row in rows:
@@ -48,6 +50,7 @@ def test_every_run_reaches_its_target(rows):
         assert row['compression'] == pytest.approx(266_610 / row['kept'])
 
 
+@pytest.mark.slow
 def test_the_csv_is_the_rows(config, rows):
     with (Path(config.workdir) / 'frontier.csv').open() as file:
         read = list(csv.DictReader(file))
@@ -56,6 +59,7 @@ def test_the_csv_is_the_rows(config, rows):
     assert (Path(config.workdir) / 'frontier.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_targets_share_the_reference_of_their_seed(config, rows):
     assert rows[0]['reference_error'] == rows[2]['reference_error']
     assert rows[1]['reference_error'] == rows[3]['reference_error']
@@ -63,6 +67,7 @@ def test_targets_share_the_reference_of_their_seed(config, rows):
     assert checkpoints == {'5-0', '5-1'}
 
 
+@pytest.mark.slow
 def test_side_by_side_each_seed_is_about_the_run_alone(config, rows, tmp_path):
     first = dataclasses.replace(
         config, workdir=str(tmp_path), compressions='5', seeds=1, seed=1, side_by_side=1
@@ -73,6 +78,7 @@ def test_side_by_side_each_seed_is_about_the_run_alone(config, rows, tmp_path):
     assert alone['test_error'] == pytest.approx(rows[1]['test_error'], abs=2)
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
     # With other seeds before: what another process did in the workdir is joined.
     monkeypatch.setattr(sweep, 'run_together', None)
@@ -85,6 +91,7 @@ def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
     assert '\n'.join(table).startswith(report.frontier_table(rows))
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, rows, tmp_path):
     runs = dataclasses.replace(config, workdir=str(tmp_path), compressions='5').runs()
     records = []
@@ -111,6 +118,7 @@ def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, ro
         ]
 
 
+@pytest.mark.slow
 def test_a_run_with_other_flags_is_not_taken_for_finished(config, rows):
     with pytest.raises(ValueError, match=r'holds a run with other flags: momentum was 0\.9'):
         frontier.do_sweep(dataclasses.replace(config, resume=True, momentum=0.8))
@@ -180,3 +188,19 @@ def test_figure_shows_runs_medians_and_published_points(network, dataset):
     places = [tuple(*collection.get_offsets()) for collection in axes.collections[1:]]
     wanted = [(x, error) for _, x, error in published if error is not None]
     np.testing.assert_allclose(np.array(places).reshape(-1, 2), np.array(wanted).reshape(-1, 2))
+
+
+def test_a_run_that_breaks_down_does_not_end_the_sweep(config, monkeypatch):
+    done = []
+
+    def run_together(batch):
+        if any(one.seed == 1 for one in batch):
+            raise Diverged('the loss is not finite')
+        done.append([(one.seed, one.resume) for one in batch])
+        return [{'seed': one.seed} for one in batch]
+
+    monkeypatch.setattr(sweep, 'run_together', run_together)
+    runs = dataclasses.replace(config, compressions='5', seeds=3, side_by_side=3).runs()
+    summaries = sweep.run_all(runs, 3, lambda summaries: None)
+    assert summaries == {runs[0]: {'seed': 0}, runs[2]: {'seed': 2}}
+    assert done == [[(0, True)], [(2, True)]]

@@ -335,7 +335,7 @@ def test_count_true_of_an_axis_that_is_sharded_explicitly():
     mesh = jax.make_mesh((8,), ('x',), explicit, devices=jax.devices('cpu')[:8])
     mask = np.random.default_rng(0).random((16, 24)) < 0.7
     with jax.set_mesh(mesh):
-        placed = jax.device_put(mask, jax.NamedSharding(mesh, jax.P('x')))
+        placed = jax.device_put(mask, jax.NamedSharding(mesh, jax.P(None, 'x')))
         assert int(jax.jit(count_true)(placed)) == mask.sum()
 
 

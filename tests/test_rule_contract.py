@@ -171,4 +171,5 @@ def test_masks_and_step_are_looked_at_by_those_that_say_so(name):
     other = ask(name)(weights, jax.tree.map(jnp.logical_not, masks), jnp.int32(3))
     assert (other != expected(name)) == (name in COUNTING)
     if name not in COUNTING:
-        chex.assert_trees_all_equal(jax.jit(lambda: RULES[name](weights, {}, None))(), other)
+        again = jax.jit(lambda: RULES[name](weights, {}, None))()
+        chex.assert_trees_all_close(again, other, rtol=1e-6)  # another program, other roundings

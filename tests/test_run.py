@@ -221,6 +221,7 @@ def test_the_newest_checkpoints_are_kept(whole):
     assert steps_of(whole[0], 'finetuning') == [50, 100]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(broken):
     folder, (answer, record), _, _ = broken
     assert answer.returncode == 1
@@ -232,12 +233,14 @@ def test_sigterm_saves_and_leaves(broken):
     assert answer.stdout == ''
 
 
+@pytest.mark.slow
 def test_sigkill_came_in_the_middle(broken):
     _, _, (answer, record), _ = broken
     assert answer.returncode == -signal.SIGKILL
     assert (record['phase'], record['step'] < 300) == ('surgery', True)
 
 
+@pytest.mark.slow
 def test_a_stopped_and_killed_run_ends_bit_for_bit_as_the_unbroken_one(
     make_config, whole, whole_states, broken
 ):

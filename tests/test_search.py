@@ -542,7 +542,6 @@ HANDED_ON = {
     'finetuning_steps': 3,
     'record_every': 250,
     'checkpoint_every': 4_000,
-    'on_divergence': 'rollback',
     'reference_learning_rate': 'fixed:0.1',
     'finetuning_learning_rate': 'fixed:0.1',
     'reference_weight_decay': 0.1,
@@ -575,7 +574,7 @@ OWN = ('network', 'workdir', 'space', 'trials', 'tolerance', 'study', 'storage')
 SCALED = {'learning_rate': 'fixed:0.1', 'weight_decay': 0.1}
 CHOSEN = ('compression', 'density', 'layer_density', 'c_rate', 'ramp_end')
 PROBES = ('refresh_statistics', 'cut', 'cut_at', 'count_returns')
-NO_FLAGS = (*CHOSEN, *PROBES, 'train_on_all', 'resume', 'overwrite')
+NO_FLAGS = (*CHOSEN, *PROBES, 'on_divergence', 'train_on_all', 'resume', 'overwrite')
 
 
 def test_every_flag_is_tried():
@@ -635,6 +634,7 @@ def workers(tmp_path_factory):
     return parse(*flags), answers
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_study(workers):
     config, answers = workers
     shares = []
@@ -653,18 +653,21 @@ def test_two_workers_share_a_study(workers):
     assert len({tuple(trial.params.values()) for trial in trials}) == len(trials)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_its_trial_alone(workers):
     states = [trial.state for trial in trials_of(workers[0])]
     assert states[0] == TrialState.FAIL
     assert set(states[1:]) == {TrialState.COMPLETE}
 
 
+@pytest.mark.slow
 def test_the_reference_is_trained_once(workers):
     """Two workers that start from the killed one's find it finished."""
     lines = Path(workers[0].workdir, 'reference', 'metrics.jsonl').read_text().splitlines()
     assert [json.loads(line)['step'] for line in lines] == list(range(10, 110, 10))
 
 
+@pytest.mark.slow
 def test_the_flagfile_is_that_of_the_best_trial(workers):
     config, answers = workers
     found = {}

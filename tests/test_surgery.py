@@ -229,6 +229,22 @@ def test_coins_of_all_steps_are_independent():
     check((coins[1:, 1] & coins[:-1, 1]).mean(), 0.36)
 
 
+def test_importance_has_another_key_at_every_step_and_none_of_a_coin():
+    params, key, keys = network(), jax.random.key(4), []
+
+    def importance(key, params, updates):
+        keys.append(key)
+        return params
+
+    rule = Rule(layer_density(0.5), update_probability(power=0), refresh_every=1)
+    transform = surgery(rule, key, importance=importance)
+    state = transform.init(params)
+    for _ in range(2):
+        _, state = transform.update(params, state, params)
+    keys += [jax.random.fold_in(key, count) for count in range(6)]  # those of the coins
+    assert len({tuple(jax.random.key_data(each).tolist()) for each in keys}) == 2 + 6
+
+
 def test_thresholds_stay_those_of_the_reference():
     params = network()
     transform = surgery(RULES, jax.random.key(0))

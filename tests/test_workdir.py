@@ -45,7 +45,7 @@ def foreign_folder(tmp_path):
 def test_a_free_folder_is_claimed(tmp_path, place, switch):
     (tmp_path / 'empty').mkdir()
     wanted = config(tmp_path / place, **switch)
-    folder, _ = claim(wanted)
+    folder = claim(wanted)
     assert folder == tmp_path / place
     assert json.loads((folder / FLAGS_FILE).read_text()) == wanted.identity()
     assert sorted(os.listdir(folder)) == [LOCK_FILE, FLAGS_FILE]
@@ -60,7 +60,7 @@ def test_a_folder_with_a_run_is_refused(run_folder, fields):
 
 def test_resume_keeps_the_run(run_folder):
     before = (run_folder / FLAGS_FILE).read_text()
-    assert claim(config(run_folder, resume=True))[0] == run_folder
+    assert claim(config(run_folder, resume=True)) == run_folder
     assert (run_folder / 'summary.json').exists()
     assert (run_folder / FLAGS_FILE).read_text() == before
 
@@ -74,7 +74,7 @@ def test_resume_with_other_flags_is_refused_and_names_them(run_folder):
 
 def test_resume_may_change_places_and_switches(run_folder):
     changed = config(run_folder, resume=True, data_dir='a', manual_dir='b', tensorboard=True)
-    assert claim(changed)[0] == run_folder
+    assert claim(changed) == run_folder
 
 
 def test_resume_of_a_run_with_more_flags_than_there_are_now_is_refused(run_folder):
