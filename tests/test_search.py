@@ -110,7 +110,8 @@ def test_the_best_flagfile_repeats_the_best_trial(searched, make_config):
 def test_a_trial_leaves_its_records_but_no_checkpoints(searched):
     config, result = searched
     folder = Path(config.workdir, 'trials', f'search-{result["trial"]}')
-    assert {path.name for path in folder.iterdir()} == {'flags.json', 'metrics.jsonl'}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {'.lock', 'flags.json', 'metrics.jsonl'}
     last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
     assert (last['phase'], last['step']) == ('finetuning', 1)
     assert sum(last['kept'].values()) == result['kept']
