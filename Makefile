@@ -35,7 +35,7 @@ coverage: $(BIN)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov=dns_jax \
 	  --cov-report=term-missing --cov-fail-under=98
 
-# About an hour on one core: changes operators and numbers of four modules, and asks if their tests
+# An hour or two on one core: changes operators and numbers of four modules, and asks if their tests
 # notice. Prints the table of results/mutation.md and every change that went unnoticed.
 mutants: $(BIN)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'

@@ -238,8 +238,12 @@ def cached_arrays(folder):
 
     shape = b"'shape': (4,"
     assert shape in seed
-    attack = seed.replace(shape + b' 28, 28, 1), ', b"'shape': (4, 28, 28, %d), " % _HUGE)
-    return inner._replace(seeds=(seed,), read=read, attacks=(attack,))
+    attacks = (
+        seed.replace(shape + b' 28, 28, 1), ', b"'shape': (4, 28, 28, %d), " % _HUGE),
+        seed.replace(b'<i4', b'<f4', 1),
+        seed.replace(b'|u1', b'|O ', 1),
+    )
+    return inner._replace(seeds=(seed,), read=read, attacks=attacks)
 
 
 class Few(builders.Digits, skip_registration=True):

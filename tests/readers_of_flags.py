@@ -24,12 +24,13 @@ ENDLESS = b'--seeds=1000000000'
 NOT_FINITE = b'--compression=30\n--weight_decay=nan', b'--compression=30\n--momentum=inf'
 
 
-def texts(parse, *seeds):
+def texts(parse, *seeds, attacks=()):
     """Makes the reader of a text."""
 
     def make(folder):
         del folder
-        return Reader(tuple(map(str.encode, seeds)), lambda data: parse(to_text(data)))
+        seeds_of_bytes = tuple(map(str.encode, seeds))
+        return Reader(seeds_of_bytes, lambda data: parse(to_text(data)), attacks=attacks)
 
     return make
 
@@ -169,7 +170,13 @@ READERS = {
         'exp:1,0.9',
     ),
     'meshes': texts(mesh, 'data:4,model:2', 'model:1'),
-    'where processes meet': texts(distributed, 'auto', '10.0.0.1:9999,2,0', '[::1]:99,16,3'),
+    'where processes meet': texts(
+        distributed,
+        'auto',
+        '10.0.0.1:9999,2,0',
+        '[::1]:99,16,3',
+        attacks=[b'10.0.0.1:9999,2,2', b'10.0.0.1:9999,0,0'],
+    ),
     'command lines': command_lines(
         Config,
         flagfile('lenet300_mnist'),

@@ -215,6 +215,7 @@ def test_export_stablehlo(tmp_path, capsys, expected):
     assert result['ratio'] > 5
 
 
+@pytest.mark.slow
 def test_export_coded(tmp_path, capsys):
     """Digits stand in for MNIST, which only makes the errors meaningless."""
     flags = {'dataset': 'digits', 'data_dir': str(tmp_path / 'tfds'), 'clusters': 'fc1:4,*:8'}

@@ -29,6 +29,7 @@ def peer(tmp_path):
     return script
 
 
+@pytest.mark.slow
 def test_bench_measures_and_prints(small, peer, capsys):
     bench.bench(BenchConfig(rounds=2, peer=sys.executable, peer_script=str(peer), peer_rounds=1))
     out = capsys.readouterr().out

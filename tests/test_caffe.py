@@ -434,6 +434,7 @@ def test_the_fuzzers_start_from_a_file_that_is_read(read):
 @pytest.mark.parametrize(
     ('network', 'file', 'error'), [('lenet5', 'lenet5', 0.91), ('lenet300', 'lenet300100', 2.28)]
 )
+@pytest.mark.slow
 def test_the_networks_of_the_authors_make_their_errors(network, file, error, tmp_path_factory):
     mnist_folder, folder = os.environ.get('DNS_JAX_MNIST'), os.environ.get('DNS_JAX_CAFFE')
     if not mnist_folder or not folder:

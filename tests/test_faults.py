@@ -216,12 +216,12 @@ def run_in_short_stretches(config, train_phase, *arguments, stopping):
 
 
 def test_stopped_after_every_call_a_run_ends_as_the_unbroken_one(make_config, tmp_path):
-    short = LONG_RECORDS | {'reference_steps': 130, 'surgery_steps': 20, 'finetuning_steps': 0}
+    short = LONG_RECORDS | {'reference_steps': 60, 'surgery_steps': 20, 'finetuning_steps': 0}
     run.run_together([make_config(tmp_path / 'whole', **short)])
     config = make_config(tmp_path / 'run', **short)
     # In calls of 20 steps; after the last, the phase is done.
-    assert run_in_short_stretches(config, run.train_references, stopping=[signal.SIGTERM]) == 7
-    assert steps_of(tmp_path / 'run', 'reference') == [120, 130]
+    assert run_in_short_stretches(config, run.train_references, stopping=[signal.SIGTERM]) == 3
+    assert steps_of(tmp_path / 'run', 'reference') == [40, 60]
     run.run_together([make_config(tmp_path / 'run', **short, resume=True)])
     assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
 

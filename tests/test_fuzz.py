@@ -110,7 +110,7 @@ def fuzz(name, folder, bounded, mutations):
 @pytest.mark.parametrize('name', READERS)
 def test_damaged_input_is_refused_or_right(name, folder, bounded, compat):
     compat('readers', name)
-    compat('readers', name, count(fuzz(name, folder, bounded, 200)))
+    compat('readers', name, count(fuzz(name, folder, bounded, 100)))
 
 
 @pytest.mark.slow

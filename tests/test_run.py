@@ -258,6 +258,7 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_the_unbroken_one(
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.slow
 def test_a_signal_before_surgery_saves_its_first_records(make_config, whole, tmp_path):
     trainer = run.Trainer(make_config(tmp_path / 'run', reference=str(whole[0])))
     references = run.train_references([trainer], [])
@@ -289,6 +290,7 @@ def test_a_saved_reference_is_the_very_same_network(make_config, whole, tmp_path
     assert steps_of(whole[0], 'reference') == [250, 300]
 
 
+@pytest.mark.slow
 def test_lenet5_runs_and_its_report_has_no_map_of_pixels(make_config, tmp_path, capsys):
     short = {'reference_steps': 2, 'surgery_steps': 2, 'record_every': 1, 'checkpoint_every': 1}
     tables = {'c_rate': 'conv*:1,fc*:1', 'stop': 'fc1:1'}

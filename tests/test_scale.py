@@ -112,6 +112,7 @@ def test_what_is_no_program_is_refused():
         hlo.parse('module')
 
 
+@pytest.mark.slow
 def test_scale_measures_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(scale._MACHINES, True, scale.Machine(2, 1.1, side=32, floats=1_000))
     task = scale_programs.sized_task(3_000, 'float32', 2)  # AlexNet takes a minute to compile

@@ -208,6 +208,7 @@ def test_the_pictures_are_there(make_played):
             assert min(image.size) > 300
 
 
+@pytest.mark.slow
 def test_the_seed_decides_a_search(make_played):
     choices = []
     # The first ten are drawn at random, those after them by what came of these.

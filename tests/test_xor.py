@@ -122,6 +122,7 @@ def test_the_rounds_of_han_never_splice(params, points):
     assert (xor.count_kept(han) < 21).all()
 
 
+@pytest.mark.slow
 def test_where_nothing_is_solved_there_is_no_course(tmp_path, params):
     config = XorConfig(workdir=str(tmp_path), seeds=1, steps=100, solved=0.0)
     (tmp_path / 'course.gif').write_bytes(b'old')

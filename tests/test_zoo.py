@@ -42,6 +42,7 @@ def test_a_card_is_that_of_its_network(path):
 
 
 @pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_network_makes_the_errors_of_its_card(path, tmp_path_factory):
     """The network runs as a user would run it: scaled images, masked weights, linen."""
     folder = os.environ.get('DNS_JAX_MNIST')
@@ -71,6 +72,7 @@ def test_a_coded_network_is_that_of_the_zoo(path):
 
 
 @pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_coded_network_errs_little_more(path, tmp_path_factory):
     folder = os.environ.get('DNS_JAX_MNIST')
     if not folder:
