@@ -170,6 +170,7 @@ def caffe_step(base: float, gamma: float, step_size: int) -> Schedule:
       Caffe, `SGDSolver::GetLearningRate`.
     """
     _check_at_least('step_size', step_size, 1)
+    step_size = min(step_size, 2**31 - 1)  # steps are int32, and none comes later
     # Integer division is exact, where a quotient of floats may round down one step too long.
     return lambda step: base * jnp.float32(gamma) ** _real(jnp.asarray(step) // step_size)
 

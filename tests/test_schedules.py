@@ -162,3 +162,8 @@ def test_boundaries_are_exact(first):
         density = jax.jit(factory(0.25, first, first + 2))
         got = [density(jnp.int32(first + shift)) for shift in (-1, 0, 1, 2, 3)]
         np.testing.assert_allclose(got, [1, 1, middle, 0.25, 0.25], rtol=1e-6)
+
+
+def test_a_step_size_beyond_all_steps_never_changes_the_rate():
+    schedule = caffe_step(0.1, 0.5, 10**15)
+    assert float(schedule(jnp.int32(2**31 - 2))) == pytest.approx(0.1)
