@@ -153,6 +153,7 @@ def assert_every_step_is_counted_once(folder):
     ]
 
 
+@pytest.mark.slow
 def test_killed_three_times(start, whole, tmp_path):
     assert kill_again_and_again(start, tmp_path / 'run', 3) >= 1
     assert outcome(tmp_path / 'run') == whole

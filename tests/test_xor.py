@@ -156,6 +156,7 @@ def test_each_network_counts_by_its_best_c():
     assert ('Han et al.', '0.5', '0 of 2', '0 of 1', '', '') in cells
 
 
+@pytest.mark.slow
 def test_the_whole_thing(tmp_path, capsys):
     config = XorConfig(workdir=str(tmp_path / 'xor'), seeds=3, steps=150, solved=100.0)
     xor.solve(config)
