@@ -10,7 +10,7 @@ processes with seeds of their own may share a workdir.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import flags, plots, report, sweep
+from experiments import flags, plots, sweep, sweep_report
 from experiments.commands import CompareConfig
 from experiments.flags import Config
 from experiments.parsers import parse_step
@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
-    """Does every run, writes `compare.csv`, `.md` and `.png`, and prints the table.
+    """Does every run, writes `compare.csv`, `.md`, `.png` and `.html`, and prints the table.
 
     Args:
       config: from `experiments.flags`.
@@ -42,7 +42,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         config,
         'compare',
         lambda summaries: _to_rows(runs, summaries),
-        report.compare_tables,
+        sweep_report.compare_tables,
         plots.compare_figure,
     )
 

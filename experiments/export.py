@@ -24,7 +24,7 @@ from experiments import data, flags, models
 from experiments.artefacts import Model, load_model
 from experiments.commands import ExportConfig
 from experiments.references import write_caffemodel
-from experiments.report import table
+from experiments.tables import table
 from experiments.train import make_error
 from experiments.tuning import finetune
 

@@ -10,7 +10,7 @@ may share a workdir, and one with all seeds and --resume joins their tables.
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import flags, plots, report, sweep
+from experiments import flags, plots, sweep, sweep_report
 from experiments.commands import FrontierConfig
 from experiments.flags import Config
 
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def do_sweep(config: FrontierConfig) -> list[dict[str, Any]]:
-    """Does every run, writes `frontier.csv`, `.md` and `.png`, and prints the table.
+    """Does every run, writes `frontier.csv`, `.md`, `.png` and `.html`, and prints the table.
 
     Args:
       config: from `experiments.flags`.
@@ -39,7 +39,7 @@ def do_sweep(config: FrontierConfig) -> list[dict[str, Any]]:
         config,
         'frontier',
         lambda summaries: _to_rows(runs, summaries),
-        report.frontier_table,
+        sweep_report.frontier_tables,
         plots.frontier_figure,
     )
 

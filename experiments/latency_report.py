@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.report import table
+from experiments.tables import table
 
 
 def latency_tables(result: Mapping[str, Any]) -> str:

@@ -11,26 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
+from experiments import published
 from experiments.workdir import PHASES
-
-# What others published on MNIST: (who, compression, test error in percent); an error that they
-# give only as "no drop" is None.
-PUBLISHED: dict[str, tuple[tuple[str, float, float | None], ...]] = {
-    'lenet300': (
-        ('Han et al. 2015', 12, 1.59),
-        ('Guo et al. 2016 (the paper)', 56, 1.99),
-        ('Guo et al. 2016 (their file)', 53.45, 1.99),
-        ('Sparse VD 2017', 68, 1.92),
-        ('OLMP 2018', 113.5, 2.18),
-    ),
-    'lenet5': (
-        ('Han et al. 2015', 12, 0.77),
-        ('Guo et al. 2016 (the paper)', 108, 0.91),
-        ('Sparse VD 2017', 280, 0.75),
-        ('OLMP 2018', 297.7, 0.91),
-        ('AutoPrune 2019 ("no drop")', 310, None),
-    ),
-}
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -45,6 +27,12 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = COLOURS = (
     '#CC79A7',
     '#000000',
 )
+GREY = '#e5e5e5'  # of the grid
+# What they become on a dark page, as bright as they are dark on a white one.
+DARK = {
+    **dict(zip(COLOURS, COLOURS, strict=True)),
+    **{BLUE: '#4BA3DB', GREEN: '#2CC295', RED: '#F0792B', BLACK: '#E6E6E6', GREY: '#3A3F44'},
+}
 # Seven colours and three styles in turn tell 21 lines apart; a dashed one shows the one below it.
 LINE_STYLES = ('-', '--', ':')
 
@@ -78,11 +66,11 @@ def binned_counts(records: Records, event: str, width: int = 1000) -> tuple[np.n
 
 def _new_figure(title: str, rows: int = 1) -> tuple[Figure, Any]:
     """A figure with `rows` axes above each other, which share the axis of steps."""
-    figure = Figure(figsize=(9, 1.5 + 3 * rows), dpi=100, layout='constrained')
+    figure = Figure(figsize=(6.4, 1.2 + 2.4 * rows), dpi=150, layout='constrained')
     panels = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
     panels[0].set_title(title)
     for axes in panels:
-        axes.grid(color='0.9')
+        axes.grid(color=GREY)
         axes.set_axisbelow(True)
         axes.spines[['top', 'right']].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -91,12 +79,17 @@ def _new_figure(title: str, rows: int = 1) -> tuple[Figure, Any]:
 
 
 def _finish(figure: Figure, axes: Any, label: str) -> Figure:
-    """Labels the steps, which start at 0, and puts the legend beside the axes."""
+    """Labels the steps, which start at 0, and puts the legend below."""
     axes.set_xlim(0, max(1, axes.get_xlim()[1]))
     axes.set_xlabel(label)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=9
-    )
+    return _add_legend(figure, *axes.get_legend_handles_labels())
+
+
+def _add_legend(figure: Figure, handles: Any, labels: Any) -> Figure:
+    """Puts the legend below, where a narrow page has room, and makes the figure taller by it."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.17 * -(-len(labels) // 2))
+    figure.legend(handles, labels, loc='outside lower left', ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -235,10 +228,10 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.plot(*middles, color=BLUE, marker='o', label='here, median over seeds')
     each = [[row[name] for row in rows] for name in ('compression', 'test_error')]
     axes.scatter(*each, color=BLUE, s=14, alpha=0.5, label='here, each run')
-    network = rows[0]['network'] if rows[0]['dataset'] == 'mnist' else ''
-    published = PUBLISHED.get(network, ())
-    for number, (who, compression, error) in enumerate(published):
-        colour, marker = (BLACK, RED, GREEN, ORANGE, PINK)[number], 'sD^vX'[number]
+    colours = BLACK, RED, GREEN, ORANGE, PINK
+    for (who, compression, error), colour, marker in zip(
+        published.find_errors(rows), colours, 'sD^vX', strict=False
+    ):
         if error is None:
             axes.axvline(compression, color=colour, linestyle=':', label=who)
         else:
@@ -248,10 +241,11 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Test error over compression for each variant: medians, and ranges over seeds.
+    """Test error over compression for each variant, medians and ranges, and what others have.
 
     Args:
-      rows: with `variant`, `target`, `compression` and `test_error`.
+      rows: of one network and data set, with `network`, `dataset`, `variant`, `target`,
+        `compression` and `test_error`.
     """
     figure, axes = _new_frontier()
     variants = list(dict.fromkeys(row['variant'] for row in rows))
@@ -274,15 +268,20 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             capsize=3,
             label=variant,
         )
-    _set_scale(axes, [row['test_error'] for row in rows])
+    # Many colours are taken by variants: others are black, told apart by marks of their own.
+    known = [entry for entry in published.find_errors(rows) if entry[2] is not None]
+    for number, (who, compression, error) in enumerate(known, start=1):
+        style = {'color': BLACK, 'marker': f'${number}$', 'zorder': 3}
+        axes.scatter([compression], [error], label=who, **style)
+    _set_scale(axes, [row['test_error'] for row in rows] + [error for _, _, error in known])
     return _finish_frontier(figure, axes)
 
 
 def _new_frontier() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(9, 5), dpi=100, layout='constrained')
+    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout='constrained')
     axes = figure.subplots()
     axes.set_title('Error and compression')
-    axes.grid(color='0.9')
+    axes.grid(color=GREY)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
     return figure, axes
@@ -296,5 +295,4 @@ def _finish_frontier(figure: Figure, axes: Any) -> Figure:
     axes.xaxis.set_minor_formatter('')
     axes.set_ylabel('test error (%)')
     axes.set_xlabel('compression: all parameters / kept parameters')
-    figure.legend(loc='outside right upper', frameon=False, fontsize=9)
-    return figure
+    return _add_legend(figure, *axes.get_legend_handles_labels())

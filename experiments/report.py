@@ -1,82 +1,26 @@
 """What a run reports: its summary, its tables, its pictures.
 
 A run leaves `metrics.jsonl` in its folder and ends with a summary. This module turns the two into
-`summary.json`, `report.md` and `plots/*.png`, and into tables for the terminal.
+`summary.json` and `report.html`, and into tables for the terminal. `sweep_report` is for many runs.
 """
 
-import io
-import itertools
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from dns_jax.files import write_whole
-from experiments import plots
+from experiments import plots, published
+from experiments.models import NETWORK_NAMES
+from experiments.pages import Bar, Section, render
 from experiments.summaries import LAYER_COUNTS, Summary, check_summary
+from experiments.tables import Rows, Table, to_text
 from experiments.workdir import read_records
 
-NETWORK_NAMES = {
-    'lenet300': 'LeNet-300-100',
-    'lenet5': 'LeNet-5',
-    'alexnet': 'AlexNet',
-    'vgg16': 'VGG-16',
-}
-# Percent of its parameters that each layer keeps in the paper's table 4 and in table 5 of Han et
-# al. 2015, and of the whole network.
-PUBLISHED_SHARES = {
-    'alexnet': {
-        'Guo et al.': {
-            **{'conv1': 53.8, 'conv2': 40.6, 'conv3': 29.0, 'conv4': 32.3, 'conv5': 32.5},
-            **{'fc6': 3.7, 'fc7': 6.6, 'fc8': 4.6, 'total': 5.7},
-        },
-        'Han et al.': {
-            **{'conv1': 84, 'conv2': 38, 'conv3': 35, 'conv4': 37, 'conv5': 37},
-            **{'fc6': 9, 'fc7': 9, 'fc8': 25, 'total': 11},
-        },
-    },
-    'vgg16': {
-        'Han et al.': {
-            **{'conv1_1': 58, 'conv1_2': 22, 'conv2_1': 34, 'conv2_2': 36},
-            **{'conv3_1': 53, 'conv3_2': 24, 'conv3_3': 42},
-            **{'conv4_1': 32, 'conv4_2': 27, 'conv4_3': 34},
-            **{'conv5_1': 35, 'conv5_2': 29, 'conv5_3': 36},
-            **{'fc6': 4, 'fc7': 4, 'fc8': 23, 'total': 7.5},
-        },
-    },
-}
 RESULT_HEADER = ('network', 'parameters → kept', 'error: reference → after surgery', 'compression')
-FRONTIER_HEADER = (
-    *('network', 'seeds', 'compression', 'kept'),
-    *('error of the reference', 'error after surgery'),
-)
-# Heading: the column of a comparison, its format and unit.
-COMPARE_COLUMNS = {
-    'compression': ('compression', '.1f', '×'),
-    'error of the reference': ('reference_error', '.2f', ' %'),
-    'error': ('test_error', '.2f', ' %'),
-    'steps to reach it': ('steps_to_reach', ',.0f'),
-    'time': ('pruning_seconds', '.0f', ' s'),
-    'state': ('state_mebibytes', '.1f', ' MiB'),
-}
-CUT_COLUMNS = {
-    'before the cut': ('cut_before', '.2f', ' %'),
-    'after it': ('cut_after', '.2f', ' %'),
-    'in the end': ('cut_end', '.2f', ' %'),
-    'compression': ('compression', '.1f', '×'),
-}
-RETURN_COLUMNS = {
-    'ever pruned': ('returns_pruned', ',.0f'),
-    'returned': ('returns_returned', ',.0f'),
-    'of these kept': ('returns_returned_kept', ',.0f'),
-    'loss': ('returns_loss', '.4f'),
-    'without these': ('returns_loss_without', '.4f'),
-    'others': ('returns_others_removed', ',.0f'),
-    'without these others': ('returns_loss_without_others', '.4f'),
-}
 LAYER_HEADER = (
     'layer',
     'parameters',
@@ -88,6 +32,174 @@ LAYER_HEADER = (
     'bytes',
     'kept',
 )
+
+
+def published_tables(summary: Summary) -> list[Table]:
+    """What each layer keeps, beside what it keeps in papers: table 4 of Guo et al.
+
+    Args:
+      summary: the run's summary.
+
+    Returns:
+      One table; none where no paper tells of the network's layers.
+    """
+    papers = published.LAYER_SHARES.get(summary['network'], {})
+    layers = {*summary['per_layer'], 'total'}
+    if not papers or not all(layers <= shares.keys() for shares in papers.values()):
+        return []
+    total = {key: summary[key] for key in ('parameters', 'kept')}
+    header = ('layer', 'parameters', 'kept %', *(f'{name} %' for name in papers))
+    rows = [
+        (
+            layer,
+            f'{entry["parameters"]:,}',
+            f'{100 * entry["kept"] / max(entry["parameters"], 1):.1f}',
+            *(f'{shares[layer]:g}' for shares in papers.values()),
+        )
+        for layer, entry in [*summary['per_layer'].items(), ('total', total)]
+    ]
+    return [Table('Percent of its parameters that a layer keeps, here and in papers', header, rows)]
+
+
+def format_table(summary: Summary) -> str:
+    """The result and the layers for the terminal: aligned tables, an empty line between them.
+
+    Args:
+      summary: the run's summary.
+
+    Raises:
+      ValueError: the summary lacks a key.
+    """
+    check_summary(summary)
+    return to_text([_result(summary), _layers(summary), *published_tables(summary)])
+
+
+def card(summary: Summary) -> str:
+    """What is to be told of a published network, in Markdown.
+
+    Args:
+      summary: of the run that made it.
+
+    Raises:
+      ValueError: the summary lacks a key.
+    """
+    check_summary(summary)
+    parts = [
+        f'# {_title(summary)}',
+        to_text([_result(summary)]),
+        f'Errors are on the test set. Validation error after surgery: '
+        f'{_validation_error(summary)}.',
+        '## Layers',
+        to_text([_layers(summary)]),
+    ]
+    if beside := published_tables(summary):
+        parts += ['## Beside published results', to_text(beside)]
+    if lines := _run_flags(summary):
+        parts += ['## Flags', '\n'.join(['```', *lines, '```'])]
+    parts += [
+        '## Environment',
+        f'{summary["steps"]} steps in {summary["seconds"]:,.0f} s, commit '
+        f'{summary["commit"]}, jax {summary["jax"]}.',
+    ]
+    return '\n\n'.join(parts) + '\n'
+
+
+def page(summary: Summary, figures: Sequence[Figure] = ()) -> str:
+    """A run's report as a page: result, sizes, layers, course, flags and environment.
+
+    Args:
+      summary: the run's summary.
+      figures: of the course of the run.
+
+    Returns:
+      HTML.
+
+    Raises:
+      ValueError: the summary lacks a key.
+    """
+    check_summary(summary)
+    sections = [
+        Section('Sizes', bars=_size_bars(summary)),
+        Section('Layers', tables=[_layers(summary)]),
+    ]
+    if beside := published_tables(summary):
+        sections.append(Section('Beside published results', tables=beside))
+    if figures:
+        sections.append(Section('Course of the run', figures=figures))
+    if lines := _run_flags(summary):
+        sections.append(Section('Flags', lines=lines))
+    sections.append(Section('Environment', lines=describe_environment([summary])))
+    _, parameters, errors, compression = _result_cells(summary)
+    return render(
+        _title(summary),
+        f'{summary["steps"]:,} steps of surgery; {summary["seconds"]:,.0f} s in all phases. Errors '
+        f'are on the test set; the validation error after surgery is {_validation_error(summary)}.',
+        [
+            (compression, 'compression'),
+            (errors, 'error: reference → after surgery'),
+            (parameters, 'parameters → kept'),
+        ],
+        sections,
+    )
+
+
+def to_flags(values: Mapping[str, Any]) -> list[str]:
+    """Writes flags, name to value, as the lines of a flagfile; None is a flag left out."""
+    return [
+        f'--{name}={value}'
+        for name, given in values.items()
+        for value in (given if isinstance(given, list | tuple) else [given])
+        if value is not None
+    ]
+
+
+def describe_environment(rows: Rows) -> list[str]:
+    """Says what runs were made with, each version and device once."""
+    return [
+        f'{name}: {", ".join(dict.fromkeys(str(row[name]) for row in rows))}'
+        for name in ('commit', 'jax', 'device')
+        if name in rows[0]
+    ]
+
+
+def write(
+    workdir: str | Path, summary: Summary, first_layer_mask: np.ndarray | None = None
+) -> list[Path]:
+    """Writes `summary.json` and `report.html` into a run's folder.
+
+    Every file is whole or not there. The summary goes first, so that damaged records never cost
+    a result.
+
+    Args:
+      workdir: the run's folder, which holds `metrics.jsonl`.
+      summary: the run's summary, of plain Python values; its optional 'flags', name to value,
+        are shown as the lines of a flagfile.
+      first_layer_mask: bool array of shape (784, units), where the first layer sees the pixels.
+
+    Returns:
+      The paths of the two files. Without surgery records there is no picture of density and
+      surgery.
+
+    Raises:
+      ValueError: the summary lacks a key, the mask has another shape, a record is damaged or
+        there are none.
+      OSError: a file cannot be written; the message names it.
+    """
+    workdir = Path(workdir)
+    check_summary(summary)
+    pixels = []
+    if first_layer_mask is not None:
+        pixels.append(plots.first_layer_figure(first_layer_mask))
+    paths = [workdir / 'summary.json', workdir / 'report.html']
+    write_whole(paths[0], json.dumps(summary, indent=2) + '\n')
+    records = read_records(workdir)
+    if not records:
+        raise ValueError(f'{workdir / "metrics.jsonl"} holds no records')
+    figures = [plots.training_figure(records)]
+    if any(record['phase'] == 'surgery' for record in records):
+        figures += [plots.density_figure(records, summary), plots.surgery_figure(records)]
+    write_whole(paths[1], page(summary, figures + pixels))
+    return paths
 
 
 def _short_count(count: int) -> str:
@@ -106,6 +218,15 @@ def _times(entry: Mapping[str, Any]) -> str:
     return f'{entry["compression"]:,.{0 if entry["compression"] >= 99.95 else 1}f}×'
 
 
+def _title(summary: Summary) -> str:
+    network = NETWORK_NAMES.get(summary['network']) or summary['network']
+    return f'{network} on {summary["dataset"]}, seed {summary["seed"]}'
+
+
+def _result(summary: Summary) -> Table:
+    return Table('The result', RESULT_HEADER, [_result_cells(summary)])
+
+
 def _result_cells(summary: Summary) -> tuple[str, ...]:
     network = NETWORK_NAMES.get(summary['network']) or summary['network']
     return (
@@ -116,222 +237,44 @@ def _result_cells(summary: Summary) -> tuple[str, ...]:
     )
 
 
-def _layer_rows(summary: Summary) -> list[tuple[str, ...]]:
-    """Rows of text, one per layer in the summary's order, and the total of them."""
-    layers = summary['per_layer']
-    total: dict[str, float] = {
-        key: sum(entry[key] for entry in layers.values()) for key in LAYER_COUNTS
-    }
+def _layers(summary: Summary) -> Table:
+    """What each layer keeps, in the summary's order, and all of them."""
+    total = _total(summary)
     total['density'] = total['kept'] / max(total['parameters'], 1)
     total['compression'] = total['parameters'] / max(total['kept'], 1)
     rows = []
-    for layer, entry in [*layers.items(), ('total', total)]:
+    for layer, entry in [*summary['per_layer'].items(), ('total', total)]:
         parameters, kept, *costs = (f'{entry[key]:,}' for key in LAYER_COUNTS)
         density = f'{100 * entry["density"]:.2f}'
         rows.append((layer, parameters, kept, density, _times(entry), *costs))
-    return rows
+    return Table('What each layer keeps', LAYER_HEADER, rows)
 
 
-def published_table(summary: Summary) -> str:
-    """What each layer keeps, beside what it keeps in papers: table 4 of Guo et al.
-
-    Args:
-      summary: the run's summary.
-
-    Returns:
-      A Markdown table; empty where no paper tells of the network's layers.
-    """
-    published = PUBLISHED_SHARES.get(summary['network'], {})
-    layers = {*summary['per_layer'], 'total'}
-    if not published or not all(layers <= shares.keys() for shares in published.values()):
-        return ''
-    total = {key: summary[key] for key in ('parameters', 'kept')}
-    rows = [
-        (
-            layer,
-            f'{entry["parameters"]:,}',
-            f'{100 * entry["kept"] / max(entry["parameters"], 1):.1f}',
-            *(f'{shares[layer]:g}' for shares in published.values()),
-        )
-        for layer, entry in [*summary['per_layer'].items(), ('total', total)]
-    ]
-    return table(('layer', 'parameters', 'kept %', *(f'{name} %' for name in published)), rows)
+def _total(summary: Summary) -> dict[str, Any]:
+    layers = summary['per_layer'].values()
+    return {key: sum(entry[key] for entry in layers) for key in LAYER_COUNTS}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table padded to straight columns, so that it reads as well on a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append(' | '.join([f'| {first.ljust(widths[0])}', *cells]) + ' |')
-    rule = ['-' * (widths[0] + 2), *('-' * (width + 1) + ':' for width in widths[1:])]
-    lines.insert(1, f'|{"|".join(rule)}|')
-    return '\n'.join(lines)
-
-
-def format_table(summary: Summary) -> str:
-    """The result and the layers for the terminal: aligned tables, an empty line between them.
-
-    Args:
-      summary: the run's summary.
-
-    Raises:
-      ValueError: the summary lacks a key.
-    """
-    check_summary(summary)
-    result = table(RESULT_HEADER, [_result_cells(summary)])
-    tables = result, table(LAYER_HEADER, _layer_rows(summary)), published_table(summary)
-    return '\n\n'.join(filter(None, tables))
-
-
-def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The runs of a sweep in Markdown, a row per target: medians and ranges over seeds.
-
-    Args:
-      rows: with at least `network`, `target`, `compression`, `kept`, `reference_error` and
-        `test_error`, sorted by network and target.
-    """
-    lines = []
-    for (network, _), group in itertools.groupby(rows, lambda row: (row['network'], row['target'])):
-        runs = list(group)
-        lines.append(
-            (
-                NETWORK_NAMES.get(network) or network,
-                f'{len(runs)}',
-                middle_and_range(runs, 'compression', '.1f', '×'),
-                middle_and_range(runs, 'kept', ',.0f'),
-                middle_and_range(runs, 'reference_error', '.2f', ' %'),
-                middle_and_range(runs, 'test_error', '.2f', ' %'),
-            )
-        )
-    return table(FRONTIER_HEADER, lines)
-
-
-def compare_tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The runs of a comparison in Markdown, a row per variant and target: medians and ranges.
-
-    Args:
-      rows: of `experiments.compare`, those of one variant and target side by side. Where some of
-        them were cut, or counted what returned, tables of that follow.
-    """
-    groups = [
-        (name, list(group))
-        for (name, _), group in itertools.groupby(rows, lambda row: (row['variant'], row['target']))
+def _size_bars(summary: Summary) -> list[Bar]:
+    total = _total(summary)
+    kinds = (
+        ('Parameters', 'parameters', 'kept'),
+        ('Multiply-adds for an image', 'multiply_adds', 'kept_multiply_adds'),
+        ('Bytes, dense → sparse', 'bytes', 'kept_bytes'),
+    )
+    return [
+        Bar(name, f'{total[all_]:,}', f'{total[kept]:,}', total[kept] / max(total[all_], 1))
+        for name, all_, kept in kinds
     ]
 
-    parts = []
-    for columns in (COMPARE_COLUMNS, CUT_COLUMNS, RETURN_COLUMNS):
-        key = next(iter(columns.values()))[0]
-        lines = [
-            (name, f'{len(runs)}', *(middle_and_range(runs, *cell) for cell in columns.values()))
-            for name, runs in groups
-            if runs[0].get(key, '') != ''
-        ]
-        if lines:
-            parts.append(table(('variant', 'seeds', *columns), lines))
-    return '\n\n'.join(parts)
+
+def _run_flags(summary: Summary) -> list[str]:
+    # The network is no flag, but the choice of the script.
+    flags = summary.get('flags', {}).items()
+    return to_flags({name: value for name, value in flags if name != 'network'})
 
 
-def middle_and_range(
-    rows: Sequence[Mapping[str, Any]], name: str, form: str, unit: str = ''
-) -> str:
-    """The median of a quantity over runs, and in brackets its range."""
-    values = [row[name] for row in rows]
-    middle, low, high = statistics.median(values), min(values), max(values)
-    if f'{low:{form}}' == f'{high:{form}}':
-        return f'{middle:{form}}{unit}'
-    return f'{middle:{form}}{unit} ({low:{form}} to {high:{form}})'
-
-
-def markdown(summary: Summary, pictures: Sequence[Path] = ()) -> str:
-    """A run's report in Markdown: result, layers, pictures, flags and environment.
-
-    Args:
-      summary: the run's summary.
-      pictures: files in the report's folder `plots`.
-
-    Raises:
-      ValueError: the summary lacks a key.
-    """
-    check_summary(summary)
-    network, *_ = _result_cells(summary)
-    flags = summary.get('flags', {})
-    seen = ', of images that it was trained on' if flags.get('train_on_all') else ''
-    parts = [
-        f'# {network} on {summary["dataset"]}, seed {summary["seed"]}',
-        table(RESULT_HEADER, [_result_cells(summary)]),
-        f'Errors are on the test set. Validation error after surgery: '
-        f'{summary["validation_error"]:.2f} %{seen}.',
-        '## Layers',
-        table(LAYER_HEADER, _layer_rows(summary)),
-    ]
-    if published := published_table(summary):
-        parts += ['## Beside published results', published]
-    if pictures:
-        parts.append('## Course of the run')
-        parts += [f'![{path.stem.replace("_", " ")}](plots/{path.name})' for path in pictures]
-    if flags:
-        # The network is no flag, but the choice of the script; None is a flag left out.
-        lines = [
-            f'--{name}={value}'
-            for name, value in flags.items()
-            if name != 'network' and value is not None
-        ]
-        parts += ['## Flags', '\n'.join(['```', *lines, '```'])]
-    parts += [
-        '## Environment',
-        f'{summary["steps"]} steps in {summary["seconds"]:,.0f} s, commit '
-        f'{summary["commit"]}, jax {summary["jax"]}.',
-    ]
-    return '\n\n'.join(parts) + '\n'
-
-
-def write(
-    workdir: str | Path, summary: Summary, first_layer_mask: np.ndarray | None = None
-) -> list[Path]:
-    """Writes `summary.json`, `plots/*.png` and `report.md` into a run's folder.
-
-    Every file is whole or not there. The summary goes first, so that damaged records never cost
-    a result; the report goes last, so that it never links to a missing picture.
-
-    Args:
-      workdir: the run's folder, which holds `metrics.jsonl`.
-      summary: the run's summary, of plain Python values; its optional 'flags', name to value,
-        are shown as the lines of a flagfile.
-      first_layer_mask: bool array of shape (784, units), where the first layer sees the pixels.
-
-    Returns:
-      The paths of the files, in the order written. Without surgery records there is no picture
-      of density and surgery.
-
-    Raises:
-      ValueError: the summary lacks a key, the mask has another shape, a record is damaged or
-        there are none.
-      OSError: a file cannot be written; the message names it.
-    """
-    workdir = Path(workdir)
-    check_summary(summary)
-    pixels = {}
-    if first_layer_mask is not None:
-        pixels['first_layer'] = plots.first_layer_figure(first_layer_mask)
-    paths = [workdir / 'summary.json']
-    write_whole(paths[0], (json.dumps(summary, indent=2) + '\n'))
-    records = read_records(workdir)
-    if not records:
-        raise ValueError(f'{workdir / "metrics.jsonl"} holds no records')
-    figures = {'training': plots.training_figure(records)}
-    if any(record['phase'] == 'surgery' for record in records):
-        figures |= {
-            'density': plots.density_figure(records, summary),
-            'surgery': plots.surgery_figure(records),
-        }
-    (workdir / 'plots').mkdir(exist_ok=True)
-    for name, figure in (figures | pixels).items():
-        content = io.BytesIO()
-        figure.savefig(content, format='png')
-        paths.append(workdir / 'plots' / f'{name}.png')
-        write_whole(paths[-1], content.getvalue())
-    paths.append(workdir / 'report.md')
-    write_whole(paths[-1], markdown(summary, paths[1:-1]))
-    return paths
+def _validation_error(summary: Summary) -> str:
+    seen = summary.get('flags', {}).get('train_on_all')
+    error = f'{summary["validation_error"]:.2f} %'
+    return f'{error}, of images that it was trained on' if seen else error

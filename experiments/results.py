@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.report import frontier_table, middle_and_range
 from experiments.summaries import check_summary, read_summary
+from experiments.sweep_report import frontier_tables
+from experiments.tables import middle_and_range, to_text
 
 _NUMBERS = ('target', 'compression', 'kept', 'reference_error', 'test_error')
 FOLDER = Path(__file__).parents[1] / 'results'
@@ -134,5 +135,5 @@ def table(flagfiles: dict[str, list[dict[str, Any]]]) -> str:
 
 if __name__ == '__main__':
     summaries = read_summaries()
-    print(table(summaries), frontier_table(read_frontiers()), sep='\n\n')
+    print(table(summaries), to_text(frontier_tables(read_frontiers())), sep='\n\n')
     print(json.dumps(summaries))

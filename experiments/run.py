@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
         return summary
     folder = Path(config.workdir)
     print(report.format_table(summary))
-    print(f'\nReport and pictures: {folder / "report.md"}, {folder / "plots"}')
+    print(f'\nReport: {folder / "report.html"}')
     print(json.dumps(summary))
     return summary
 

@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from experiments.models import NETWORK_NAMES
 from experiments.plots import BLACK, BLUE, ORANGE
-from experiments.report import NETWORK_NAMES, table
+from experiments.tables import table
 
 Result = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from dns_jax.files import write_whole
+from experiments import sweep_report
 from experiments.commands import FrontierConfig
 from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.run import run_together
 from experiments.summaries import read_summary
+from experiments.tables import Table, to_text
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
@@ -35,31 +37,44 @@ def run_all(
         looked at while it goes on.
 
     Returns:
-      The summary of each run, but for those that broke down.
+      The summary of each run, but for those that broke down, and those whose reference did.
 
     Raises:
+      RuntimeError: if all of them broke down.
       As `experiments.run.run` does.
     """
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
+    broken: set[str | None] = set()  # folders
     for _, group in itertools.groupby(runs, _without_seed):
         left = [run for run in group if run not in summaries]
         for begin in range(0, len(left), side_by_side):
             batch = left[begin : begin + side_by_side]
-            summaries |= _run_batch(batch)
-            on_batch(summaries)
+            found = _run_batch(batch, broken)
+            broken |= {run.workdir for run in batch if run not in found}
+            summaries |= found
+            if found:
+                on_batch(summaries)
+    if not summaries:
+        raise RuntimeError(f'none of {len(runs)} runs came to its end; the warnings say why')
     return summaries
 
 
-def _run_batch(batch: Sequence[Config]) -> Summaries:
-    """Does some runs side by side; one that breaks down is left out."""
+def _run_batch(batch: Sequence[Config], broken: Set[str | None]) -> Summaries:
+    """Does some runs side by side; one that breaks down is left out, or whose reference did."""
     try:
         return dict(zip(batch, run_together(batch), strict=True))
-    except Diverged as error:
+    except (Diverged, FileNotFoundError) as error:
+        is_known = any(run.reference in broken for run in batch)
+        if isinstance(error, FileNotFoundError) and not is_known:
+            raise
         if len(batch) == 1:
             logging.warning('%s is left out: %s', batch[0].workdir, error)
             return {}
     # One by one, so that the others come to their end.
-    alone = [_run_batch([dataclasses.replace(run, resume=True, overwrite=False)]) for run in batch]
+    alone = [
+        _run_batch([dataclasses.replace(run, resume=True, overwrite=False)], broken)
+        for run in batch
+    ]
     return {
         run: next(iter(found.values())) for run, found in zip(batch, alone, strict=True) if found
     }
@@ -69,16 +84,16 @@ def report_all(
     config: FrontierConfig,
     name: str,
     to_rows: Callable[[Summaries], Rows],
-    to_table: Callable[[Rows], str],
+    to_tables: Callable[[Rows], list[Table]],
     to_figure: Callable[[Rows], Figure],
 ) -> Rows:
-    """Does every run of a sweep, writes `NAME.csv`, `.md` and `.png`, and prints the table.
+    """Does every run of a sweep, writes `NAME.csv`, `.md`, `.png` and `.html`, prints the tables.
 
     Args:
       config: of the sweep.
       name: of the files.
       to_rows: gives a row for each run that has a summary; the columns are all that a row has.
-      to_table: writes rows in Markdown.
+      to_tables: makes tables of rows.
       to_figure: draws rows.
 
     Returns:
@@ -95,21 +110,25 @@ def report_all(
         writer = csv.DictWriter(text, list(columns), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-        to_figure(rows).savefig(picture, format='png')
+        tables, figure = to_tables(rows), to_figure(rows)
+        figure.savefig(picture, format='png')
+        page = sweep_report.page(name.capitalize(), rows, tables, figure, config.identity())
         write_whole(path.with_suffix('.csv'), text.getvalue())
-        write_whole(path.with_suffix('.md'), to_table(rows) + '\n')
+        write_whole(path.with_suffix('.md'), to_text(tables) + '\n')
         write_whole(path.with_suffix('.png'), picture.getvalue())
+        write_whole(path.with_suffix('.html'), page)
         return rows
 
     rows = write(run_all(config.runs(), config.side_by_side, write))
-    print(to_table(rows))
-    print(f'\nTable and picture: {path}.md, {path}.png')
+    print(to_text(to_tables(rows)))
+    print(f'\nReport: {path}.html')
     print(json.dumps(rows))
     return rows
 
 
 def _without_seed(run: Config) -> dict[str, Any]:
-    return {**run.identity(), 'seed': None, 'reference': None}
+    # Of two neighbours the second may start from the reference that the first trains.
+    return {**run.identity(), 'seed': None, 'reference': run.reference is None}
 
 
 def _finished(run: Config) -> Mapping[str, Any] | None:

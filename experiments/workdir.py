@@ -201,9 +201,9 @@ def read_flags(folder: Path) -> Mapping[str, Any]:
 
 def _delete_run(folder: Path) -> None:
     """Deletes what a run writes, the flags last, so that a torn deletion can be repeated."""
-    for name in ('checkpoints', 'plots', 'tensorboard'):
+    for name in ('checkpoints', 'tensorboard'):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS_FILE, 'pruned.safetensors', 'summary.json', 'report.md', FLAGS_FILE):
+    for name in (METRICS_FILE, 'pruned.safetensors', 'summary.json', 'report.html', FLAGS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -26,7 +26,7 @@ from dns_jax.files import write_whole
 from experiments import flags, probes, xor_plots
 from experiments.commands import XorConfig
 from experiments.models import Xor
-from experiments.report import middle_and_range, table
+from experiments.tables import middle_and_range, table
 from experiments.train import TrainState
 
 _POINTS = 10_000  # to train with, and as many to test

@@ -40,7 +40,7 @@ def publish(config: ZooConfig) -> list[Path]:
     reference = Path(str(summary.get('flags', {}).pop('reference', None) or ''))
     if reference.suffix == '.caffemodel':
         summary['flags']['reference'] = reference.name
-    card = report.markdown(summary)
+    card = report.card(summary)
     network = load_sparse(run / 'pruned.safetensors')
     kept = sum(int(mask.sum()) for mask in jax.tree.leaves(network.masks))
     if kept != summary['kept']:

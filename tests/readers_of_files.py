@@ -27,7 +27,7 @@ from dns_jax.masks import check_parallel
 from dns_jax.runners import recorded_kinds
 from dns_jax.sharing import share_weights
 from dns_jax.sparse import load_sparse, save_sparse
-from experiments import hlo, report, results, zoo
+from experiments import hlo, report, results, sweep_report, zoo
 from experiments.artefacts import load_model
 from experiments.commands import ZooConfig
 from experiments.compare import COLUMNS as COMPARE_COLUMNS
@@ -357,7 +357,7 @@ def write_csv(columns, **values):
 def frontiers(folder):
     def read(data):
         write_new(folder / 'frontier_lenet5.csv', data)
-        report.frontier_table(results.read_frontiers(folder))
+        sweep_report.frontier_tables(results.read_frontiers(folder))
 
     return Reader((write_csv(FRONTIER_COLUMNS, network='lenet5', commit='a,"b'),), read)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data, frontier, plots, report, run, sweep
+from experiments import data, frontier, plots, published, run, sweep, sweep_report
 from experiments.commands import FrontierConfig
 from experiments.divergence import Diverged
 from experiments.flags import Config
+from experiments.tables import to_text
 
 SHORT = {
     'dataset': 'digits',
@@ -88,7 +89,7 @@ def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
     assert frontier.do_sweep(dataclasses.replace(config, resume=True)) == rows
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == rows
-    assert '\n'.join(table).startswith(report.frontier_table(rows))
+    assert '\n'.join(table).startswith(to_text(sweep_report.frontier_tables(rows)))
 
 
 @pytest.mark.slow
@@ -157,7 +158,7 @@ def test_table_gives_medians_and_ranges():
     row = {'network': 'lenet5', 'compression': 100.0, 'kept': 4311, 'reference_error': 0.9}
     rows = [{**row, 'target': 100, 'test_error': error} for error in (0.8, 1.1, 0.9)]
     rows.append({**row, 'target': 200, 'test_error': 1.25})
-    lines = report.frontier_table(rows).splitlines()
+    lines = to_text(sweep_report.frontier_tables(rows)).splitlines()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]]
     assert cells == [
         ['LeNet-5', '3', '100.0×', '4,311', '0.90 %', '0.90 % (0.80 to 1.10)'],
@@ -183,10 +184,10 @@ def test_figure_shows_runs_medians_and_published_points(network, dataset):
     dots = axes.collections[0].get_offsets()
     np.testing.assert_allclose(dots, [(r['compression'], r['test_error']) for r in rows])
     labels = axes.get_legend_handles_labels()[1]
-    published = plots.PUBLISHED.get(network, ()) if dataset == 'mnist' else ()
-    assert sorted(labels[1:]) == sorted(['here, each run', *(who for who, _, _ in published)])
+    errors_of = published.ERRORS.get(network, ()) if dataset == 'mnist' else ()
+    assert sorted(labels[1:]) == sorted(['here, each run', *(who for who, _, _ in errors_of)])
     places = [tuple(*collection.get_offsets()) for collection in axes.collections[1:]]
-    wanted = [(x, error) for _, x, error in published if error is not None]
+    wanted = [(x, error) for _, x, error in errors_of if error is not None]
     np.testing.assert_allclose(np.array(places).reshape(-1, 2), np.array(wanted).reshape(-1, 2))
 
 
@@ -204,3 +205,30 @@ def test_a_run_that_breaks_down_does_not_end_the_sweep(config, monkeypatch):
     summaries = sweep.run_all(runs, 3, lambda summaries: None)
     assert summaries == {runs[0]: {'seed': 0}, runs[2]: {'seed': 2}}
     assert done == [[(0, True)], [(2, True)]]
+
+
+def test_runs_whose_reference_broke_down_are_left_out(config, monkeypatch):
+    def run_together(batch):
+        for one in batch:
+            if one.seed == 1:
+                raise FileNotFoundError('no reference') if one.reference else Diverged('nan')
+        return [{'seed': one.seed} for one in batch]
+
+    monkeypatch.setattr(sweep, 'run_together', run_together)
+    runs = dataclasses.replace(config, compressions='5,9', seeds=2, side_by_side=2).runs()
+    batches = []
+    summaries = sweep.run_all(runs, 2, lambda summaries: batches.append(len(summaries)))
+    assert list(summaries) == [runs[0], runs[2]]
+    assert batches == [1, 2]
+    with pytest.raises(FileNotFoundError, match='no reference'):
+        sweep.run_all(runs[2:], 2, batches.append)
+
+
+def test_a_sweep_without_a_result_says_so(config, monkeypatch):
+    def run_together(batch):
+        raise Diverged('nan')
+
+    monkeypatch.setattr(sweep, 'run_together', run_together)
+    runs = dataclasses.replace(config, compressions='5', seeds=2).runs()
+    with pytest.raises(RuntimeError, match='none of 2 runs'):
+        sweep.run_all(runs, 2, None)

@@ -151,18 +151,18 @@ def test_there_are_entry_scripts():
 TOOLS = {
     'alexnet': {'flags', 'hosts', 'image_flags', 'run'},
     'bench': {'commands', 'flags', 'models', 'train'},
-    'compare': {'commands', 'flags', 'parsers', 'plots', 'report', 'sweep', 'workdir'},
+    'compare': {'commands', 'flags', 'parsers', 'plots', 'sweep', 'sweep_report', 'workdir'},
     'export': {
-        *('artefacts', 'commands', 'data', 'flags', 'models', 'references', 'report', 'train'),
+        *('artefacts', 'commands', 'data', 'flags', 'models', 'references', 'tables', 'train'),
         'tuning',
     },
-    'frontier': {'commands', 'flags', 'plots', 'report', 'sweep'},
+    'frontier': {'commands', 'flags', 'plots', 'sweep', 'sweep_report'},
     'latency': {'artefacts', 'commands', 'flags', 'latency_report', 'models'},
-    'results': {'report', 'summaries'},
+    'results': {'summaries', 'sweep_report', 'tables'},
     'scale': {*('commands', 'flags', 'models', 'scale_input', 'scale_programs', 'scale_report')},
     'search': None,  # an experiment of its own, with modules of its own
     'vgg16': {'flags', 'hosts', 'image_flags', 'run'},
-    'xor': {'commands', 'flags', 'models', 'probes', 'report', 'train', 'xor_plots'},
+    'xor': {'commands', 'flags', 'models', 'probes', 'tables', 'train', 'xor_plots'},
     'zoo': {'commands', 'flags', 'report', 'summaries'},
 }
 

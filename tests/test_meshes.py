@@ -122,9 +122,7 @@ def alone(train_on):
     return train_on('data:1', ALEXNET)
 
 
-@pytest.mark.parametrize(
-    'text', [pytest.param('data:8', marks=pytest.mark.slow), 'data:4,model:2']
-)
+@pytest.mark.parametrize('text', [pytest.param('data:8', marks=pytest.mark.slow), 'data:4,model:2'])
 def test_masks_are_those_of_one_device_bit_for_bit(train_on, alone, text):
     state, chunk = train_on(text, ALEXNET)
     kept = sum(int(count) for count in dns_jax.count_kept(state.masks).values())

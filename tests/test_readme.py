@@ -9,7 +9,15 @@ import pytest
 import yaml
 from absl import flags as absl_flags
 
-from experiments import alexnet, latency_report, report, results, scale_report
+from experiments import (
+    alexnet,
+    latency_report,
+    report,
+    results,
+    scale_report,
+    sweep_report,
+    tables,
+)
 from experiments.flags import define, to_config
 from experiments.image_flags import ImageConfig
 
@@ -56,7 +64,7 @@ def test_the_table_is_that_of_the_results():
 @pytest.mark.parametrize('name', ['alexnet_mnist', 'alexnet_mnist_wide'])
 def test_alexnet_on_mnist_is_that_of_the_results(name):
     summary = json.loads((ROOT / 'results' / f'{name}.json').read_text())
-    assert name != 'alexnet_mnist' or report.published_table(summary) in README
+    assert name != 'alexnet_mnist' or tables.to_text(report.published_tables(summary)) in README
     text = ' '.join(README.split())
     errors = f'{summary["reference_error"]:.2f} → {summary["test_error"]:.2f} % test error'
     assert f'{errors} at {summary["compression"]:.1f}×' in text
@@ -90,14 +98,14 @@ def test_the_page_of_many_devices_starts_runs():
 def test_the_frontier_is_that_of_the_results():
     rows = results.read_frontiers()
     assert rows
-    assert report.frontier_table(rows) in README
+    assert tables.to_text(sweep_report.frontier_tables(rows)) in README
 
 
 @pytest.mark.parametrize('name', COMPARISONS)
 def test_the_page_of_comparisons_holds_their_tables_and_commands(name):
     page = (ROOT / 'results' / 'compare.md').read_text()
     rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
-    assert report.compare_tables(rows) in page
+    assert tables.to_text(sweep_report.compare_tables(rows)) in page
     assert f'python -m experiments.compare --flagfile=experiments/flagfiles/{name}.flags' in page
     # The variants of the table are those of the flagfile, and all its seeds are there.
     flags = (ROOT / 'experiments' / 'flagfiles' / f'{name}.flags').read_text()
@@ -109,7 +117,9 @@ def test_the_page_of_comparisons_holds_their_tables_and_commands(name):
 
 def test_the_page_of_comparisons_holds_the_other_tables():
     page = (ROOT / 'results' / 'compare.md').read_text()
-    assert report.frontier_table(results.read_frontiers(kind='authors')) in page
+    assert (
+        tables.to_text(sweep_report.frontier_tables(results.read_frontiers(kind='authors'))) in page
+    )
     assert (ROOT / 'results' / 'xor' / 'xor.md').read_text() in page
 
 

@@ -1,6 +1,7 @@
 """Reports, their tables and their pictures."""
 
 import copy
+import html
 import json
 import math
 import os
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import plots, report
 from experiments.workdir import read_records
@@ -283,8 +283,9 @@ def test_density_figure_of_many_layers_with_long_names():
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 21
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+    assert legend.get_window_extent().y1 <= axes.get_window_extent().y0
     assert legend.get_window_extent().y0 >= 0
+    assert axes.get_window_extent().height > 200
 
 
 def test_surgery_figure_draws_the_counts():
@@ -340,44 +341,45 @@ def names_in(folder):
 
 
 def test_write(workdir):
-    summary = {**SUMMARY, 'flags': {'seed': 3, 'c_rate': 'fc1:2', 'note': None, 'fast': True}}
+    flags = {'network': 'lenet5', 'seed': 3, 'c_rate': 'fc1:2', 'note': None}
+    summary = {**SUMMARY, 'flags': flags}
     paths = report.write(str(workdir), summary, np.ones((784, 20), bool))
-    names = [str(path.relative_to(workdir)) for path in paths]
-    assert names == [
-        'summary.json',
-        'plots/training.png',
-        'plots/density.png',
-        'plots/surgery.png',
-        'plots/first_layer.png',
-        'report.md',
-    ]
-    assert names_in(workdir) == sorted([*names, 'metrics.jsonl'])
+    assert paths == [workdir / 'summary.json', workdir / 'report.html']
+    assert names_in(workdir) == ['metrics.jsonl', 'report.html', 'summary.json']
     assert json.loads(paths[0].read_text()) == summary
-    for path, size in zip(
-        paths[1:5], [(900, 750), (900, 450), (900, 450), (600, 500)], strict=True
-    ):
-        with Image.open(path) as image:
-            assert image.size == size
-            # More than a white page: the curves and the text bring in many shades.
-            assert len(image.convert('RGB').getcolors(1 << 24)) > 50
-    text = paths[-1].read_text()
-    assert text.startswith('# LeNet-5 on mnist, seed 3\n')
+    page = paths[1].read_text()
+    text = re.sub(r'<[^>]+>', ' ', re.sub(r'<style>.*?</style>', '', page, flags=re.DOTALL))
+    text = ' '.join(html.unescape(text).split())
     for part in (
-        RESULT_TABLE,
-        LAYER_TABLE,
-        '```\n--seed=3\n--c_rate=fc1:2\n--fast=True\n```',
-        'Validation error after surgery: 1.05 %.',
-        '3000 steps in 1,312 s, commit abc1234, jax 0.10.2.',
+        'LeNet-5 on mnist, seed 3',
+        '108× ',
+        'Parameters: 431,080 → 3,986 (0.92 %)',
+        'ip1 430,560 3,986 0.93 108× 400,000 3,950 1,722,240 23,916',
+        '--seed=3 --c_rate=fc1:2 Environment',
+        'the validation error after surgery is 1.05 %.',
+        '3,000 steps of surgery; 1,312 s in all phases.',
+        'commit: abc1234 jax: 0.10.2',
     ):
-        assert f'\n\n{part}\n' in text or f'. {part}\n' in text
-    assert re.findall(r'!\[[^]]+\]\(([^)]+)\)', text) == names[1:5]
+        assert part in text
+    assert re.findall(r'<img [^>]*alt="([^";]+)', page) == [
+        'Validation error and loss',
+        'Connections kept in each layer',
+        'Connections pruned and spliced per 1,000 steps',
+        'First layer: 784 of 784 pixels keep a connection',
+    ]
 
 
 def test_write_without_surgery_flags_and_mask(workdir):
     write_records(workdir, RECORDS[:1])
-    paths = report.write(workdir, SUMMARY)
-    assert [path.name for path in paths] == ['summary.json', 'training.png', 'report.md']
-    assert 'Flags' not in paths[-1].read_text()
+    text = report.write(workdir, SUMMARY)[1].read_text()
+    assert text.count('<img') == 1
+    assert 'Flags' not in text
+
+
+def test_flags_are_lines_of_a_flagfile():
+    values = {'seed': 3, 'variant': ('a: --momentum=0.5', 'b:'), 'note': None, 'fast': True}
+    lines = ['--seed=3', '--variant=a: --momentum=0.5', '--variant=b:', '--fast=True']
+    assert report.to_flags(values) == lines
 
 
 @pytest.mark.parametrize(
@@ -393,7 +395,7 @@ def test_write_without_surgery_flags_and_mask(workdir):
 )
 def test_write_of_a_single_odd_record(workdir, change):
     write_records(workdir, [surgery_record(250, 5, 5, **{'loss': 1.0}) | change])
-    assert len(report.write(workdir, SUMMARY)) == 5
+    assert report.write(workdir, SUMMARY)[1].read_text().count('<img') == 3
 
 
 @pytest.mark.parametrize('shape', [(784,), (783, 20), (5, 5, 1, 20)])

@@ -23,7 +23,7 @@ ZOO = sorted((Path(__file__).parents[1] / 'zoo').glob('*.safetensors'))
 def test_a_card_is_that_of_its_network(path):
     network = load_sparse(path)
     summary = json.loads(path.with_suffix('.json').read_text())
-    assert path.with_suffix('.md').read_text() == report.markdown(summary)
+    assert path.with_suffix('.md').read_text() == report.card(summary)
     kept = {
         layer: sum(int(mask.sum()) for mask in masks.values())
         for layer, masks in network.masks.items()
@@ -67,7 +67,7 @@ def test_a_coded_network_is_that_of_the_zoo(path):
     encoder, fed = Encoder(), np.zeros(0, bool)
     for _, mask in sorted(jax.tree.leaves_with_path(network.masks), key=lambda leaf: str(leaf[0])):
         fed = encode_mask(encoder, mask, fed)
-    assert f'{len(encoder.getvalue()):,} of {report.NETWORK_NAMES[path.stem]}' in page
+    assert f'{len(encoder.getvalue()):,} of {models.NETWORK_NAMES[path.stem]}' in page
     assert re.search(rf'coded *\| *{size:,} \| *{dense / size:.1f}× \|', page)
 
 
@@ -106,7 +106,7 @@ def test_publish_copies_the_network_and_writes_its_card(finished):
     summary = json.loads((finished / 'summary.json').read_text())
     del summary['flags']['reference']  # a folder of the machine it was made on
     assert json.loads(paths[1].read_text()) == summary
-    assert paths[2].read_text() == report.markdown(summary)
+    assert paths[2].read_text() == report.card(summary)
 
 
 def test_a_card_names_the_file_that_a_network_began_with(finished):
