@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-matrix coverage mutants lint bench results
+.PHONY: demo test test-all test-matrix coverage mutants lint docs links bench results
 
 demo: $(BIN)/ready
 	$(BIN)/python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_digits.flags
@@ -45,6 +45,14 @@ lint: $(BIN)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Into docs/_build/html; a warning, or a link to nowhere within, is an error.
+docs: $(BIN)/ready
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . docs/_build/html
+
+# Links to other sites, for which it needs the network.
+links: $(BIN)/ready
+	$(BIN)/sphinx-build --quiet -b linkcheck -c docs . docs/_build/links
 
 bench: $(BIN)/ready
 	$(BIN)/python -m experiments.bench $(BENCH_FLAGS)

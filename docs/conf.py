@@ -1,0 +1,31 @@
+"""The documentation site: `make docs` builds it into docs/_build."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import dns_jax  # noqa: E402
+
+project = 'dns_jax'
+author = copyright = 'the dns_jax authors'
+version = release = dns_jax.__version__
+
+# The source folder is the repository, so that notebooks and docs lie side by side.
+root_doc = 'docs/index'
+include_patterns = ['docs/*.md', 'notebooks/*.ipynb']
+exclude_patterns = ['docs/_build']
+
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.mathjax', 'sphinx.ext.napoleon']
+myst_enable_extensions = ['amsmath', 'dollarmath']
+myst_heading_anchors = 3
+nb_execution_mode = 'off'  # tests run the notebooks
+default_role = 'code'
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'signature'
+autodoc_default_options = {'members': True, 'undoc-members': False}
+napoleon_custom_sections = [('Reference', 'notes_style')]
+
+html_theme = 'furo'
+html_title = f'dns_jax {version}'
