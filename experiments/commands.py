@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags

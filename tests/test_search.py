@@ -609,7 +609,7 @@ def workers(tmp_path_factory):
     """A study on the digits: a worker that is killed in its first trial, then two at once."""
     folder, digits = tmp_path_factory.mktemp('workers') / 'search', tmp_path_factory.mktemp('tfds')
     data.load('digits', digits)
-    fields = {'workdir': folder, 'dataset': 'digits', 'data_dir': digits, 'space': 'compression'}
+    fields = {'workdir': folder, 'dataset': 'digits', 'data_dir': digits, 'space': 'layer_density'}
     fields |= {'reference_steps': 100, 'surgery_steps': 400, 'batch_size': 32, 'tolerance': 90}
     fields |= {'finetuning_steps': 0, 'record_every': 10, 'checkpoint_every': 100, 'trials': 3}
     fields |= {'refresh_every': 10}

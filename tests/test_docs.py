@@ -1,0 +1,89 @@
+"""The documentation: its examples run, its numbers are those of the results, its paths exist."""
+
+import re
+import statistics
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import results
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / 'docs'
+PAGES = [*sorted(DOCS.glob('*.md')), ROOT / 'CONTRIBUTING.md']
+FOLDERS = 'docs|experiments|notebooks|results|tests|zoo'
+QUESTIONS = ' '.join((DOCS / 'questions.md').read_text().split())
+
+
+@pytest.mark.parametrize('name', ['tutorial', 'own_pruner', 'export'])
+def test_the_examples_run(name, capsys):
+    text = (DOCS / f'{name}.md').read_text()
+    blocks = [
+        re.sub('^ {3}', '', block, flags=re.MULTILINE)
+        for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    ]
+    names = {}
+    with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+        for block in blocks:
+            exec(compile(block, f'{name}.md', 'exec'), names)
+    said = capsys.readouterr().out
+    if name == 'tutorial':
+        compression, accuracy = re.search(r'([\d.]+)×, accuracy ([\d.]+)%', said).groups()
+        assert 9 < float(compression) < 11
+        assert float(accuracy) > 97
+    if name == 'own_pruner':
+        assert 0 < eval(said)['fc'] < 64 * 64
+
+
+def test_every_module_is_in_the_reference():
+    text = (DOCS / 'reference.md').read_text() + (DOCS / 'reference_files.md').read_text()
+    named = re.findall(r'automodule:: dns_jax\.(\w+)', text)
+    modules = {path.stem for path in (ROOT / 'dns_jax').glob('*.py')} - {'__init__'}
+    assert sorted(named) == sorted(modules)
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.stem)
+def test_what_a_page_names_exists(path):
+    text = path.read_text()
+    for name in re.findall(rf'`((?:{FOLDERS})/[\w./]+\.\w+)`', text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r'`(\w+\.flags)`', text):
+        assert (ROOT / 'experiments' / 'flagfiles' / name).exists(), name
+    for target in re.findall(r'(?m)(?:^|`)make ([a-z-]+)', text):
+        assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE), target
+
+
+def median(name, variant, column='test_error', target=None):
+    rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
+    return statistics.median(
+        row[column] for row in rows if row['variant'] == variant and target in (None, row['target'])
+    )
+
+
+def test_the_answers_are_those_of_the_results():
+    surgery = median('compare_lenet300', 'surgery', target=50)
+    without = median('compare_lenet300', 'without splicing', target=50)
+    assert f'{surgery:.2f} % with and {without:.2f} % without' in QUESTIONS
+    surgery = median('compare_lenet300', 'surgery', target=100)
+    without = median('compare_lenet300', 'without splicing', target=100)
+    assert f'{surgery:.2f} % against {without:.2f} %, on each' in QUESTIONS
+    gradual = median('compare_lenet300', 'gradual', target=100)
+    assert f'{gradual:.2f} % against {surgery:.2f} % at' in QUESTIONS
+    fixed, fixed_error = (
+        median('ablations_lenet300', 'c, σ constant', name)
+        for name in ('compression', 'test_error')
+    )
+    assert f'{fixed:.0f}× at {fixed_error:.2f} % with it' in QUESTIONS
+    never = median('ablations_lenet300', 'c, without splicing', 'compression')
+    assert (
+        f'{never:.0f}× at {median("ablations_lenet300", "c, without splicing"):.0f} %' in QUESTIONS
+    )
+    rows = [row for row in results.read_frontiers() if row['network'] == 'lenet300']
+    for target in (60, 90, 120):
+        error = statistics.median(r['test_error'] for r in rows if r['target'] == target)
+        assert re.search(rf'{target}× (comes )?at {error:.2f} %', QUESTIONS)
+    kept, back = (
+        median('repair_lenet300', 'surgery', name) for name in ('kept', 'returns_returned_kept')
+    )
+    assert f'{100 * back / kept:.0f} % had been pruned' in QUESTIONS
