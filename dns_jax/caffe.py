@@ -297,7 +297,7 @@ def _fields(message: memoryview) -> defaultdict[tuple[int, int], list[Any]]:
     """
     fields: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
     at = 0
-    for _ in range(_MAX_FIELDS):
+    for _ in range(_MAX_FIELDS + 1):
         if at == len(message):
             return fields
         tag, at = _varint(message, at)

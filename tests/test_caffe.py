@@ -229,7 +229,7 @@ def test_memory_is_that_of_the_file_and_its_arrays(read, kind):
 
 
 def test_many_fields_are_read_up_to_a_limit(read):
-    assert len(read(b''.join(layer(f'{n}', 'ReLU', blob(BIAS)) for n in range(4_095)))) == 4_095
+    assert len(read(b''.join(layer(f'{n}', 'ReLU', blob(BIAS)) for n in range(4_096)))) == 4_096
     with pytest.raises(ValueError, match='a message has more than 4096 fields'):
         read(DATA_LAYER * 4_097)
 
