@@ -113,20 +113,25 @@ def save_onnx(
       [array([[0., 2.]], dtype=float32)]
     """
     weights = _check(chain, params, input_shape)
-    # Those of its plugins that do not fit this JAX say so at length; none is of use here.
-    logging.getLogger('jax2onnx.plugins.plugin_system').setLevel(logging.ERROR)
-    with warnings.catch_warnings(action='ignore', category=DeprecationWarning):
-        import jax2onnx
-        import onnx
+    # jax2onnx logs each plugin that does not fit this JAX; none is needed here.
+    logger = logging.getLogger('jax2onnx.plugins.plugin_system')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action='ignore', category=DeprecationWarning):
+            import jax2onnx
+            import onnx
 
-        model = jax2onnx.to_onnx(
-            partial(_run_for_onnx, chain, weights),
-            [('batch', *input_shape)],
-            model_name='chain',
-            opset=_OPSET,
-            input_names=['inputs'],
-            output_names=['outputs'],
-        )
+            model = jax2onnx.to_onnx(
+                partial(_run_for_onnx, chain, weights),
+                [('batch', *input_shape)],
+                model_name='chain',
+                opset=_OPSET,
+                input_names=['inputs'],
+                output_names=['outputs'],
+            )
+    finally:
+        logger.setLevel(level)
     onnx.checker.check_model(model, full_check=True)
     write_whole(Path(path), model.SerializeToString(deterministic=True))
 
