@@ -11,7 +11,7 @@ from dns_jax.layers import group_by_layer, parent
 from dns_jax.masks import check_parallel
 from dns_jax.typing import LayerOf, Masks, Params
 
-_POSITION_BYTES = 4  # a kept weight of a sparse file stands beside its flat uint32 position
+_INDEX_BYTES = 4  # a flat uint32 index
 
 
 class Size(NamedTuple):
@@ -22,7 +22,7 @@ class Size(NamedTuple):
     multiply_adds: int  # of the dense network, for one example
     kept_multiply_adds: int  # of the kept weights, for one example
     bytes: int  # of the dense parameters in their own dtype
-    kept_bytes: int  # of the kept parameters, with a uint32 position beside each
+    kept_bytes: int  # of the kept, in their dtype, with a uint32 index beside each that has a mask
 
     @property
     def density(self) -> float:
@@ -97,7 +97,7 @@ def _measure_layer(weights, masks, positions) -> Size:
         kept = int(jnp.sum(mask)) if jnp.ndim(mask) else jnp.size(leaf)
         applied = positions if jnp.ndim(leaf) > 1 else 0
         item = jnp.result_type(leaf).itemsize
-        position_bytes = _POSITION_BYTES if jnp.ndim(mask) else 0
+        position_bytes = _INDEX_BYTES if jnp.ndim(mask) else 0
         leaf_size = Size(
             parameters=jnp.size(leaf),
             kept=kept,
