@@ -6,7 +6,6 @@ never return, but for those of `regrow`. Where a pruner is given one number it i
 else a table `{pattern: number}` as of rules.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ import optax
 
 from dns_jax.importance import chance, gradient
 from dns_jax.layers import group_by_layer, has_axes, layer_names, parent
-from dns_jax.masks import count_kept
-from dns_jax.schedules import polynomial_density, update_at
+from dns_jax.masks import count_kept, discriminate
+from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
 from dns_jax.surgery import Rule, surgery
 from dns_jax.thresholds import Group, largest_threshold, layer_density, std
 from dns_jax.typing import (
@@ -28,6 +27,7 @@ from dns_jax.typing import (
     Predicate,
     Schedule,
     ThresholdRule,
+    Thresholds,
 )
 
 
@@ -49,7 +49,7 @@ def han(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `rounds` is empty, or names a step that is negative or not finite.
+      ValueError: if `rounds` is empty, or one is no step (`dns_jax.schedules.check_step`).
       As `surgery` and `std` do.
 
     Example:
@@ -62,7 +62,7 @@ def han(
     Reference:
       Han et al. 2015, Learning both weights and connections for efficient neural networks.
     """
-    _check_rounds('rounds', rounds)
+    check_steps('rounds', rounds)
     probability = update_at(rounds)
     rules = {pattern: Rule(std(c), probability, 1) for pattern, c in _table(c_rate).items()}
     return surgery(rules, key, splicing=False, **options)
@@ -83,7 +83,7 @@ def one_shot(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `step` is negative or not finite.
+      ValueError: if `step` is no step (`dns_jax.schedules.check_step`).
       As `iterative` does.
 
     Example:
@@ -93,7 +93,7 @@ def one_shot(
       >>> state.masks['fc1']
       Array([False, False, False,  True], dtype=bool)
     """
-    _check_rounds('step', [step])
+    check_step('step', step)
     return iterative(density, [step], key, **options)
 
 
@@ -122,8 +122,8 @@ def iterative(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `density` is outside (0, 1], or `rounds` is empty or names a step twice, or
-        one that is negative or not finite.
+      ValueError: if `density` is outside (0, 1], or `rounds` is empty, names a step twice, or
+        what is no step (`dns_jax.schedules.check_step`).
       As `surgery` does.
 
     Example:
@@ -137,7 +137,7 @@ def iterative(
       1 2
       2 1
     """
-    _check_rounds('rounds', rounds)
+    check_steps('rounds', rounds)
     probability, steps = update_at(rounds), np.asarray(rounds, np.int32)
     if len(set(rounds)) < len(rounds):
         raise ValueError(f'rounds must not name a step twice, but is {list(rounds)!r}')
@@ -176,7 +176,7 @@ def gradual(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `density` is outside (0, 1], or `every` is less than 1.
+      ValueError: if `density` or `every` is out of range.
       As `surgery` and `polynomial_density` do.
 
     Example:
@@ -195,8 +195,7 @@ def gradual(
     Reference:
       Zhu and Gupta 2017, To prune, or not to prune.
     """
-    if every < 1:
-        raise ValueError(f'every must be at least 1, but is {every!r}')
+    check_step('every', every, 1)
     ramps = {
         pattern: polynomial_density(number, start, end)
         for pattern, number in _density_table(density).items()
@@ -246,8 +245,7 @@ def regrow(
       whose growth is 0 are not.
 
     Raises:
-      ValueError: if `density` is outside (0, 1], `every` is less than 1, or `drop` is a number
-        outside [0, 1].
+      ValueError: if `density`, `every`, `stop` or a number `drop` is out of range.
       As `surgery` does.
 
     Example:
@@ -265,8 +263,8 @@ def regrow(
       Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse
       connectivity (SET); Evci et al. 2020, Rigging the lottery (RigL).
     """
-    if every < 1:
-        raise ValueError(f'every must be at least 1, but is {every!r}')
+    check_step('every', every, 1)
+    check_step('stop', stop)
     if not callable(drop) and not 0 <= drop <= 1:
         raise ValueError(f'drop must be in [0, 1], but is {drop!r}')
     start = iterative(
@@ -328,7 +326,8 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
     def keep(layer, leaf):
         if not leaf.ndim:
             return jnp.ones((), bool)
-        return (jnp.abs(leaf).astype(jnp.float32) >= thresholds[layer]) & (wanted[layer] > 0)
+        band = Thresholds(thresholds[layer], thresholds[layer])
+        return discriminate(leaf, jnp.array(True), band) & (wanted[layer] > 0)
 
     return jax.tree.map(keep, layer_names(tree, layer_of), tree)
 
@@ -343,12 +342,3 @@ def _density_table(density: float | Mapping[str, float]) -> Mapping[str, float]:
         if not 0 < number <= 1:
             raise ValueError(f'density must be in (0, 1], but is {number!r}')
     return table
-
-
-def _check_rounds(name: str, steps: Sequence[int]) -> None:
-    """Refuses steps by the name that the caller knows, where `update_at` has one of its own."""
-    if not steps:
-        raise ValueError(f'{name} must name at least one step, but is {steps!r}')
-    for step in steps:
-        if not 0 <= step < math.inf:
-            raise ValueError(f'{name} must be finite and at least 0, but is {step!r}')

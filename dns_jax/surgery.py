@@ -15,6 +15,7 @@ import optax
 from dns_jax.importance import magnitude
 from dns_jax.layers import group_by_layer, has_axes, leaf_path, match_patterns, parent
 from dns_jax.masks import apply_masks, check_parallel, init_masks, update_masks
+from dns_jax.schedules import check_step
 from dns_jax.typing import (
     Importance,
     LayerOf,
@@ -79,7 +80,7 @@ def surgery(
     Raises:
       TypeError: if `key` is not a typed PRNG key, or a leaf that takes part is not floating
         point (from `init`).
-      ValueError: if a rule's `refresh_every` is negative, or 0 with another importance than
+      ValueError: if a rule's `refresh_every` is no step, or 0 with another importance than
         `magnitude`, which is all there is to ask about at the start; if a pattern matches no
         layer or the params are empty (from `init`), or if `params` is missing (from `update`).
 
@@ -177,10 +178,7 @@ def surgery(
 
 def _check_refreshing(table: Mapping[str, Rule], importance: Importance) -> None:
     for pattern, rule in table.items():
-        if rule.refresh_every < 0:
-            raise ValueError(
-                f'refresh_every of {pattern!r} must be at least 0, but is {rule.refresh_every!r}'
-            )
+        check_step(f'refresh_every of {pattern!r}', rule.refresh_every)
         if importance is not magnitude and not rule.refresh_every:
             raise ValueError(
                 f'refresh_every of {pattern!r} must be at least 1 for thresholds by '

@@ -47,6 +47,7 @@ OF_PAPERS += ('training',)
 OUR_OWN = {f'masks.{name}' for name in ('init_masks', 'count_kept', 'count_events', 'count_true')}
 OUR_OWN |= {'masks.check_parallel', 'importance.chance', 'pruners.one_shot', 'pruners.iterative'}
 OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'thresholds.layer_density'}
+OUR_OWN |= {'schedules.check_step', 'schedules.check_steps'}
 OUR_OWN |= {'thresholds.largest_threshold'}
 
 each_function = pytest.mark.parametrize('name', FUNCTIONS)
