@@ -37,10 +37,9 @@ import numpy as np
 from dns_jax.entropy import Decoder, Encoder, decode_mask, encode_mask
 from dns_jax.files import write_whole
 from dns_jax.header import Reader, number, text
-from dns_jax.layers import leaf_path, parent
+from dns_jax.layers import leaf_path, nest_leaves, parent
 from dns_jax.masks import check_parallel
 from dns_jax.sharing import MAX_CLUSTERS, SharedNetwork, round_codebooks
-from dns_jax.sparse import nest_leaves
 
 _MAGIC = b'DNS\x01'
 _MAX_PATH = 1_000  # characters: a layer's name counts for each of its leaves

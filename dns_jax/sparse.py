@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dns_jax.files import write_whole
-from dns_jax.layers import leaf_path
+from dns_jax.layers import leaf_path, nest_leaves
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks, Params
 
-_MAX_PARTS = 100  # of a path: JAX cannot walk trees much deeper than a few times that
 _SHAPE = re.compile(r'\[(NUMBER(, ?NUMBER){0,63})?\]'.replace('NUMBER', '(0|[1-9][0-9]{0,17})'))
 
 
@@ -131,6 +130,23 @@ def load_sparse(path: str | os.PathLike[str], max_parameters: int = 2**30) -> Sp
         raise ValueError(f'cannot load {os.fspath(path)!r}: {error}') from error
 
 
+def sort_metadata(data: bytes) -> bytes:
+    """Sorts the metadata, which safetensors writes in an order that changes from run to run.
+
+    Args:
+      data: a safetensors file with metadata.
+
+    Returns:
+      The same file, but for that order.
+    """
+    end = 8 + int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:end])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, 'little') + text + data[end:]
+
+
 def _read(file: Any, max_parameters: int) -> SparseNetwork:
     entries = dict(sorted((file.metadata() or {}).items()))
     shapes = {
@@ -201,55 +217,3 @@ def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray,
     if not np.isfinite(values).all():
         raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
     return values, np.flatnonzero(mask).astype(np.uint32)
-
-
-def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
-    """Makes the nested dict of leaves, by the parts of their paths.
-
-    Args:
-      leaves: paths and leaves, none of them a dict.
-
-    Returns:
-      The dict, or the leaf itself where its path is `''`.
-
-    Raises:
-      ValueError: if there are no leaves, one has the place of another or lies within it, or a
-        path has more than 100 parts.
-
-    Example:
-      >>> nest_leaves([('fc1/bias', 1), ('fc1/kernel', 2)])
-      {'fc1': {'bias': 1, 'kernel': 2}}
-    """
-    top: dict[str, Any] = {}
-    for path, leaf in leaves:
-        node, key = top, ''  # the whole tree is the one entry of `top`
-        parts = path.split('/') if path else []
-        if len(parts) > _MAX_PARTS:
-            raise ValueError(f'the path {path[:80]!r}... has {len(parts)} parts, over {_MAX_PARTS}')
-        for part in parts:
-            node, key = node.setdefault(key, {}), part
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or key in node:
-            raise ValueError(f'the leaf {path!r} has the place of another, or lies within it')
-        node[key] = leaf
-    if not top:
-        raise ValueError('a network must have at least one leaf')
-    return top['']
-
-
-def sort_metadata(data: bytes) -> bytes:
-    """Sorts the metadata, which safetensors writes in an order that changes from run to run.
-
-    Args:
-      data: a safetensors file with metadata.
-
-    Returns:
-      The same file, but for that order.
-    """
-    end = 8 + int.from_bytes(data[:8], 'little')
-    header = json.loads(data[8:end])
-    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-    text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return len(text).to_bytes(8, 'little') + text + data[end:]

@@ -39,7 +39,7 @@ ALLOWED = {
     'chain': set(),
     'compact': LEAVES | {'chain', 'masks'},
     'sparse': LEAVES | {'files', 'masks'},
-    'codec': LEAVES | {'entropy', 'files', 'header', 'masks', 'sharing', 'sparse'},
+    'codec': LEAVES | {'entropy', 'files', 'header', 'masks', 'sharing'},
     'entropy': set(),
     'header': set(),
     'sharing': LEAVES | {'masks'},
