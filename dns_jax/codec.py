@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax.entropy import Decoder, Encoder, decode_mask, encode_mask
-from dns_jax.files import write_whole
+from dns_jax.files import check_metadata, write_whole
 from dns_jax.header import Reader, number, text
 from dns_jax.layers import leaf_path, nest_leaves, parent
 from dns_jax.masks import check_parallel
@@ -165,9 +165,7 @@ def _encode(network: SharedNetwork) -> bytes:
 def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     """The leaves by layer, in the order of the file: layers by name, leaves by path."""
     check_parallel(network.assignments, network.masks)
-    for key, value in network.metadata.items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f'metadata must map strings to strings, but has {key!r}: {value!r}')
+    check_metadata(network.metadata)
     leaves = []
     for (key_path, leaf), mask in zip(
         jax.tree.leaves_with_path(network.assignments), jax.tree.leaves(network.masks), strict=True

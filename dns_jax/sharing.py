@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dns_jax.files import check_float32
 from dns_jax.layers import leaf_path, match_patterns, parent
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks, Params
@@ -79,7 +80,9 @@ def share_weights(
         jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True
     ):
         path = leaf_path(key_path)
-        values.setdefault(parent(path), []).append(_kept(path, np.asarray(leaf), np.asarray(mask)))
+        values.setdefault(parent(path), []).append(
+            _kept_values(path, np.asarray(leaf), np.asarray(mask))
+        )
     codebooks = {
         layer: _codebook(np.concatenate(values[layer]), amount)
         for layer, amount in _clusters_by_layer(clusters, sorted(values)).items()
@@ -165,13 +168,10 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
     return jax.tree.map_with_path(expand_leaf, assignments, masks)
 
 
-def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype.itemsize > 4:
-        raise TypeError(f'params[{path!r}] must be floats that fit float32, not {weights.dtype}')
-    values = (weights[mask] if mask.ndim else weights.ravel()).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
-    return values
+def _kept_values(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    values = weights[mask] if mask.ndim else weights.ravel()
+    check_float32(path, values)
+    return values.astype(np.float64)
 
 
 def _clusters_by_layer(clusters: int | Mapping[str, int], layers: list[str]) -> dict[str, int]:

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dns_jax.files import write_whole
+from dns_jax.files import check_float32, check_metadata, write_whole
 from dns_jax.layers import leaf_path, nest_leaves
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks, Params
@@ -78,9 +78,8 @@ def save_sparse(
     """
     check_parallel(params, masks)
     entries = dict(metadata or {})
-    for key, value in entries.items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f'metadata must map strings to strings, but has {key!r}: {value!r}')
+    check_metadata(entries)
+    for key in entries:
         if key.endswith(':shape'):
             raise ValueError(f'metadata has the key {key!r}, which is one of a shape')
 
@@ -88,7 +87,7 @@ def save_sparse(
     nest_leaves(leaves)  # what cannot be nested could not be loaded
     tensors = {}
     for (name, leaf), mask in zip(leaves, jax.tree.leaves(masks), strict=True):
-        values, indices = _kept(name, np.asarray(leaf), np.asarray(mask))
+        values, indices = _kept_values_and_indices(name, np.asarray(leaf), np.asarray(mask))
         tensors |= {f'{name}:values': values, f'{name}:indices': indices}
         entries[f'{name}:shape'] = json.dumps(jnp.shape(leaf))
     write_whole(Path(path), sort_metadata(save(tensors, entries)))
@@ -145,6 +144,18 @@ def sort_metadata(data: bytes) -> bytes:
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, 'little') + text + data[end:]
+
+
+def _kept_values_and_indices(
+    path: str, weights: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    if weights.size > 2**32:  # positions that a uint32 tells apart
+        raise ValueError(f'params[{path!r}] has {weights.size} elements, over 2**32')
+    if mask.ndim == 0:
+        mask = np.ones(weights.shape, bool)
+    values = weights[mask]
+    check_float32(path, values)
+    return values.astype(np.float32), np.flatnonzero(mask).astype(np.uint32)
 
 
 def _read(file: Any, max_parameters: int) -> SparseNetwork:
@@ -204,16 +215,3 @@ def _read_vector(file: Any, name: str, dtype: str) -> np.ndarray:
     if kind != (dtype, 1):
         raise ValueError(f'{name!r} must be {dtype} of one axis, but is {kind[0]} of {kind[1]}')
     return file.get_tensor(name)
-
-
-def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype.itemsize > 4:
-        raise TypeError(f'params[{path!r}] must be floats that fit float32, not {weights.dtype}')
-    if weights.size > 2**32:  # positions that a uint32 tells apart
-        raise ValueError(f'params[{path!r}] has {weights.size} elements, over 2**32')
-    if mask.ndim == 0:
-        mask = np.ones(weights.shape, bool)
-    values = weights[mask].astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
-    return values, np.flatnonzero(mask).astype(np.uint32)

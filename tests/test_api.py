@@ -38,7 +38,7 @@ CLASSES = {
     if isinstance(name.node, ast.ClassDef)
 }
 # Parts of the runners and of the files that no user calls.
-WITHOUT_EXAMPLE = {'chain.run_layer', 'files.write_whole', 'sparse.sort_metadata'}
+WITHOUT_EXAMPLE = {'chain.run_layer', 'sparse.sort_metadata'}
 WITHOUT_EXAMPLE |= {f'steps.{name}' for name in ('plan_steps', 'is_in_order', 'make_jax')}
 WITHOUT_EXAMPLE |= {'steps.make_scipy'}
 # What the papers say is in these modules, and there it says where; but these are our own.

@@ -42,7 +42,7 @@ ALLOWED = {
     'codec': LEAVES | {'entropy', 'files', 'header', 'masks', 'sharing'},
     'entropy': set(),
     'header': set(),
-    'sharing': LEAVES | {'masks'},
+    'sharing': LEAVES | {'files', 'masks'},
     'native': set(),
     'steps': LEAVES | {'chain', 'native'},
     'runners': LEAVES | {'chain', 'native', 'steps'},
