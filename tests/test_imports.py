@@ -48,7 +48,7 @@ ALLOWED = {
     'runners': LEAVES | {'chain', 'native', 'steps'},
     'export': LEAVES | {'chain', 'files', 'sparse'},
     'caffe': LEAVES,
-    'caffe_writer': LEAVES | {'caffe', 'chain', 'files', 'masks'},
+    'caffe_writer': LEAVES | {'caffe', 'chain', 'files', 'header', 'masks'},
 }
 
 
