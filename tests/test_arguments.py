@@ -116,8 +116,8 @@ RULES = [
         for rule in (layer_density, global_density)
     ),
     Row(
-        *(global_density, {'density': 0.5}, 'score', ('lamp', '', None)),
-        "must be 'norm', 'std' or 'erk', but is {}",
+        *(global_density, {'density': 0.5}, 'score', ('lamp', 'std', '', None)),
+        "must be 'norm', 'rms' or 'erk', but is {}",
     ),
 ]
 
