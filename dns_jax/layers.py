@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from dns_jax.typing import LayerOf, Predicate
+from dns_jax.typing import LayerOf, TakesPart
 
 _MAX_PARTS = 100  # of a path: JAX cannot walk trees much deeper than a few times that
 _Value = TypeVar('_Value')
@@ -145,7 +145,7 @@ def layer_names(tree: Any, layer_of: LayerOf = parent) -> Any:
 
 
 def group_by_layer(
-    tree: Any, layer_of: LayerOf = parent, takes_part: Predicate = has_axes
+    tree: Any, layer_of: LayerOf = parent, takes_part: TakesPart = has_axes
 ) -> dict[str, list[Any]]:
     """Collects the leaves that take part, layer by layer.
 
@@ -169,6 +169,22 @@ def group_by_layer(
         if takes_part(path, leaf):
             groups.setdefault(layer_of(path), []).append(leaf)
     return dict(sorted(groups.items()))
+
+
+def as_table(values: Mapping[str, _Value] | _Value) -> dict[str, _Value]:
+    """Makes a table for `match_patterns` of a value for all layers.
+
+    Args:
+      values: the value, or a table, which stays as it is.
+
+    Returns:
+      `{pattern: value}`.
+
+    Example:
+      >>> as_table(0.5), as_table({'fc*': 0.1, '*': 0.5})
+      ({'*': 0.5}, {'fc*': 0.1, '*': 0.5})
+    """
+    return dict(values) if isinstance(values, Mapping) else {'*': values}
 
 
 def match_patterns(

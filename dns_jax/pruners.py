@@ -2,8 +2,8 @@
 
 Each is `surgery` without splicing under rules of its own, so it keeps the contract of that module:
 updates pass through, the state is a `SurgeryState`, the masks are found in it. Pruned connections
-never return, but for those of `regrow`. Where a pruner is given one number it is for every layer,
-else a table `{pattern: number}` as of rules.
+never return, but for those of `regrow`. A pruner takes one number for every layer, or a table
+`{pattern: number}` as `surgery` takes rules.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from dns_jax.importance import chance, gradient
-from dns_jax.layers import group_by_layer, has_axes, layer_names, parent
+from dns_jax.layers import as_table, group_by_layer, has_axes, layer_names, parent
 from dns_jax.masks import count_kept, discriminate
 from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
 from dns_jax.surgery import Rule, surgery
@@ -24,8 +24,8 @@ from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
-    Predicate,
     Schedule,
+    TakesPart,
     ThresholdRule,
     Thresholds,
 )
@@ -40,9 +40,9 @@ def han(
     """Prunes in rounds what is below c standard deviations of its layer, and trains on between.
 
     Args:
-      c_rate: c of `dns_jax.thresholds.std`, over what a layer still has.
+      c_rate: c of `dns_jax.thresholds.std`, over the connections that the layer still keeps.
       rounds: the steps at which it prunes.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
     Returns:
@@ -64,7 +64,10 @@ def han(
     """
     check_steps('rounds', rounds)
     probability = update_at(rounds)
-    rules = {pattern: Rule(std(c), probability, 1) for pattern, c in _table(c_rate).items()}
+    rules = {
+        pattern: Rule(std(c), probability, refresh_every=1)
+        for pattern, c in as_table(c_rate).items()
+    }
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -76,7 +79,7 @@ def one_shot(
     Args:
       density: kept / all connections, in (0, 1].
       step: the step at which it prunes.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       **options: those of `iterative`.
 
     Returns:
@@ -114,7 +117,7 @@ def iterative(
     Args:
       density: d, kept / all connections in the end, in (0, 1].
       rounds: the steps at which it prunes, none twice.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
@@ -148,7 +151,7 @@ def iterative(
             done = jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.float32)
             return jnp.float32(final) ** (done / len(steps))
 
-        rules[pattern] = Rule(divide(schedule), probability, 1)
+        rules[pattern] = Rule(divide(schedule), probability, refresh_every=1)
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -168,7 +171,7 @@ def gradual(
       start: the step at which the ramp leaves 1.
       end: the step at which it is done, and the last at which anything is pruned.
       every: steps from one pruning to the next, at least 1.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
@@ -201,7 +204,9 @@ def gradual(
         for pattern, number in _density_table(density).items()
     }
     probability = update_at([*range(start, end, every), end])
-    rules = {pattern: Rule(divide(ramp), probability, 1) for pattern, ramp in ramps.items()}
+    rules = {
+        pattern: Rule(divide(ramp), probability, refresh_every=1) for pattern, ramp in ramps.items()
+    }
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -214,7 +219,7 @@ def regrow(
     growth: Importance = gradient,
     initial: Importance = chance,
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
-    takes_part: Predicate = has_axes,
+    takes_part: TakesPart = has_axes,
     layer_of: LayerOf = parent,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the number of connections, and now and then exchanges the smallest for others.
@@ -235,7 +240,7 @@ def regrow(
       drop: the share that is exchanged, in [0, 1], or a schedule of it. SET's is constant, RigL's
         falls as a cosine.
       growth: what says which connections to grow.
-      initial: what says which to keep at first; with a trained network this is `magnitude`.
+      initial: what says which to keep at first; for a trained network, pass `magnitude`.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       takes_part: as for `surgery`.
       layer_of: as for `surgery`.
@@ -278,7 +283,8 @@ def regrow(
         share = jnp.asarray(drop(count) if callable(drop) else drop, jnp.float32)
 
         def exchange():
-            # The negative counts are those of the first update's importance.
+            # By count: `surgery` uses ~count for the first importance, and its coins of this
+            # count decide nothing.
             scores = growth(jax.random.fold_in(state.key, count), params, updates)
             return _exchange(share, scores, params, before, layer_of)
 
@@ -288,6 +294,14 @@ def regrow(
         return updates, pruned._replace(masks=masks)
 
     return optax.GradientTransformationExtraArgs(start.init, update_fn)
+
+
+def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
+    table = as_table(density)
+    for number in table.values():
+        if not 0 < number <= 1:
+            raise ValueError(f'density must be in (0, 1], but is {number!r}')
+    return table
 
 
 def _exchange(share, scores, params, masks, layer_of) -> Masks:
@@ -330,15 +344,3 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
         return discriminate(leaf, jnp.array(True), band) & (wanted[layer] > 0)
 
     return jax.tree.map(keep, layer_names(tree, layer_of), tree)
-
-
-def _table(numbers: float | Mapping[str, float]) -> Mapping[str, float]:
-    return numbers if isinstance(numbers, Mapping) else {'*': numbers}
-
-
-def _density_table(density: float | Mapping[str, float]) -> Mapping[str, float]:
-    table = _table(density)
-    for number in table.values():
-        if not 0 < number <= 1:
-            raise ValueError(f'density must be in (0, 1], but is {number!r}')
-    return table

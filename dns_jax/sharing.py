@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax.files import check_float32
-from dns_jax.layers import leaf_path, match_patterns, parent
+from dns_jax.layers import as_table, leaf_path, match_patterns, parent
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks, Params
 
@@ -175,8 +175,8 @@ def _kept_values(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray
 
 
 def _clusters_by_layer(clusters: int | Mapping[str, int], layers: list[str]) -> dict[str, int]:
-    table = clusters if isinstance(clusters, Mapping) else {'*': clusters}
-    amounts = {layer: amount for layer, (_, amount) in match_patterns(table, layers).items()}
+    matches = match_patterns(as_table(clusters), layers)
+    amounts = {layer: amount for layer, (_, amount) in matches.items()}
     wrong = [layer for layer in layers if not 1 <= amounts.get(layer, 0) <= MAX_CLUSTERS]
     if wrong:
         raise ValueError(

@@ -32,13 +32,13 @@ from dns_jax import (
     polynomial_density,
     pruners,
     schedules,
-    std,
     surgery,
     thresholds,
     training,
     update_at,
     update_probability,
 )
+from dns_jax.thresholds import std
 
 KEY = jax.random.key(0)
 RULE = Rule(mean_std(1.0), update_probability())

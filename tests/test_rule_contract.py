@@ -20,8 +20,8 @@ from dns_jax import (
     log_linear_density,
     mean_std,
     polynomial_density,
-    std,
 )
+from dns_jax.thresholds import std
 
 RULES = {
     'mean_std': mean_std(0.4, hysteresis=0.2),

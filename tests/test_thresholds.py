@@ -19,9 +19,9 @@ from dns_jax import (
     magnitude_statistics,
     mean_std,
     polynomial_density,
-    std,
     update_masks,
 )
+from dns_jax.thresholds import std
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
