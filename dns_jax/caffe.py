@@ -69,6 +69,7 @@ def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, CaffeLayer]:
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> blob = b'\x2a\x08' + np.float32([1.0, -2.0]).tobytes() + b'\x3a\x03\x0a\x01\x02'
       >>> layer = b'\x0a\x02ip' + b'\x12\x0cInnerProduct' + b'\x3a\x0f' + blob
       >>> with tempfile.NamedTemporaryFile() as file:
@@ -118,6 +119,7 @@ def to_linen(layers: Mapping[str, CaffeLayer], rename: Callable[[str], str] = st
         before, a mask is not of zeros and ones, or two layers get one name.
 
     Example:
+      >>> import numpy as np
       >>> layer = CaffeLayer('InnerProduct', (np.float32([[1, 2, 3]]), np.float32([4])))
       >>> to_linen({'ip1': layer}, lambda name: name.replace('ip', 'fc')).params['fc1']['kernel']
       array([[1.],

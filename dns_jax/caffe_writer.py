@@ -47,6 +47,7 @@ def from_linen(
       TypeError: if a weight is not float32, or a mask not bool.
 
     Example:
+      >>> import numpy as np
       >>> params = {'fc1': {'kernel': np.float32([[1], [2], [3]]), 'bias': np.float32([4])}}
       >>> from_linen(params, rename=lambda name: name.replace('fc', 'ip'))['ip1'].blobs
       (array([[1., 2., 3.]], dtype=float32), array([4.], dtype=float32))
@@ -97,6 +98,8 @@ def write_caffemodel(
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
+      >>> from dns_jax.caffe import CaffeLayer
       >>> from dns_jax.caffe import read_caffemodel
       >>> layer = CaffeLayer('InnerProduct', (np.float32([[1.0, -2.0]]),))
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -84,6 +84,9 @@ def save_coded(path: str | os.PathLike[str], network: SharedNetwork) -> None:
       ...     expand(*load_coded(f'{folder}/tiny.dns')[:3])['fc1']['kernel']
       Array([[ 4., -2.],
              [ 0.,  4.]], dtype=float32)
+
+    Reference:
+      Han, Mao and Dally 2016, section 4, where the code is Huffman's.
     """
     write_whole(Path(path), _encode(network))
 
@@ -112,6 +115,7 @@ def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**28) -> Sha
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> from dns_jax.sharing import share_weights
       >>> network = share_weights(np.float32([3, 0, -2]), np.array([True, False, True]), clusters=2)
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -31,6 +31,7 @@ class Encoder:
     """Writes symbols to a stream.
 
     Example:
+      >>> import numpy as np
       >>> encoder = Encoder()
       >>> encoder.symbols(np.array([0, 2, 2, 1]), 3)
       >>> Decoder(encoder.getvalue()).symbols(4, 3)
@@ -83,6 +84,13 @@ class Decoder:
 
     Raises:
       ValueError: if the bytes are no whole words.
+
+    Example:
+      >>> import numpy as np
+      >>> encoder, widths = Encoder(), np.array([3, 1])
+      >>> encoder.bits(np.array([5, 1]), widths)
+      >>> Decoder(encoder.getvalue()).bits(widths)
+      array([5, 1], dtype=int32)
     """
 
     def __init__(self, data: bytes):
@@ -151,6 +159,7 @@ def encode_mask(coder: Encoder, mask: np.ndarray, live_units: np.ndarray) -> np.
       kernel, bool of one axis.
 
     Example:
+      >>> import numpy as np
       >>> encoder, mask = Encoder(), np.array([[True, False], [True, True]])
       >>> encode_mask(encoder, mask, np.zeros(0, bool))
       array([ True,  True])
@@ -186,6 +195,7 @@ def decode_mask(
         kept weight goes unseen; `codec.load_coded` finds it by encoding anew.
 
     Example:
+      >>> import numpy as np
       >>> encoder, mask = Encoder(), np.array([[True, False], [True, True]])
       >>> live_units = encode_mask(encoder, mask, np.zeros(0, bool))
       >>> decode_mask(Decoder(encoder.getvalue()), (2, 2), 3, np.zeros(0, bool))[0]

@@ -70,6 +70,9 @@ def save_dense(
       ...     save_dense(f'{folder}/tiny.safetensors', {'fc1': {'bias': jnp.array([0.0, 2.0])}})
       ...     load_file(f'{folder}/tiny.safetensors')
       {'fc1.bias': array([0., 2.], dtype=float32)}
+
+    Reference:
+      The format of safetensors, https://github.com/huggingface/safetensors.
     """
     tensors = {}
     for key_path, leaf in jax.tree.leaves_with_path(params):
@@ -106,6 +109,7 @@ def save_onnx(
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> import onnxruntime
       >>> from dns_jax.chain import Relu
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -113,6 +117,9 @@ def save_onnx(
       ...     session = onnxruntime.InferenceSession(f'{folder}/relu.onnx')
       >>> session.run(None, {'inputs': np.array([[-1, 2]], np.float32)})
       [array([[0., 2.]], dtype=float32)]
+
+    Reference:
+      ONNX, operators of version 17, https://onnx.ai/onnx.
     """
     weights = _float32_weights(chain, params, input_shape)
     # jax2onnx logs each plugin that does not fit this JAX; none is needed here.
@@ -167,6 +174,8 @@ def save_stablehlo(
 
     Example:
       >>> import tempfile
+      >>> from pathlib import Path
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from dns_jax.chain import Relu
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -174,6 +183,9 @@ def save_stablehlo(
       ...     network = jax.export.deserialize(Path(folder, 'relu.stablehlo').read_bytes())
       >>> network.call(jnp.array([[-1.0, 2.0]]))
       Array([[0., 2.]], dtype=float32)
+
+    Reference:
+      StableHLO, https://openxla.org/stablehlo.
     """
     if isinstance(platforms, str) or not platforms or set(platforms) - _PLATFORMS:
         raise ValueError(f'platforms must be some of {sorted(_PLATFORMS)}, not {platforms!r}')

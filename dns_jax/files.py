@@ -21,6 +21,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     Example:
       >>> import tempfile
+      >>> from pathlib import Path
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     write_whole(Path(folder, 'tiny.txt'), 'σ')
       ...     Path(folder, 'tiny.txt').read_bytes()

@@ -135,6 +135,7 @@ def update_masks(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from dns_jax import Thresholds
       >>> weights, mask = jnp.array([0.1, 1.0, -1.0, 9.0]), jnp.array([True, True, False, False])
       >>> update_masks(
       ...     jax.random.key(0), weights, mask, {'': Thresholds(0.9, 1.1)}, {'': 1.0}
@@ -176,6 +177,8 @@ def discriminate(weights: jax.Array, mask: jax.Array, thresholds: Thresholds) ->
       The mask that h_k gives, bool.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from dns_jax import Thresholds
       >>> weights, mask = jnp.array([0.1, 1.0, -1.0, 9.0]), jnp.array([True, True, False, False])
       >>> discriminate(weights, mask, Thresholds(0.9, 1.1))
       Array([False,  True, False,  True], dtype=bool)
@@ -282,6 +285,7 @@ def count_true(mask: jax.Array) -> jax.Array:
       How many are True, an int32 scalar.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> int(count_true(jnp.array([True, False, True])))
       2
     """

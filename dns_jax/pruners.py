@@ -37,7 +37,11 @@ def han(
     key: jax.Array,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes in rounds what is below c standard deviations of its layer, and trains on between.
+    r"""Prunes in rounds what is below c standard deviations of its layer, and trains on between.
+
+    .. math::
+      T_k \leftarrow T_k \wedge (|W_k| \ge c\,s_k) \quad
+      \text{with } s_k \text{ the standard deviation of } W_k \odot T_k
 
     Args:
       c_rate: c of `dns_jax.thresholds.std`, over the connections that the layer still keeps.
@@ -53,6 +57,8 @@ def han(
       As `surgery` and `std` do.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.0])}
       >>> pruner = han(0.5, rounds=[0], key=jax.random.key(0))
       >>> _, state = pruner.update(params, pruner.init(params), params)
@@ -90,6 +96,8 @@ def one_shot(
       As `iterative` does.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> pruner = one_shot(0.25, step=0, key=jax.random.key(0))
       >>> _, state = pruner.update(params, pruner.init(params), params)
@@ -130,6 +138,8 @@ def iterative(
       As `surgery` does.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> pruner = iterative(0.25, rounds=[0, 2], key=jax.random.key(0))
       >>> state = pruner.init(params)
@@ -139,6 +149,10 @@ def iterative(
       0 2
       1 2
       2 1
+
+    Reference:
+      Han et al. 2015, Learning both weights and connections for efficient neural networks, for the
+      rounds.
     """
     check_steps('rounds', rounds)
     probability, steps = update_at(rounds), np.asarray(rounds, np.int32)
@@ -164,7 +178,11 @@ def gradual(
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes again and again, along a cubic ramp of the density.
+    r"""Prunes again and again, along a cubic ramp of the density.
+
+    .. math::
+      d(i) = d + (1 - d)\left(1 - \frac{i - \text{start}}{\text{end} - \text{start}}\right)^3
+      \quad \text{for start} \le i \le \text{end}
 
     Args:
       density: kept / all connections in the end, in (0, 1].
@@ -183,6 +201,8 @@ def gradual(
       As `surgery` and `polynomial_density` do.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.arange(1.0, 9.0)}
       >>> pruner = gradual(0.25, start=0, end=4, every=2, key=jax.random.key(0))
       >>> state = pruner.init(params)
@@ -254,6 +274,8 @@ def regrow(
       As `surgery` does.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> gradients = {'fc1': jnp.array([9.0, 1.0, 0.5, 0.1])}
       >>> pruner = regrow(0.5, 1, 9, jax.random.key(0), drop=0.5, initial=lambda key, w, g: w)

@@ -153,7 +153,7 @@ def caffe_step(base: float, gamma: float, step_size: int) -> Schedule:
       step_size: steps between changes, at least 1.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
       ValueError: if `step_size` is out of range.
@@ -178,7 +178,7 @@ def caffe_exp(base: float, gamma: float) -> Schedule:
       gamma: the factor at every step.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Example:
       >>> [round(float(caffe_exp(0.1, 0.5)(step)), 4) for step in (0, 1, 2)]
@@ -199,7 +199,7 @@ def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
       power: the exponent.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
       ValueError: if `gamma` is negative.
@@ -224,7 +224,7 @@ def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Sch
       boundaries: steps at which the rate changes, ascending.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
       ValueError: if `boundaries` do not ascend, or one is no step (`check_step`).
@@ -254,7 +254,7 @@ def caffe_poly(base: float, power: float, steps: int) -> Schedule:
       steps: the step at which the rate reaches 0, at least 1.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
       ValueError: if `power` or `steps` is out of range.
@@ -283,7 +283,7 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
       middle: the step at which the rate is base / 2, at least 0.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
       ValueError: if `middle` is out of range.

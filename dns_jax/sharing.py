@@ -17,7 +17,7 @@ import numpy as np
 
 from dns_jax.files import check_float32
 from dns_jax.layers import as_table, leaf_path, match_patterns, parent
-from dns_jax.masks import check_parallel
+from dns_jax.masks import apply_masks, check_parallel
 from dns_jax.typing import Masks, Params
 
 MAX_CLUSTERS = 2**16
@@ -39,7 +39,10 @@ def share_weights(
     clusters: int | Mapping[str, int],
     metadata: Mapping[str, str] | None = None,
 ) -> SharedNetwork:
-    """Clusters the kept weights of each layer by k-means and rounds the centroids.
+    r"""Clusters the kept weights of each layer by k-means and rounds the centroids.
+
+    .. math::
+      C_k = \arg\min_C \sum_{w \text{ kept in } k} \min_{c \in C} (w - c)^2
 
     The centroids start evenly spaced between the smallest and the largest weight of the layer.
     They are rounded as `round_codebooks` does, and only then does each weight choose the
@@ -119,6 +122,9 @@ def round_codebooks(codebooks: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Example:
       >>> round_codebooks({'fc1': [0.1, 1.0]})
       {'fc1': array([0.10009766, 1.        ], dtype=float32)}
+
+    Reference:
+      Han, Mao and Dally 2016, section 3, where codebooks are float32.
     """
     rounded = {}
     largest = np.float32(jnp.finfo(jnp.bfloat16).max)
@@ -131,7 +137,10 @@ def round_codebooks(codebooks: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> Params:
-    """Writes out the weights that a network with codebooks computes with.
+    r"""Writes out the weights that a network with codebooks computes with.
+
+    .. math::
+      W_k = C_k[A_k] \odot T_k \quad \text{with the codebook } C_k \text{ and the places } A_k
 
     Differentiable in the codebooks: the gradient of a centroid is the sum of those of its
     weights, so that an optimizer may tune the centroids through it.
@@ -142,7 +151,7 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
       masks: the parallel masks.
 
     Returns:
-      A tree like `assignments` of arrays of the type of the codebooks, 0 where pruned.
+      A tree like `assignments` of arrays of the dtype of the codebooks, 0 where pruned.
 
     Raises:
       ValueError: if the trees do not match, or a layer has no codebook.
@@ -152,20 +161,21 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
       >>> import jax.numpy as jnp
       >>> expand({'': jnp.array([-2.0, 4.0])}, jnp.array([1, 0, 0]), jnp.array([True, True, False]))
       Array([ 4., -2.,  0.], dtype=float32)
-    """
-    check_parallel(assignments, masks)
 
-    def expand_leaf(key_path, assignment, mask):
+    Reference:
+      Han, Mao and Dally 2016, section 3.
+    """
+
+    def expand_leaf(key_path, assignment):
         layer = parent(leaf_path(key_path))
         if layer not in codebooks:
             raise ValueError(f'codebooks must have the layer {layer!r}; it has {list(codebooks)}')
         book = jnp.asarray(codebooks[layer])
         if not book.size:
             return jnp.zeros(assignment.shape, book.dtype)
-        weights = book[jnp.asarray(assignment)]
-        return jnp.where(mask, weights, 0) if jnp.ndim(mask) else weights
+        return book[jnp.asarray(assignment)]
 
-    return jax.tree.map_with_path(expand_leaf, assignments, masks)
+    return apply_masks(jax.tree.map_with_path(expand_leaf, assignments), masks)
 
 
 def _kept_values(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:

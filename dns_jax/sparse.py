@@ -75,6 +75,9 @@ def save_sparse(
       ...     load_sparse(f'{folder}/tiny.safetensors').params['fc1']['kernel']
       array([[3., 0.],
              [0., 5.]], dtype=float32)
+
+    Reference:
+      The format of safetensors, https://github.com/huggingface/safetensors.
     """
     check_parallel(params, masks)
     entries = dict(metadata or {})
@@ -137,6 +140,12 @@ def sort_metadata(data: bytes) -> bytes:
 
     Returns:
       The same file, but for that order.
+
+    Example:
+      >>> from safetensors.numpy import save
+      >>> data = sort_metadata(save({}, {'b': '1', 'a': '2'}))
+      >>> data[8:].rstrip()
+      b'{"__metadata__":{"a":"2","b":"1"}}'
     """
     end = 8 + int.from_bytes(data[:8], 'little')
     header = json.loads(data[8:end])

@@ -90,6 +90,15 @@ def plan_steps(
 
     Raises:
       TypeError, ValueError: if the chain does not fit, or `kinds` is not about its layers.
+
+    Example:
+      >>> import numpy as np
+      >>> from dns_jax.chain import Dense, Flatten, Relu
+      >>> params = {'fc': {'kernel': np.ones((4, 1)), 'bias': np.zeros(1)}}
+      >>> chain, kinds = (Flatten(), Dense('fc'), Relu()), {'fc': 'dense'}
+      >>> plan = plan_steps(chain, params, (2, 2, 1), kinds, KINDS)
+      >>> plan.shape, [type(step.layer).__name__ for step in plan.steps]
+      ((4,), ['Dense', 'Relu'])
     """
     shapes = trace_shapes(chain, params, input_shape)
     names = [layer.name for layer in chain if isinstance(layer, Weighted)]
@@ -135,6 +144,11 @@ def is_in_order(rows: np.ndarray, shape: Sequence[int]) -> bool:
 
     Returns:
       Whether to take them changes nothing.
+
+    Example:
+      >>> import numpy as np
+      >>> is_in_order(np.arange(4), (2, 2)), is_in_order(np.arange(3), (2, 2))
+      (True, False)
     """
     return np.array_equal(rows, np.arange(np.prod(shape)))
 
@@ -146,10 +160,20 @@ def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
       step: the step.
 
     Returns:
-      The step's arrays, and a function of them and of the inputs, to be traced.
+      The step's arrays, float32 and int32, and a function of them and of the inputs, (…, batch)
+      float32, to be traced; it gives (…, batch) float32.
 
     Raises:
-      Unsuitable: if a sparse convolution keeps too many weights.
+      Unsuitable: if a sparse convolution keeps more than `MAX_KEPT_WEIGHTS`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from dns_jax.chain import Dense
+      >>> kernel, bias = np.array([[0, 2]], np.float32), np.ones(1, np.float32)
+      >>> arrays, compute = make_jax(Step(Dense('fc'), (2,), kernel, bias, kind='sparse'))
+      >>> compute(arrays, jnp.array([[7.0], [3.0]]))
+      Array([[7.]], dtype=float32)
     """
     match step.layer:
         case Relu():
@@ -174,10 +198,18 @@ def make_scipy(step: Step) -> Callable[[np.ndarray], np.ndarray]:
       step: the step.
 
     Returns:
-      A function of the inputs.
+      A function of the inputs, (…, batch) float32, that gives (…, batch) float32.
 
     Raises:
-      Unsuitable: if the matrix of a sparse convolution would be too large.
+      Unsuitable: if the matrix of a sparse convolution has more than `MAX_MATRIX_ENTRIES`.
+
+    Example:
+      >>> import numpy as np
+      >>> from dns_jax.chain import Dense
+      >>> kernel, bias = np.array([[0, 2]], np.float32), np.ones(1, np.float32)
+      >>> compute = make_scipy(Step(Dense('fc'), (2,), kernel, bias, kind='sparse'))
+      >>> compute(np.array([[7], [3]], np.float32))
+      array([[7.]], dtype=float32)
     """
     match step.layer:
         case Relu():

@@ -180,7 +180,11 @@ def masked_value_and_grad(
 
     Returns:
       A function of `(params, masks, *args, **kwargs)` that returns what
-      `jax.value_and_grad(loss_fn, has_aux=has_aux)` returns at `apply_masks(params, masks)`.
+      `jax.value_and_grad(loss_fn, has_aux=has_aux)` returns at `apply_masks(params, masks)`: the
+      loss, and a tree of the shapes and dtypes of `params`.
+
+    Raises:
+      As `apply_masks` and `jax.value_and_grad` do, when the function is called.
 
     Example:
       >>> import jax.numpy as jnp

@@ -257,6 +257,7 @@ def largest_threshold(
       The threshold, a float32 scalar.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> group = Group(1.0, [jnp.array([1.0, -3.0, 2.0])], [jnp.ones(3, bool)])
       >>> float(largest_threshold([group], 2, hysteresis=0.0))
       2.0
