@@ -1,4 +1,8 @@
-"""Dynamic network surgery for JAX: prune a network while it trains, splice back what matters."""
+"""Dynamic network surgery for JAX: prune a network while it trains, splice back what matters.
+
+The names here are the method. Baselines are in `pruners`, other importances in `importance`, files
+in `sparse`, `codec`, `caffe` and `export`.
+"""
 
 from dns_jax.layers import group_by_layer, has_axes, is_kernel, layer_names, match_patterns
 from dns_jax.masks import (
@@ -30,14 +34,24 @@ from dns_jax.thresholds import (
     layer_density,
     magnitude_statistics,
     mean_std,
-    std,
 )
-from dns_jax.typing import Masks, Params, Schedule, ThresholdRule, Thresholds
+from dns_jax.typing import (
+    Importance,
+    LayerOf,
+    Masks,
+    Params,
+    Schedule,
+    TakesPart,
+    ThresholdRule,
+    Thresholds,
+)
 
 __version__ = '0.1.0'
 
 __all__ = [
     'Events',
+    'Importance',
+    'LayerOf',
     'Masks',
     'Params',
     'Rule',
@@ -46,6 +60,7 @@ __all__ = [
     'Sizes',
     'Statistics',
     'SurgeryState',
+    'TakesPart',
     'ThresholdRule',
     'Thresholds',
     'apply_masks',
@@ -72,7 +87,6 @@ __all__ = [
     'mean_std',
     'measure_sizes',
     'polynomial_density',
-    'std',
     'surgery',
     'update_at',
     'update_masks',

@@ -16,9 +16,14 @@ import numpy as np
 
 from dns_jax.typing import Masks, Params
 
+MAX_BYTES = 2**31 - 1
+"""The most bytes of a file: protobuf's own limit."""
+
+MAX_NAME_BYTES = 1_000
+"""The most bytes of a layer's name that are read."""
+
 _MAX_AXES = 32  # Caffe's own limit
 _MAX_FIELDS = 4_096  # of one message; the deepest networks have some hundred layers
-_MAX_NAME = 1_000  # bytes
 _VARINT, _BYTES = 0, 2  # wire types
 _SIZES = {1: 8, 5: 4}  # of wire types without a length
 _TYPES_OF_V1 = {4: 'Convolution', 14: 'InnerProduct'}
@@ -42,9 +47,7 @@ class CaffeNetwork(NamedTuple):
     masks: Masks  # parallel to the params, bool NumPy arrays; shape () where the file has none
 
 
-def read_caffemodel(
-    path: str | os.PathLike[str], max_bytes: int = 2**31 - 1
-) -> dict[str, CaffeLayer]:
+def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, CaffeLayer]:
     r"""Reads the layers that have blobs, in the order of the file and in Caffe's own layout.
 
     Meant for files from anywhere: memory is taken for the bytes of the file and once more for its
@@ -53,19 +56,20 @@ def read_caffemodel(
 
     Args:
       path: the file.
-      max_bytes: how large it may be; by default protobuf's own limit.
 
     Returns:
       `{name: layer}`. Kernels of convolutions are (output, input, height, width), those of inner
       products (output, input); older files put axes of length 1 before them.
 
     Raises:
-      ValueError: if the file is too large, damaged or no `.caffemodel`, two layers have one name,
-        a blob's shape is not that of its data, or its data are not finite float32 numbers.
+      ValueError: if the file has over `MAX_BYTES`, is damaged or no `.caffemodel`, two layers have
+        one name, a blob's shape is not that of its data, or its data are not finite float32
+        numbers.
       OSError: if the file cannot be read.
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> blob = b'\x2a\x08' + np.float32([1.0, -2.0]).tobytes() + b'\x3a\x03\x0a\x01\x02'
       >>> layer = b'\x0a\x02ip' + b'\x12\x0cInnerProduct' + b'\x3a\x0f' + blob
       >>> with tempfile.NamedTemporaryFile() as file:
@@ -77,8 +81,8 @@ def read_caffemodel(
       Caffe, `caffe.proto`.
     """
     size = os.path.getsize(path)
-    if size > max_bytes:
-        raise ValueError(f'{os.fspath(path)!r} has {size} bytes; at most {max_bytes} are wanted')
+    if size > MAX_BYTES:
+        raise ValueError(f'{os.fspath(path)!r} has {size} bytes; at most {MAX_BYTES} are wanted')
     with open(path, 'rb') as file:
         content = file.read(size)
     layers: dict[str, CaffeLayer] = {}
@@ -115,6 +119,7 @@ def to_linen(layers: Mapping[str, CaffeLayer], rename: Callable[[str], str] = st
         before, a mask is not of zeros and ones, or two layers get one name.
 
     Example:
+      >>> import numpy as np
       >>> layer = CaffeLayer('InnerProduct', (np.float32([[1, 2, 3]]), np.float32([4])))
       >>> to_linen({'ip1': layer}, lambda name: name.replace('ip', 'fc')).params['fc1']['kernel']
       array([[1.],
@@ -139,38 +144,6 @@ def to_linen(layers: Mapping[str, CaffeLayer], rename: Callable[[str], str] = st
             raise ValueError(f'layer {name!r}: {error}') from error
         before = params[own_name]['kernel'].shape[-1], layer.type in _CONVOLUTIONS
     return CaffeNetwork(params, masks)
-
-
-def _split(layer: CaffeLayer) -> tuple[Any, Any]:
-    """Parts the weights of a layer from its masks, which lie behind them in the same order."""
-    count = len(layer.blobs)
-    known = layer.type in _CONVOLUTIONS | _PRODUCTS
-    if not known or count not in (1, 2, 4) or (layer.type in _WITH_MASKS and count == 1):
-        raise ValueError(
-            'wanted a convolution or an inner product with weight, perhaps bias, and perhaps '
-            f'masks, but it is {layer.type!r} with {count} blobs'
-        )
-    with_masks = layer.type in _WITH_MASKS or count == 4
-    half = count // 2 if with_masks else count
-    return layer.blobs[:half], layer.blobs[half:]
-
-
-def _to_linen_layout(type_, blobs, before) -> dict[str, np.ndarray]:
-    if type_ in _CONVOLUTIONS:
-        kernel = _with_axes(blobs[0], 4).transpose(2, 3, 1, 0)
-        side_of_maps(kernel.shape, before)
-    else:
-        kernel = _with_axes(blobs[0], 2).T
-        inputs, outputs = kernel.shape
-        if side := side_of_maps(kernel.shape, before):
-            maps = kernel.reshape(-1, side, side, outputs)
-            kernel = maps.transpose(1, 2, 0, 3).reshape(inputs, outputs)
-    arrays = {'kernel': np.ascontiguousarray(kernel)}
-    if len(blobs) == 2:
-        arrays['bias'] = _with_axes(blobs[1], 1)
-        if len(arrays['bias']) != kernel.shape[-1]:
-            raise ValueError(f'{len(arrays["bias"])} biases for {kernel.shape[-1]} outputs')
-    return arrays
 
 
 def side_of_maps(shape: tuple[int, ...], before: tuple[int, bool] | None) -> int:
@@ -204,6 +177,38 @@ def side_of_maps(shape: tuple[int, ...], before: tuple[int, bool] | None) -> int
     if outputs_before * side * side != inputs:
         raise ValueError(f'{inputs} inputs are not {outputs_before} square maps')
     return side
+
+
+def _split(layer: CaffeLayer) -> tuple[Any, Any]:
+    """Parts the weights of a layer from its masks, which lie behind them in the same order."""
+    count = len(layer.blobs)
+    known = layer.type in _CONVOLUTIONS | _PRODUCTS
+    if not known or count not in (1, 2, 4) or (layer.type in _WITH_MASKS and count == 1):
+        raise ValueError(
+            'wanted a convolution or an inner product with weight, perhaps bias, and perhaps '
+            f'masks, but it is {layer.type!r} with {count} blobs'
+        )
+    with_masks = layer.type in _WITH_MASKS or count == 4
+    half = count // 2 if with_masks else count
+    return layer.blobs[:half], layer.blobs[half:]
+
+
+def _to_linen_layout(type_, blobs, before) -> dict[str, np.ndarray]:
+    if type_ in _CONVOLUTIONS:
+        kernel = _with_axes(blobs[0], 4).transpose(2, 3, 1, 0)
+        side_of_maps(kernel.shape, before)
+    else:
+        kernel = _with_axes(blobs[0], 2).T
+        inputs, outputs = kernel.shape
+        if side := side_of_maps(kernel.shape, before):
+            maps = kernel.reshape(-1, side, side, outputs)
+            kernel = maps.transpose(1, 2, 0, 3).reshape(inputs, outputs)
+    arrays = {'kernel': np.ascontiguousarray(kernel)}
+    if len(blobs) == 2:
+        arrays['bias'] = _with_axes(blobs[1], 1)
+        if len(arrays['bias']) != kernel.shape[-1]:
+            raise ValueError(f'{len(arrays["bias"])} biases for {kernel.shape[-1]} outputs')
+    return arrays
 
 
 def _with_axes(blob: np.ndarray, axes: int) -> np.ndarray:
@@ -280,13 +285,13 @@ def _shape(messages: list[memoryview]) -> tuple[int, ...]:
 
 
 def _text(encoded: list[memoryview]) -> str:
-    text = bytes(encoded[-1][: _MAX_NAME + 1]) if encoded else b''
+    text = bytes(encoded[-1][: MAX_NAME_BYTES + 1]) if encoded else b''
+    if len(text) > MAX_NAME_BYTES:
+        raise ValueError(f'the name {text[:40]!r}... has over {MAX_NAME_BYTES} bytes')
     try:
-        if len(text) <= _MAX_NAME:
-            return text.decode()
-    except UnicodeDecodeError:
-        pass
-    raise ValueError(f'{text[:40]!r} is no name')
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{text[:40]!r} is no name') from error
 
 
 def _fields(message: memoryview) -> defaultdict[tuple[int, int], list[Any]]:
@@ -297,7 +302,7 @@ def _fields(message: memoryview) -> defaultdict[tuple[int, int], list[Any]]:
     """
     fields: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
     at = 0
-    for _ in range(_MAX_FIELDS):
+    for _ in range(_MAX_FIELDS + 1):
         if at == len(message):
             return fields
         tag, at = _varint(message, at)

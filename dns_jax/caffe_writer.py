@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dns_jax.caffe import CaffeLayer, side_of_maps
+from dns_jax.caffe import MAX_BYTES, MAX_NAME_BYTES, CaffeLayer, side_of_maps
 from dns_jax.chain import Weights
 from dns_jax.files import write_whole
+from dns_jax.header import encode_number
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks
-
-_MAX_BYTES = 2**31 - 1  # protobuf's own limit
-_MAX_NAME = 1_000  # bytes, as the reader has it
 
 
 def from_linen(
@@ -49,6 +47,7 @@ def from_linen(
       TypeError: if a weight is not float32, or a mask not bool.
 
     Example:
+      >>> import numpy as np
       >>> params = {'fc1': {'kernel': np.float32([[1], [2], [3]]), 'bias': np.float32([4])}}
       >>> from_linen(params, rename=lambda name: name.replace('fc', 'ip'))['ip1'].blobs
       (array([[1., 2., 3.]], dtype=float32), array([4.], dtype=float32))
@@ -99,6 +98,8 @@ def write_caffemodel(
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
+      >>> from dns_jax.caffe import CaffeLayer
       >>> from dns_jax.caffe import read_caffemodel
       >>> layer = CaffeLayer('InnerProduct', (np.float32([[1.0, -2.0]]),))
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -118,13 +119,13 @@ def write_caffemodel(
         except (TypeError, ValueError) as error:
             raise type(error)(f'layer {layer_name!r}: {error}') from error
     size = sum(map(len, pieces))
-    if size > _MAX_BYTES:
-        raise ValueError(f'the file would have {size} bytes; at most {_MAX_BYTES} are read')
+    if size > MAX_BYTES:
+        raise ValueError(f'the file would have {size} bytes; at most {MAX_BYTES} are read')
     write_whole(Path(path), b''.join(pieces))
 
 
 def _check_weights(weights: Any) -> tuple[int, ...]:
-    """Returns the shape of the kernel."""
+    """Checks the weights of a layer, and returns the shape of its kernel."""
     leaves = set(weights) if isinstance(weights, Mapping) else None
     if leaves not in ({'kernel'}, {'kernel', 'bias'}):
         raise ValueError(f'wanted a kernel and perhaps a bias, not {leaves or type(weights)}')
@@ -168,8 +169,8 @@ def _blobs(leaves: Mapping[str, Any], side: int) -> tuple[np.ndarray, ...]:
 
 def _encode_layer(name: str, layer: CaffeLayer) -> Iterator[bytes | memoryview]:
     encoded = name.encode()
-    if not 1 <= len(encoded) <= _MAX_NAME:
-        raise ValueError(f'its name has {len(encoded)} bytes; wanted 1 to {_MAX_NAME}')
+    if not 1 <= len(encoded) <= MAX_NAME_BYTES:
+        raise ValueError(f'its name has {len(encoded)} bytes; wanted 1 to {MAX_NAME_BYTES}')
     if not layer.blobs:
         raise ValueError('it has no blobs')
     content = [*_delimited(1, [encoded]), *_delimited(2, [layer.type.encode()])]
@@ -184,21 +185,12 @@ def _encode_blob(blob: np.ndarray) -> list[bytes | memoryview]:
     if not blob.size or not np.isfinite(blob).all():
         raise ValueError(f'a blob of shape {blob.shape} is empty or not finite')
     data = np.ascontiguousarray(blob, '<f4').reshape(-1).view(np.uint8).data
-    axes = b''.join(map(_varint, blob.shape))
+    axes = b''.join(map(encode_number, blob.shape))
     return [*_delimited(7, _delimited(1, [axes])), *_delimited(5, [data])]
 
 
 def _delimited(field: int, content: Any) -> Iterator[bytes | memoryview]:
     """Puts the field's number and the length before a content in pieces, which are not copied."""
     pieces = list(content)
-    yield _varint(field << 3 | 2) + _varint(sum(map(len, pieces)))
+    yield encode_number(field << 3 | 2) + encode_number(sum(map(len, pieces)))
     yield from pieces
-
-
-def _varint(number: int) -> bytes:
-    """Writes a number, seven bits to a byte, the lowest first."""
-    encoded = bytearray()
-    while number > 127:
-        encoded.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*encoded, number])

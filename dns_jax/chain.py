@@ -76,11 +76,15 @@ def run_chain(chain: Chain, params: Weights, inputs: jax.Array) -> jax.Array:
 
     Args:
       chain: the layers, first to last.
-      params: the weights of its layers, floating-point; entries for other names are not looked at.
+      params: the weights of its layers, floating-point; entries for other names are ignored.
       inputs: a batch, (batch, …), as the first layer wants them.
 
     Returns:
-      What the last layer gives, (batch, …).
+      What the last layer gives, (batch, …), of the dtype that inputs and weights have together.
+
+    Raises:
+      KeyError: if `params` lacks a layer, or that a kernel or a bias.
+      TypeError, ValueError: if the inputs do not fit; `trace_shapes` says where.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,7 +108,16 @@ def run_layer(layer: Layer, weights: Any, inputs: jax.Array) -> jax.Array:
       inputs: (batch, …).
 
     Returns:
-      Its outputs, (batch, …).
+      Its outputs, (batch, …), of the dtype that inputs and weights have together.
+
+    Raises:
+      KeyError: if a kernel or a bias is missing.
+      TypeError, ValueError: if the inputs do not fit; `trace_shapes` says where.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> run_layer(Flatten(), None, jnp.zeros((7, 4, 4, 3))).shape
+      (7, 48)
     """
     match layer:
         case Dense():
@@ -127,8 +140,8 @@ def run_layer(layer: Layer, weights: Any, inputs: jax.Array) -> jax.Array:
 def max_pool(images: Any, size: int, axis: int) -> Any:
     """Pools two neighbouring axes, height and width, by the maximum.
 
-    It is taken over strided slices: on CPU that is faster than a windowed reduction, and its
-    gradient than the scatter of one.
+    What is left over at their ends is dropped. The maximum is taken over strided slices: on CPU
+    that is faster than a windowed reduction, and its gradient than the scatter of one.
 
     Args:
       images: an array, of JAX or NumPy.
@@ -136,7 +149,7 @@ def max_pool(images: Any, size: int, axis: int) -> Any:
       axis: that of the height.
 
     Returns:
-      An array of the same type, both axes divided by the size, rounded down.
+      An array of the same type and dtype, both axes divided by the size, rounded down.
 
     Example:
       >>> import numpy as np
@@ -184,8 +197,8 @@ def trace_shapes(
     shapes, names = [tuple(input_shape)], set()
     if min(input_shape, default=1) < 1:
         raise ValueError(f'input_shape={shapes[0]} must be of lengths above 0')
-    for number, layer in enumerate(chain):
-        place = f'chain[{number}], {layer},'
+    for index, layer in enumerate(chain):
+        place = f'chain[{index}], {layer},'
         if not isinstance(layer, Layer):
             raise TypeError(f'{place} is not a layer of dns_jax.chain')
         if isinstance(layer, Weighted):
@@ -195,6 +208,45 @@ def trace_shapes(
             _check_weights(place, layer, params)
         shapes.append(_output_shape(place, layer, params, shapes[-1]))
     return shapes
+
+
+def chain_to_json(chain: Chain) -> str:
+    """Writes a chain as a JSON list, for the metadata of a file.
+
+    Args:
+      chain: the layers.
+
+    Returns:
+      A list of objects, each with the kind of the layer and its fields.
+
+    Example:
+      >>> chain_to_json((Flatten(), Dense('fc1')))
+      '[{"kind": "Flatten"}, {"kind": "Dense", "name": "fc1"}]'
+    """
+    return json.dumps([{'kind': type(layer).__name__, **vars(layer)} for layer in chain])
+
+
+def chain_from_json(text: str) -> Chain:
+    """Reads what `chain_to_json` wrote.
+
+    Args:
+      text: the JSON list.
+
+    Returns:
+      The layers.
+
+    Raises:
+      ValueError: if it is not such a list.
+
+    Example:
+      >>> chain_from_json('[{"kind": "Flatten"}, {"kind": "Dense", "name": "fc1"}]')
+      (Flatten(), Dense(name='fc1'))
+    """
+    try:
+        entries = json.loads(text)
+        return tuple(_read_layer(**entry) for entry in entries)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'the chain {text[:80]!r} cannot be read: {error}') from error
 
 
 def _check_weights(place: str, layer: Weighted, params: Weights) -> None:
@@ -248,45 +300,6 @@ def _output_shape(
             return shape
 
 
-def chain_to_json(chain: Chain) -> str:
-    """Writes a chain as a JSON list, for the metadata of a file.
-
-    Args:
-      chain: the layers.
-
-    Returns:
-      A list of objects, each with the kind of the layer and its fields.
-
-    Example:
-      >>> chain_to_json((Flatten(), Dense('fc1')))
-      '[{"kind": "Flatten"}, {"kind": "Dense", "name": "fc1"}]'
-    """
-    return json.dumps([{'kind': type(layer).__name__, **vars(layer)} for layer in chain])
-
-
-def chain_from_json(text: str) -> Chain:
-    """Reads what `chain_to_json` wrote.
-
-    Args:
-      text: the JSON list.
-
-    Returns:
-      The layers.
-
-    Raises:
-      ValueError: if it is not such a list.
-
-    Example:
-      >>> chain_from_json('[{"kind": "Flatten"}, {"kind": "Dense", "name": "fc1"}]')
-      (Flatten(), Dense(name='fc1'))
-    """
-    try:
-        entries = json.loads(text)
-        return tuple(_read_layer(**entry) for entry in entries)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f'the chain {text[:80]!r} cannot be read: {error}') from error
-
-
 def _read_layer(kind: str, **fields: Any) -> Layer:
     if kind not in _KINDS:
         raise ValueError(f'{kind!r} is none of {sorted(_KINDS)}')
@@ -297,10 +310,7 @@ def _read_layer(kind: str, **fields: Any) -> Layer:
         value = getattr(layer, field.name)
         values = value if field.name == 'indices' else [value]
         wanted = int if field.name in ('indices', 'size') else str
-        if not all(type(item) is wanted and _is_short(item) for item in values):
+        fits = (wanted is str or abs(item) < 2**31 for item in values)
+        if not all(type(item) is wanted for item in values) or not all(fits):
             raise ValueError(f'{kind} has the {field.name} {str(value)[:80]!r}')
     return layer
-
-
-def _is_short(item: int | str) -> bool:
-    return not isinstance(item, int) or abs(item) < 2**31

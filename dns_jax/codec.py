@@ -9,12 +9,7 @@ version, the CRC-32 of all that follows, and
   - one stream of a range coder, which holds where the kept weights are, leaf by leaf, then which
     value of the codebook each has, layer by layer.
 
-How masks become symbols is said in `dns_jax.entropy`. The positions of the zoo's LeNet-300-100 and
-LeNet-5 take 1,436 and 1,376 bytes so. By their models, other ways took: plain gaps 1,801 and
-1,831; bits with probabilities from the counts of rows and columns, 1,572 and 1,491, or 1,519 and
-1,445 with those left at each bit, which is no work for NumPy; gaps in what dead units and inputs
-leave, 1,563 and 1,511 by rows, 1,453 and 1,463 by columns. The last is what is done here, the
-inputs marked in the light of the layer before.
+How masks become symbols is said in `dns_jax.entropy`, and what other ways took in results/size.md.
 
 What a file decodes to is encoded again and must give the same file: so there is one file for a
 network, and no damage goes unseen.
@@ -35,12 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax.entropy import Decoder, Encoder, decode_mask, encode_mask
-from dns_jax.files import write_whole
-from dns_jax.header import Reader, number, text
-from dns_jax.layers import leaf_path, parent
+from dns_jax.files import check_metadata, write_whole
+from dns_jax.header import Reader, encode_number, encode_text
+from dns_jax.layers import leaf_path, nest_leaves, parent
 from dns_jax.masks import check_parallel
 from dns_jax.sharing import MAX_CLUSTERS, SharedNetwork, round_codebooks
-from dns_jax.sparse import nest_leaves
 
 _MAGIC = b'DNS\x01'
 _MAX_PATH = 1_000  # characters: a layer's name counts for each of its leaves
@@ -90,6 +84,9 @@ def save_coded(path: str | os.PathLike[str], network: SharedNetwork) -> None:
       ...     expand(*load_coded(f'{folder}/tiny.dns')[:3])['fc1']['kernel']
       Array([[ 4., -2.],
              [ 0.,  4.]], dtype=float32)
+
+    Reference:
+      Han, Mao and Dally 2016, section 4, where the code is Huffman's.
     """
     write_whole(Path(path), _encode(network))
 
@@ -118,6 +115,7 @@ def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**28) -> Sha
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> from dns_jax.sharing import share_weights
       >>> network = share_weights(np.float32([3, 0, -2]), np.array([True, False, True]), clusters=2)
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -139,26 +137,31 @@ def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**28) -> Sha
 def _encode(network: SharedNetwork) -> bytes:
     layers = _checked_layers(network)
     coder = Encoder()
-    fed: np.ndarray = np.zeros(0, bool)
+    live_units: np.ndarray = np.zeros(0, bool)
     for leaf in (leaf for leaves in layers.values() for leaf in leaves):
-        fed = encode_mask(coder, leaf.mask, fed)
+        live_units = encode_mask(coder, leaf.mask, live_units)
     for layer, leaves in layers.items():
         kept = [leaf.assignment[leaf.mask].astype(np.uint16) for leaf in leaves]
         coder.symbols(np.concatenate(kept), len(network.codebooks[layer]))
 
-    header = [number(len(network.metadata))]
+    header = [encode_number(len(network.metadata))]
     for key, value in sorted(network.metadata.items()):
-        header += [text(key), text(value)]
+        header += [encode_text(key), encode_text(value)]
     names = {leaf.path.removeprefix(layer) for layer in layers for leaf in layers[layer]}
     places = {name: place for place, name in enumerate(sorted(names))}
-    header += [number(len(places)), *map(text, places), number(len(layers))]
+    header += [encode_number(len(places)), *map(encode_text, places), encode_number(len(layers))]
     for layer, leaves in layers.items():
         book = network.codebooks[layer].astype(jnp.bfloat16).view('<u2')
-        header += [text(layer), number(len(book)), book.tobytes(), number(len(leaves))]
+        header += [
+            encode_text(layer),
+            encode_number(len(book)),
+            book.tobytes(),
+            encode_number(len(leaves)),
+        ]
         for leaf in leaves:
             place = places[leaf.path.removeprefix(layer)]
             numbers = (place, leaf.mask.ndim, *leaf.mask.shape, int(leaf.mask.sum()))
-            header += map(number, numbers)
+            header += map(encode_number, numbers)
     content = b''.join(header) + coder.getvalue()
     return _MAGIC + struct.pack('<I', zlib.crc32(content)) + content
 
@@ -166,9 +169,7 @@ def _encode(network: SharedNetwork) -> bytes:
 def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     """The leaves by layer, in the order of the file: layers by name, leaves by path."""
     check_parallel(network.assignments, network.masks)
-    for key, value in network.metadata.items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f'metadata must map strings to strings, but has {key!r}: {value!r}')
+    check_metadata(network.metadata)
     leaves = []
     for (key_path, leaf), mask in zip(
         jax.tree.leaves_with_path(network.assignments), jax.tree.leaves(network.masks), strict=True
@@ -228,9 +229,9 @@ def _decode(data: bytes, max_parameters: int) -> SharedNetwork:
 
     decoder = Decoder(reader.rest())
     masks, assignments = {}, {}
-    fed = np.zeros(0, bool)
+    live_units = np.zeros(0, bool)
     for form in forms:
-        masks[form.path], fed = decode_mask(decoder, form.shape, form.kept, fed)
+        masks[form.path], live_units = decode_mask(decoder, form.shape, form.kept, live_units)
     for layer, forms in layers.items():
         places = decoder.symbols(sum(form.kept for form in forms), len(codebooks[layer]))
         ends = np.cumsum([form.kept for form in forms])

@@ -35,7 +35,7 @@ class Shrunk(NamedTuple):
     inputs: tuple[int, int]  # channels of a convolution, elements of a vector
     units: tuple[int, int]  # or filters
     folded: int  # units without incoming weights, now in the biases behind
-    refused: str  # why others like them had to stay; empty if none did
+    refused: str  # why units without incoming weights had to stay; empty if none did
 
 
 class CompactNetwork(NamedTuple):
@@ -62,12 +62,16 @@ class _Link(NamedTuple):
 def compact(
     chain: Chain, params: Weights, masks: Masks, input_shape: Sequence[int]
 ) -> CompactNetwork:
-    """Removes all that does not change what a masked network gives.
+    r"""Removes all that does not change what a masked network gives.
 
-    With v the value of a unit that no kept weight reaches, as it comes through what follows it,
-    the next biases become b + v · Σ (its outgoing weights). That is exact behind ReLU, pooling
-    and flattening, and into convolutions without padding; one that pads sees v end at the
-    border, so there the unit stays unless v is 0.
+    A unit whose outgoing weights are all pruned is removed. So is one that no kept weight reaches:
+    with v its value as it comes through what follows it, the next biases become
+
+    .. math::
+      b \leftarrow b + v \sum w \quad \text{over its outgoing weights } w
+
+    That is exact behind ReLU, pooling and flattening, and into convolutions without padding; one
+    that pads sees v end at the border, so there the unit stays unless v is 0.
 
     Args:
       chain: the layers.
@@ -80,13 +84,14 @@ def compact(
       layer and all of its outputs.
 
     Raises:
-      TypeError: if a mask is not boolean, or weights or layers are none.
+      TypeError: if a mask is not boolean, a weight not floating-point, or a layer none of
+        `dns_jax.chain`.
       ValueError: if chain, params and masks do not fit each other, no layer has weights, a kept
-        weight is not finite, or a new bias not in the dtype it had.
+        weight is not finite, or a new bias does not fit its dtype.
 
     Example:
       >>> import numpy as np
-      >>> from dns_jax.chain import Dense
+      >>> from dns_jax.chain import Dense, Relu
       >>> chain = (Dense('fc1'), Relu(), Dense('fc2'))
       >>> ones, diagonal = np.ones((3, 3)), np.eye(3, dtype=bool)
       >>> params = {name: {'kernel': ones, 'bias': ones[0]} for name in ('fc1', 'fc2')}
@@ -110,25 +115,25 @@ def compact(
     kept = _find_live(links)
 
     layers, small, shrunk = [], {}, {}
-    behind = chain[1 + max(at for at, layer in enumerate(chain) if isinstance(layer, Weighted)) :]
-    for number, link in enumerate(links):
+    last = max(index for index, layer in enumerate(chain) if isinstance(layer, Weighted))
+    for index, link in enumerate(links):
         name, inputs = link.layer.name, _live_inputs(link)
-        kernel = link.kernel[:, inputs][..., kept[number + 1]]
+        kernel = link.kernel[:, inputs][..., kept[index + 1]]
         shape = masked[name]['kernel'].shape[:-2]
         small[name] = {
             'kernel': kernel.reshape(*shape, *kernel.shape[1:]).astype(
                 masked[name]['kernel'].dtype
             ),
-            'bias': _narrow(name, link.bias[kept[number + 1]], masked[name]['bias'].dtype),
+            'bias': _narrow(name, link.bias[kept[index + 1]], masked[name]['bias'].dtype),
         }
-        layers += [*link.between, *_select(link, inputs, kept[number]), link.layer]
+        layers += [*link.between, *_select(link, inputs, kept[index]), link.layer]
         shrunk[name] = Shrunk(
             inputs=(link.kernel.shape[1], len(inputs)),
-            units=(link.kernel.shape[2], len(kept[number + 1])),
-            folded=folded[number],
-            refused=refused[number],
+            units=(link.kernel.shape[2], len(kept[index + 1])),
+            folded=folded[index],
+            refused=refused[index],
         )
-    return CompactNetwork((*layers, *behind), small, shrunk)
+    return CompactNetwork((*layers, *chain[last + 1 :]), small, shrunk)
 
 
 def _narrow(name: str, bias: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -173,16 +178,16 @@ def _to_links(chain: Chain, shapes: Sequence[tuple[int, ...]], params) -> list[_
 def _fold_constants(links: list[_Link]) -> tuple[list[int], list[str]]:
     """Moves units without incoming weights into the next biases; first layers first."""
     folded, refused = [0] * len(links), [''] * len(links)
-    for number, (link, next_link) in enumerate(itertools.pairwise(links)):
+    for index, (link, next_link) in enumerate(itertools.pairwise(links)):
         constant = np.flatnonzero(~link.kernel.any((0, 1)))
         values = link.bias[constant]
         if any(isinstance(layer, Relu) for layer in next_link.between):
             values = np.maximum(values, 0)
         if isinstance(next_link.layer, Convolution) and next_link.layer.padding != 'VALID':
             if stay := np.count_nonzero(values):
-                refused[number] = f'{stay} are constant, but {next_link.layer.name} pads with zeros'
+                refused[index] = f'{stay} are constant, but {next_link.layer.name} pads with zeros'
             constant, values = constant[values == 0], values[values == 0]
-        folded[number] = len(constant)
+        folded[index] = len(constant)
         value_of = np.zeros(link.kernel.shape[2])
         value_of[constant] = values
         next_link.bias[:] += (value_of[next_link.feature] @ next_link.kernel).sum(0)
@@ -209,7 +214,7 @@ def _live_inputs(link: _Link) -> np.ndarray:
 
 def _select(link: _Link, inputs: np.ndarray, features: np.ndarray) -> list[Select]:
     """Says which of the features that are still there the inputs are, unless they are all."""
-    number = np.searchsorted(features, link.feature[inputs])
-    chosen = link.position[inputs] * len(features) + number
+    index = np.searchsorted(features, link.feature[inputs])
+    chosen = link.position[inputs] * len(features) + index
     is_all = len(chosen) == link.pixels * len(features)
     return [] if is_all else [Select(tuple(map(int, chosen)))]

@@ -31,6 +31,7 @@ class Encoder:
     """Writes symbols to a stream.
 
     Example:
+      >>> import numpy as np
       >>> encoder = Encoder()
       >>> encoder.symbols(np.array([0, 2, 2, 1]), 3)
       >>> Decoder(encoder.getvalue()).symbols(4, 3)
@@ -83,6 +84,13 @@ class Decoder:
 
     Raises:
       ValueError: if the bytes are no whole words.
+
+    Example:
+      >>> import numpy as np
+      >>> encoder, widths = Encoder(), np.array([3, 1])
+      >>> encoder.bits(np.array([5, 1]), widths)
+      >>> Decoder(encoder.getvalue()).bits(widths)
+      array([5, 1], dtype=int32)
     """
 
     def __init__(self, data: bytes):
@@ -137,18 +145,21 @@ class Decoder:
             raise ValueError(f'its stream is damaged: {error}') from error
 
 
-def encode_mask(coder: Encoder, mask: np.ndarray, fed: np.ndarray) -> np.ndarray:
+def encode_mask(coder: Encoder, mask: np.ndarray, live_units: np.ndarray) -> np.ndarray:
     """Writes a mask.
 
     Args:
       coder: where to.
       mask: any shape, bool. Its shape and its count are known when it is read.
-      fed: which units of the kernel before have kept weights, bool; of length 0 for the first.
+      live_units: which units of the kernel before have kept weights, bool; of length 0 for the
+        first mask.
 
     Returns:
-      The `fed` for the next mask.
+      The live units for the next mask: this kernel's, or the same again where the mask is of no
+      kernel, bool of one axis.
 
     Example:
+      >>> import numpy as np
       >>> encoder, mask = Encoder(), np.array([[True, False], [True, True]])
       >>> encode_mask(encoder, mask, np.zeros(0, bool))
       array([ True,  True])
@@ -157,16 +168,16 @@ def encode_mask(coder: Encoder, mask: np.ndarray, fed: np.ndarray) -> np.ndarray
         grid = mask.T.reshape(mask.shape[-1], -1)
         units, inputs = np.any(grid, 1), np.any(grid, 0)
         coder.symbols(units, 2)
-        for side in _sides(mask.shape, fed):
+        for side in _split_inputs(mask.shape, live_units):
             coder.symbols(inputs[side], 2)
         widths, wide_gaps = _gaps(grid[np.ix_(units, inputs)].ravel())
         coder.symbols(widths, _longest_gap(units, inputs, len(widths)).bit_length() + 1)
         coder.bits(wide_gaps, widths[widths > 1] - 1)  # the first bit of a gap is a one
-    return _feeds(mask, fed)
+    return _live_units(mask, live_units)
 
 
 def decode_mask(
-    coder: Decoder, shape: tuple[int, ...], kept: int, fed: np.ndarray
+    coder: Decoder, shape: tuple[int, ...], kept: int, live_units: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads a mask.
 
@@ -174,17 +185,19 @@ def decode_mask(
       coder: where from.
       shape: of the mask.
       kept: how many are True, at most all.
-      fed: as it was when the mask was written.
+      live_units: as they were when the mask was written.
 
     Returns:
-      The mask, and the `fed` for the next.
+      The mask, bool, and the live units for the next, as `encode_mask` gives them.
 
     Raises:
-      ValueError: if no encoder wrote it; `units` or `inputs` without kept weights go unseen.
+      ValueError: if the stream is damaged and that shows. A unit or input marked live without a
+        kept weight goes unseen; `codec.load_coded` finds it by encoding anew.
 
     Example:
+      >>> import numpy as np
       >>> encoder, mask = Encoder(), np.array([[True, False], [True, True]])
-      >>> fed = encode_mask(encoder, mask, np.zeros(0, bool))
+      >>> live_units = encode_mask(encoder, mask, np.zeros(0, bool))
       >>> decode_mask(Decoder(encoder.getvalue()), (2, 2), 3, np.zeros(0, bool))[0]
       array([[ True, False],
              [ True,  True]])
@@ -195,7 +208,7 @@ def decode_mask(
     else:
         units = coder.symbols(shape[-1], 2) > 0
         inputs = np.zeros(size // shape[-1], bool)
-        for side in _sides(shape, fed):
+        for side in _split_inputs(shape, live_units):
             inputs[side] = coder.symbols(int(side.sum()), 2) > 0
         longest = _longest_gap(units, inputs, kept)
         if longest < 0:
@@ -209,7 +222,7 @@ def decode_mask(
             row, column = np.divmod(places, len(columns))
             grid[rows[row], columns[column]] = True
         mask = np.ascontiguousarray(grid.reshape(shape[::-1]).T)
-    return mask, _feeds(mask, fed)
+    return mask, _live_units(mask, live_units)
 
 
 def _gaps(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,22 +259,24 @@ def _places(widths: np.ndarray, wide_gaps: np.ndarray) -> Iterator[np.ndarray]:
         before, used = places[-1], used + len(wide)
 
 
-def _sides(shape: tuple[int, ...], fed: np.ndarray) -> Iterator[np.ndarray]:
+def _split_inputs(shape: tuple[int, ...], live_units: np.ndarray) -> Iterator[np.ndarray]:
     """The inputs that a unit with kept weights feeds, and the others.
 
     Units repeat along the last axis of the inputs, as they do where a convolution is flattened;
     where that does not come out even, none is taken to feed.
     """
     inputs = np.zeros(shape[:-1], bool)
-    if len(shape) > 1 and len(fed) and shape[-2] % len(fed) == 0:
-        inputs |= np.tile(fed, shape[-2] // len(fed))
+    if len(shape) > 1 and len(live_units) and shape[-2] % len(live_units) == 0:
+        inputs |= np.tile(live_units, shape[-2] // len(live_units))
     inputs = inputs.T.ravel()
     yield inputs
     yield ~inputs
 
 
-def _feeds(mask: np.ndarray, fed: np.ndarray) -> np.ndarray:
-    return np.any(mask.reshape(-1, mask.shape[-1]), 0) if mask.ndim > 1 and mask.size else fed
+def _live_units(mask: np.ndarray, live_units: np.ndarray) -> np.ndarray:
+    return (
+        np.any(mask.reshape(-1, mask.shape[-1]), 0) if mask.ndim > 1 and mask.size else live_units
+    )
 
 
 def _longest_gap(units: np.ndarray, inputs: np.ndarray, kept: int) -> int:

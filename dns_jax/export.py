@@ -32,7 +32,7 @@ from dns_jax.chain import (
     run_layer,
     trace_shapes,
 )
-from dns_jax.files import write_whole
+from dns_jax.files import check_float32, check_metadata, write_whole
 from dns_jax.layers import leaf_path
 from dns_jax.sparse import sort_metadata
 from dns_jax.typing import Params
@@ -70,6 +70,9 @@ def save_dense(
       ...     save_dense(f'{folder}/tiny.safetensors', {'fc1': {'bias': jnp.array([0.0, 2.0])}})
       ...     load_file(f'{folder}/tiny.safetensors')
       {'fc1.bias': array([0., 2.], dtype=float32)}
+
+    Reference:
+      The format of safetensors, https://github.com/huggingface/safetensors.
     """
     tensors = {}
     for key_path, leaf in jax.tree.leaves_with_path(params):
@@ -79,7 +82,9 @@ def save_dense(
         tensors[name] = _float32(name, leaf)
     if not tensors:
         raise ValueError('params must have at least one leaf')
-    write_whole(Path(path), sort_metadata(save(tensors, dict(metadata or {}))))
+    entries = dict(metadata or {})
+    check_metadata(entries)
+    write_whole(Path(path), sort_metadata(save(tensors, entries)))
 
 
 def save_onnx(
@@ -93,7 +98,7 @@ def save_onnx(
     Args:
       path: the file, in a folder that exists; one that is there is replaced.
       chain: the layers, at least one.
-      params: their weights, as in `save_dense`; entries for other names are not looked at.
+      params: their weights, as in `save_dense`; entries for other names are ignored.
       input_shape: of one example, without a batch axis.
 
     Raises:
@@ -104,6 +109,7 @@ def save_onnx(
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> import onnxruntime
       >>> from dns_jax.chain import Relu
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -111,22 +117,30 @@ def save_onnx(
       ...     session = onnxruntime.InferenceSession(f'{folder}/relu.onnx')
       >>> session.run(None, {'inputs': np.array([[-1, 2]], np.float32)})
       [array([[0., 2.]], dtype=float32)]
-    """
-    weights = _check(chain, params, input_shape)
-    # Those of its plugins that do not fit this JAX say so at length; none is of use here.
-    logging.getLogger('jax2onnx.plugins.plugin_system').setLevel(logging.ERROR)
-    with warnings.catch_warnings(action='ignore', category=DeprecationWarning):
-        import jax2onnx
-        import onnx
 
-        model = jax2onnx.to_onnx(
-            partial(_run_for_onnx, chain, weights),
-            [('batch', *input_shape)],
-            model_name='chain',
-            opset=_OPSET,
-            input_names=['inputs'],
-            output_names=['outputs'],
-        )
+    Reference:
+      ONNX, operators of version 17, https://onnx.ai/onnx.
+    """
+    weights = _float32_weights(chain, params, input_shape)
+    # jax2onnx logs each plugin that does not fit this JAX; none is needed here.
+    logger = logging.getLogger('jax2onnx.plugins.plugin_system')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action='ignore', category=DeprecationWarning):
+            import jax2onnx
+            import onnx
+
+            model = jax2onnx.to_onnx(
+                partial(_run_for_onnx, chain, weights),
+                [('batch', *input_shape)],
+                model_name='chain',
+                opset=_OPSET,
+                input_names=['inputs'],
+                output_names=['outputs'],
+            )
+    finally:
+        logger.setLevel(level)
     onnx.checker.check_model(model, full_check=True)
     write_whole(Path(path), model.SerializeToString(deterministic=True))
 
@@ -147,7 +161,7 @@ def save_stablehlo(
     Args:
       path: the file, in a folder that exists; one that is there is replaced.
       chain: the layers.
-      params: their weights, as in `save_dense`; entries for other names are not looked at.
+      params: their weights, as in `save_dense`; entries for other names are ignored.
       input_shape: of one example, without a batch axis.
       platforms: what it is to run on; none of it need be there now.
 
@@ -160,6 +174,8 @@ def save_stablehlo(
 
     Example:
       >>> import tempfile
+      >>> from pathlib import Path
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from dns_jax.chain import Relu
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -167,13 +183,16 @@ def save_stablehlo(
       ...     network = jax.export.deserialize(Path(folder, 'relu.stablehlo').read_bytes())
       >>> network.call(jnp.array([[-1.0, 2.0]]))
       Array([[0., 2.]], dtype=float32)
+
+    Reference:
+      StableHLO, https://openxla.org/stablehlo.
     """
     if isinstance(platforms, str) or not platforms or set(platforms) - _PLATFORMS:
         raise ValueError(f'platforms must be some of {sorted(_PLATFORMS)}, not {platforms!r}')
-    weights = _check(chain, params, input_shape)
+    weights = _float32_weights(chain, params, input_shape)
     shape = (*jax.export.symbolic_shape('batch'), *input_shape)
     run = jax.jit(partial(run_chain, chain, weights))
-    # Without the files and lines that called, by which the same network would give other bytes.
+    # Leaves out the caller's files and lines, which would change the bytes.
     limit = jax.config.values[_LOCATIONS]
     jax.config.update(_LOCATIONS, 0)
     try:
@@ -184,7 +203,7 @@ def save_stablehlo(
     write_whole(Path(path), bytes(exported.serialize()))
 
 
-def _check(chain: Chain, params: Weights, input_shape: Sequence[int]) -> Weights:
+def _float32_weights(chain: Chain, params: Weights, input_shape: Sequence[int]) -> Weights:
     """Checks that a chain fits, and takes its weights as float32."""
     if not chain:
         raise ValueError('chain must have at least one layer')
@@ -197,10 +216,7 @@ def _check(chain: Chain, params: Weights, input_shape: Sequence[int]) -> Weights
 
 def _float32(name: str, leaf: Any) -> np.ndarray:
     weights = np.asarray(leaf)
-    if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype.itemsize > 4:
-        raise TypeError(f'params[{name!r}] must be floats that fit float32, not {weights.dtype}')
-    if not np.isfinite(weights).all():
-        raise ValueError(f'params[{name!r}] has a weight that is not finite')
+    check_float32(name, weights)
     return weights.astype(np.float32, order='C')  # which safetensors takes for granted
 
 

@@ -1,7 +1,7 @@
 """What the header of a coded file is made of: numbers, texts, and how they are read."""
 
 
-def number(value: int) -> bytes:
+def encode_number(value: int) -> bytes:
     r"""Writes a whole number, seven bits to a byte, the lowest first (LEB128).
 
     Args:
@@ -11,7 +11,7 @@ def number(value: int) -> bytes:
       Its bytes.
 
     Example:
-      >>> number(300)
+      >>> encode_number(300)
       b'\xac\x02'
     """
     coded = bytearray()
@@ -21,7 +21,7 @@ def number(value: int) -> bytes:
     return bytes([*coded, value])
 
 
-def text(value: str) -> bytes:
+def encode_text(value: str) -> bytes:
     r"""Writes a text: how many bytes it has, and those, UTF-8.
 
     Args:
@@ -34,11 +34,11 @@ def text(value: str) -> bytes:
       ValueError: if it has surrogates.
 
     Example:
-      >>> text('σ0')
+      >>> encode_text('σ0')
       b'\x03\xcf\x830'
     """
     coded = value.encode()
-    return number(len(coded)) + coded
+    return encode_number(len(coded)) + coded
 
 
 class Reader:
@@ -48,7 +48,7 @@ class Reader:
       data: what is to be read.
 
     Example:
-      >>> reader = Reader(number(300) + text('fc1') + b'end')
+      >>> reader = Reader(encode_number(300) + encode_text('fc1') + b'end')
       >>> reader.number(), reader.text(), reader.rest()
       (300, 'fc1', b'end')
     """

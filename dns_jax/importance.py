@@ -23,6 +23,8 @@ def magnitude(key: jax.Array, params: Params, gradients: optax.Updates) -> Param
       `params`.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> magnitude(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.array([0.0, 1.0]))
       Array([ 3., -2.], dtype=float32)
 
@@ -51,6 +53,8 @@ def taylor(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
       A tree like `params`.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> taylor(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.array([0.5, 1.0]))
       Array([ 1.5, -2. ], dtype=float32)
 
@@ -78,6 +82,8 @@ def gradient(key: jax.Array, params: Params, gradients: optax.Updates) -> Params
       A tree like `params`, float32.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> gradient(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.array([0.5, -1.0]))
       Array([ 0.5, -1. ], dtype=float32)
 
@@ -103,6 +109,8 @@ def chance(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
       A tree like `params`, float32.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> float(chance(jax.random.key(0), jnp.array([3.0, -2.0]), jnp.zeros(2)).max()) <= 1
       True
     """
@@ -110,7 +118,7 @@ def chance(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     numbers = [
-        1.0 - jax.random.uniform(keys[at], jnp.shape(leaf), jnp.float32)
-        for at, leaf in enumerate(leaves)
+        1.0 - jax.random.uniform(leaf_key, jnp.shape(leaf), jnp.float32)
+        for leaf_key, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, numbers)

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from dns_jax.typing import LayerOf, Predicate
+from dns_jax.typing import LayerOf, TakesPart
 
+_MAX_PARTS = 100  # of a path: JAX cannot walk trees much deeper than a few times that
 _Value = TypeVar('_Value')
 
 
@@ -35,6 +36,41 @@ def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
     if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey('value'):
         key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator='/')
+
+
+def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
+    """Makes the nested dict of leaves, by the parts of their paths: `leaf_path` the other way.
+
+    Args:
+      leaves: paths and leaves, none of them a dict.
+
+    Returns:
+      The dict, or the leaf itself where its path is `''`.
+
+    Raises:
+      ValueError: if there are no leaves, one has the place of another or lies within it, or a
+        path has more than 100 parts.
+
+    Example:
+      >>> nest_leaves([('fc1/bias', 1), ('fc1/kernel', 2)])
+      {'fc1': {'bias': 1, 'kernel': 2}}
+    """
+    top: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node, key = top, ''  # the whole tree is the one entry of `top`
+        parts = path.split('/') if path else []
+        if len(parts) > _MAX_PARTS:
+            raise ValueError(f'the path {path[:80]!r}... has {len(parts)} parts, over {_MAX_PARTS}')
+        for part in parts:
+            node, key = node.setdefault(key, {}), part
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or key in node:
+            raise ValueError(f'the leaf {path!r} has the place of another, or lies within it')
+        node[key] = leaf
+    if not top:
+        raise ValueError('a network must have at least one leaf')
+    return top['']
 
 
 def parent(path: str) -> str:
@@ -109,7 +145,7 @@ def layer_names(tree: Any, layer_of: LayerOf = parent) -> Any:
 
 
 def group_by_layer(
-    tree: Any, layer_of: LayerOf = parent, takes_part: Predicate = has_axes
+    tree: Any, layer_of: LayerOf = parent, takes_part: TakesPart = has_axes
 ) -> dict[str, list[Any]]:
     """Collects the leaves that take part, layer by layer.
 
@@ -133,6 +169,22 @@ def group_by_layer(
         if takes_part(path, leaf):
             groups.setdefault(layer_of(path), []).append(leaf)
     return dict(sorted(groups.items()))
+
+
+def as_table(values: Mapping[str, _Value] | _Value) -> dict[str, _Value]:
+    """Makes a table for `match_patterns` of a value for all layers.
+
+    Args:
+      values: the value, or a table, which stays as it is.
+
+    Returns:
+      `{pattern: value}`.
+
+    Example:
+      >>> as_table(0.5), as_table({'fc*': 0.1, '*': 0.5})
+      ({'*': 0.5}, {'fc*': 0.1, '*': 0.5})
+    """
+    return dict(values) if isinstance(values, Mapping) else {'*': values}
 
 
 def match_patterns(

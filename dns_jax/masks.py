@@ -1,7 +1,7 @@
 """Masks T: made, applied, updated by h_k, and counted.
 
-Pure functions on parallel trees of weights and masks. Who decides when and with which
-thresholds stands in `surgery`.
+Pure functions on parallel trees of weights and masks. `surgery` decides when they are updated,
+`thresholds` by what.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax.layers import group_by_layer, has_axes, layer_names, leaf_path, parent
-from dns_jax.typing import LayerOf, Masks, Params, Predicate, Thresholds
+from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
 
 
 class Events(NamedTuple):
@@ -22,7 +22,7 @@ class Events(NamedTuple):
     spliced: jax.Array  # shape=(), dtype=jnp.int32: False -> True
 
 
-def init_masks(params: Params, takes_part: Predicate = has_axes) -> Masks:
+def init_masks(params: Params, takes_part: TakesPart = has_axes) -> Masks:
     """Makes the masks that keep every connection, T = 1.
 
     Args:
@@ -113,7 +113,7 @@ def update_masks(
         1 & \text{if } b_k \le |W_k^{(i,j)}|
       \end{cases}
 
-    Each layer throws one coin of its own; where it falls wrong, the masks of the layer stay.
+    Each layer makes one draw; where it fails, its masks stay as they are.
     The coins are `uniform(key, (layers,)) < update_probability`, layers sorted by name. A weight
     that is NaN counts as above every threshold.
 
@@ -135,6 +135,7 @@ def update_masks(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from dns_jax import Thresholds
       >>> weights, mask = jnp.array([0.1, 1.0, -1.0, 9.0]), jnp.array([True, True, False, False])
       >>> update_masks(
       ...     jax.random.key(0), weights, mask, {'': Thresholds(0.9, 1.1)}, {'': 1.0}
@@ -176,6 +177,8 @@ def discriminate(weights: jax.Array, mask: jax.Array, thresholds: Thresholds) ->
       The mask that h_k gives, bool.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from dns_jax import Thresholds
       >>> weights, mask = jnp.array([0.1, 1.0, -1.0, 9.0]), jnp.array([True, True, False, False])
       >>> discriminate(weights, mask, Thresholds(0.9, 1.1))
       Array([False,  True, False,  True], dtype=bool)
@@ -282,6 +285,7 @@ def count_true(mask: jax.Array) -> jax.Array:
       How many are True, an int32 scalar.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> int(count_true(jnp.array([True, False, True])))
       2
     """

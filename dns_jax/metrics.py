@@ -11,7 +11,7 @@ from dns_jax.layers import group_by_layer, parent
 from dns_jax.masks import check_parallel
 from dns_jax.typing import LayerOf, Masks, Params
 
-_POSITION_BYTES = 4  # a kept weight of a sparse file stands beside its flat uint32 position
+_INDEX_BYTES = 4  # a flat uint32 index
 
 
 class Size(NamedTuple):
@@ -22,16 +22,26 @@ class Size(NamedTuple):
     multiply_adds: int  # of the dense network, for one example
     kept_multiply_adds: int  # of the kept weights, for one example
     bytes: int  # of the dense parameters in their own dtype
-    kept_bytes: int  # of the kept parameters, with a uint32 position beside each
+    kept_bytes: int  # of the kept, in their dtype, with a uint32 index beside each that has a mask
 
     @property
     def density(self) -> float:
-        """Kept parameters / parameters."""
+        """Kept parameters / parameters.
+
+        Example:
+          >>> Size(100, 25, 100, 25, 400, 200).density
+          0.25
+        """
         return self.kept / self.parameters
 
     @property
     def compression(self) -> float:
-        """Parameters / kept parameters, infinite where none is kept."""
+        """Parameters / kept parameters, infinite where none is kept.
+
+        Example:
+          >>> Size(100, 25, 100, 25, 400, 200).compression
+          4.0
+        """
         return self.parameters / self.kept if self.kept else math.inf
 
 
@@ -48,11 +58,16 @@ def measure_sizes(
     positions: Mapping[str, int] | None = None,
     layer_of: LayerOf = parent,
 ) -> Sizes:
-    """Measures a network under its masks.
+    r"""Measures a network under its masks.
 
     A weight of a kernel costs one multiply-add at each position where the kernel is applied:
     output height × width for a convolution, 1 for a fully connected layer. Biases are
     parameters, but cost no multiplication.
+
+    .. math::
+      \text{multiply-adds} = \sum_k \text{positions}_k\,|W_k|, \quad
+      \text{kept multiply-adds} = \sum_k \text{positions}_k\,|T_k|
+      \quad \text{over the kernels } W_k \text{ and their masks } T_k
 
     Args:
       params: dense weights, concrete arrays.
@@ -79,13 +94,13 @@ def measure_sizes(
     if not jax.tree.leaves(params):
         raise ValueError(f'params must have at least one leaf, but is {params!r}')
     positions = dict(positions or {})
-    weights = group_by_layer(params, layer_of, lambda path, leaf: True)
-    kept = group_by_layer(masks, layer_of, lambda path, leaf: True)
-    if unknown := sorted(positions.keys() - weights.keys()):
-        raise ValueError(f'positions names {unknown}; the layers are {list(weights)}')
+    weights_of = group_by_layer(params, layer_of, lambda path, leaf: True)
+    masks_of = group_by_layer(masks, layer_of, lambda path, leaf: True)
+    if unknown := sorted(positions.keys() - weights_of.keys()):
+        raise ValueError(f'positions names {unknown}; the layers are {list(weights_of)}')
     layers = {
-        layer: _measure_layer(weights[layer], kept[layer], positions.get(layer, 1))
-        for layer in weights
+        layer: _measure_layer(weights_of[layer], masks_of[layer], positions.get(layer, 1))
+        for layer in weights_of
     }
     total = Size(*(sum(column) for column in zip(*layers.values(), strict=True)))
     return Sizes(layers, total)
@@ -96,15 +111,15 @@ def _measure_layer(weights, masks, positions) -> Size:
     for leaf, mask in zip(weights, masks, strict=True):
         kept = int(jnp.sum(mask)) if jnp.ndim(mask) else jnp.size(leaf)
         applied = positions if jnp.ndim(leaf) > 1 else 0
-        item = jnp.result_type(leaf).itemsize
-        position_bytes = _POSITION_BYTES if jnp.ndim(mask) else 0
+        itemsize = jnp.result_type(leaf).itemsize
+        index_bytes = _INDEX_BYTES if jnp.ndim(mask) else 0
         leaf_size = Size(
             parameters=jnp.size(leaf),
             kept=kept,
             multiply_adds=applied * jnp.size(leaf),
             kept_multiply_adds=applied * kept,
-            bytes=item * jnp.size(leaf),
-            kept_bytes=(item + position_bytes) * kept,
+            bytes=itemsize * jnp.size(leaf),
+            kept_bytes=(itemsize + index_bytes) * kept,
         )
         size = Size(*map(sum, zip(size, leaf_size, strict=True)))
     return size

@@ -2,11 +2,10 @@
 
 Each is `surgery` without splicing under rules of its own, so it keeps the contract of that module:
 updates pass through, the state is a `SurgeryState`, the masks are found in it. Pruned connections
-never return, but for those of `regrow`. Where a pruner is given one number it is for every layer,
-else a table `{pattern: number}` as of rules.
+never return, but for those of `regrow`. A pruner takes one number for every layer, or a table
+`{pattern: number}` as `surgery` takes rules.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,18 +15,19 @@ import numpy as np
 import optax
 
 from dns_jax.importance import chance, gradient
-from dns_jax.layers import group_by_layer, has_axes, layer_names, parent
-from dns_jax.masks import count_kept
-from dns_jax.schedules import polynomial_density, update_at
+from dns_jax.layers import as_table, group_by_layer, has_axes, layer_names, parent
+from dns_jax.masks import count_kept, discriminate
+from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
 from dns_jax.surgery import Rule, surgery
 from dns_jax.thresholds import Group, largest_threshold, layer_density, std
 from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
-    Predicate,
     Schedule,
+    TakesPart,
     ThresholdRule,
+    Thresholds,
 )
 
 
@@ -37,22 +37,28 @@ def han(
     key: jax.Array,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes in rounds what is below c standard deviations of its layer, and trains on between.
+    r"""Prunes in rounds what is below c standard deviations of its layer, and trains on between.
+
+    .. math::
+      T_k \leftarrow T_k \wedge (|W_k| \ge c\,s_k) \quad
+      \text{with } s_k \text{ the standard deviation of } W_k \odot T_k
 
     Args:
-      c_rate: c of `dns_jax.thresholds.std`, over what a layer still has.
+      c_rate: c of `dns_jax.thresholds.std`, over the connections that the layer still keeps.
       rounds: the steps at which it prunes.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
     Returns:
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `rounds` is empty, or names a step that is negative or not finite.
+      ValueError: if `rounds` is empty, or one is no step (`dns_jax.schedules.check_step`).
       As `surgery` and `std` do.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.0])}
       >>> pruner = han(0.5, rounds=[0], key=jax.random.key(0))
       >>> _, state = pruner.update(params, pruner.init(params), params)
@@ -62,9 +68,12 @@ def han(
     Reference:
       Han et al. 2015, Learning both weights and connections for efficient neural networks.
     """
-    _check_rounds('rounds', rounds)
+    check_steps('rounds', rounds)
     probability = update_at(rounds)
-    rules = {pattern: Rule(std(c), probability, 1) for pattern, c in _table(c_rate).items()}
+    rules = {
+        pattern: Rule(std(c), probability, refresh_every=1)
+        for pattern, c in as_table(c_rate).items()
+    }
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -76,24 +85,26 @@ def one_shot(
     Args:
       density: kept / all connections, in (0, 1].
       step: the step at which it prunes.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       **options: those of `iterative`.
 
     Returns:
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `step` is negative or not finite.
+      ValueError: if `step` is no step (`dns_jax.schedules.check_step`).
       As `iterative` does.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> pruner = one_shot(0.25, step=0, key=jax.random.key(0))
       >>> _, state = pruner.update(params, pruner.init(params), params)
       >>> state.masks['fc1']
       Array([False, False, False,  True], dtype=bool)
     """
-    _check_rounds('step', [step])
+    check_step('step', step)
     return iterative(density, [step], key, **options)
 
 
@@ -114,7 +125,7 @@ def iterative(
     Args:
       density: d, kept / all connections in the end, in (0, 1].
       rounds: the steps at which it prunes, none twice.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
@@ -122,11 +133,13 @@ def iterative(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `density` is outside (0, 1], or `rounds` is empty or names a step twice, or
-        one that is negative or not finite.
+      ValueError: if `density` is outside (0, 1], or `rounds` is empty, names a step twice, or
+        what is no step (`dns_jax.schedules.check_step`).
       As `surgery` does.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> pruner = iterative(0.25, rounds=[0, 2], key=jax.random.key(0))
       >>> state = pruner.init(params)
@@ -136,8 +149,12 @@ def iterative(
       0 2
       1 2
       2 1
+
+    Reference:
+      Han et al. 2015, Learning both weights and connections for efficient neural networks, for the
+      rounds.
     """
-    _check_rounds('rounds', rounds)
+    check_steps('rounds', rounds)
     probability, steps = update_at(rounds), np.asarray(rounds, np.int32)
     if len(set(rounds)) < len(rounds):
         raise ValueError(f'rounds must not name a step twice, but is {list(rounds)!r}')
@@ -148,7 +165,7 @@ def iterative(
             done = jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.float32)
             return jnp.float32(final) ** (done / len(steps))
 
-        rules[pattern] = Rule(divide(schedule), probability, 1)
+        rules[pattern] = Rule(divide(schedule), probability, refresh_every=1)
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -161,14 +178,18 @@ def gradual(
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes again and again, along a cubic ramp of the density.
+    r"""Prunes again and again, along a cubic ramp of the density.
+
+    .. math::
+      d(i) = d + (1 - d)\left(1 - \frac{i - \text{start}}{\text{end} - \text{start}}\right)^3
+      \quad \text{for start} \le i \le \text{end}
 
     Args:
       density: kept / all connections in the end, in (0, 1].
       start: the step at which the ramp leaves 1.
       end: the step at which it is done, and the last at which anything is pruned.
       every: steps from one pruning to the next, at least 1.
-      key: as for `surgery`; of use to a random importance alone.
+      key: as for `surgery`; only a random importance uses it.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       **options: `takes_part`, `layer_of` and `importance` of `surgery`.
 
@@ -176,10 +197,12 @@ def gradual(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `density` is outside (0, 1], or `every` is less than 1.
+      ValueError: if `density` or `every` is out of range.
       As `surgery` and `polynomial_density` do.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.arange(1.0, 9.0)}
       >>> pruner = gradual(0.25, start=0, end=4, every=2, key=jax.random.key(0))
       >>> state = pruner.init(params)
@@ -195,14 +218,15 @@ def gradual(
     Reference:
       Zhu and Gupta 2017, To prune, or not to prune.
     """
-    if every < 1:
-        raise ValueError(f'every must be at least 1, but is {every!r}')
+    check_step('every', every, 1)
     ramps = {
         pattern: polynomial_density(number, start, end)
         for pattern, number in _density_table(density).items()
     }
     probability = update_at([*range(start, end, every), end])
-    rules = {pattern: Rule(divide(ramp), probability, 1) for pattern, ramp in ramps.items()}
+    rules = {
+        pattern: Rule(divide(ramp), probability, refresh_every=1) for pattern, ramp in ramps.items()
+    }
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -215,7 +239,7 @@ def regrow(
     growth: Importance = gradient,
     initial: Importance = chance,
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
-    takes_part: Predicate = has_axes,
+    takes_part: TakesPart = has_axes,
     layer_of: LayerOf = parent,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the number of connections, and now and then exchanges the smallest for others.
@@ -236,7 +260,7 @@ def regrow(
       drop: the share that is exchanged, in [0, 1], or a schedule of it. SET's is constant, RigL's
         falls as a cosine.
       growth: what says which connections to grow.
-      initial: what says which to keep at first; with a trained network this is `magnitude`.
+      initial: what says which to keep at first; for a trained network, pass `magnitude`.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       takes_part: as for `surgery`.
       layer_of: as for `surgery`.
@@ -246,11 +270,12 @@ def regrow(
       whose growth is 0 are not.
 
     Raises:
-      ValueError: if `density` is outside (0, 1], `every` is less than 1, or `drop` is a number
-        outside [0, 1].
+      ValueError: if `density`, `every`, `stop` or a number `drop` is out of range.
       As `surgery` does.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> gradients = {'fc1': jnp.array([9.0, 1.0, 0.5, 0.1])}
       >>> pruner = regrow(0.5, 1, 9, jax.random.key(0), drop=0.5, initial=lambda key, w, g: w)
@@ -265,8 +290,8 @@ def regrow(
       Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse
       connectivity (SET); Evci et al. 2020, Rigging the lottery (RigL).
     """
-    if every < 1:
-        raise ValueError(f'every must be at least 1, but is {every!r}')
+    check_step('every', every, 1)
+    check_step('stop', stop)
     if not callable(drop) and not 0 <= drop <= 1:
         raise ValueError(f'drop must be in [0, 1], but is {drop!r}')
     start = iterative(
@@ -280,7 +305,8 @@ def regrow(
         share = jnp.asarray(drop(count) if callable(drop) else drop, jnp.float32)
 
         def exchange():
-            # The negative counts are those of the first update's importance.
+            # By count: `surgery` uses ~count for the first importance, and its coins of this
+            # count decide nothing.
             scores = growth(jax.random.fold_in(state.key, count), params, updates)
             return _exchange(share, scores, params, before, layer_of)
 
@@ -290,6 +316,14 @@ def regrow(
         return updates, pruned._replace(masks=masks)
 
     return optax.GradientTransformationExtraArgs(start.init, update_fn)
+
+
+def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
+    table = as_table(density)
+    for number in table.values():
+        if not 0 < number <= 1:
+            raise ValueError(f'density must be in (0, 1], but is {number!r}')
+    return table
 
 
 def _exchange(share, scores, params, masks, layer_of) -> Masks:
@@ -328,27 +362,7 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
     def keep(layer, leaf):
         if not leaf.ndim:
             return jnp.ones((), bool)
-        return (jnp.abs(leaf).astype(jnp.float32) >= thresholds[layer]) & (wanted[layer] > 0)
+        band = Thresholds(thresholds[layer], thresholds[layer])
+        return discriminate(leaf, jnp.array(True), band) & (wanted[layer] > 0)
 
     return jax.tree.map(keep, layer_names(tree, layer_of), tree)
-
-
-def _table(numbers: float | Mapping[str, float]) -> Mapping[str, float]:
-    return numbers if isinstance(numbers, Mapping) else {'*': numbers}
-
-
-def _density_table(density: float | Mapping[str, float]) -> Mapping[str, float]:
-    table = _table(density)
-    for number in table.values():
-        if not 0 < number <= 1:
-            raise ValueError(f'density must be in (0, 1], but is {number!r}')
-    return table
-
-
-def _check_rounds(name: str, steps: Sequence[int]) -> None:
-    """Refuses steps by the name that the caller knows, where `update_at` has one of its own."""
-    if not steps:
-        raise ValueError(f'{name} must name at least one step, but is {steps!r}')
-    for step in steps:
-        if not 0 <= step < math.inf:
-            raise ValueError(f'{name} must be finite and at least 0, but is {step!r}')

@@ -22,7 +22,7 @@ import numpy as np
 
 from dns_jax import native
 from dns_jax.chain import Chain, Weighted, Weights, run_chain, trace_shapes
-from dns_jax.steps import Unsuitable, is_in_order, make_jax, make_scipy, plan_steps
+from dns_jax.steps import KINDS, Unsuitable, is_in_order, make_jax, make_scipy, plan_steps
 
 Kinds = Mapping[str, str]
 """How each layer with weights is computed, by its name."""
@@ -74,7 +74,7 @@ def jax_runner(
       >>> run(jnp.array([[7.0, 3.0]]))
       Array([[7.]], dtype=float32)
     """
-    plan = plan_steps(chain, params, input_shape, kinds, ('dense', 'sparse', 'native'))
+    plan = plan_steps(chain, params, input_shape, kinds, KINDS)
     if 'native' in kinds.values() and (reason := native.why_unavailable()):
         raise RuntimeError(reason)
     if set(kinds.values()) <= {'dense'} and not batch_last:
@@ -83,7 +83,7 @@ def jax_runner(
             for name in kinds
         }
         run = jax.jit(lambda weights, inputs: run_chain(chain, weights, inputs))
-        return lambda inputs: run(weights, _checked(inputs, input_shape))
+        return lambda inputs: run(weights, _check_inputs(inputs, input_shape))
 
     made = [make_jax(step) for step in plan.steps]
 
@@ -99,7 +99,7 @@ def jax_runner(
         return _batch_major(outputs)
 
     weights = [jax.tree.map(jnp.asarray, own) for own, _ in made]
-    return lambda inputs: run_steps(weights, _checked(inputs, input_shape))
+    return lambda inputs: run_steps(weights, _check_inputs(inputs, input_shape))
 
 
 def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds: Kinds) -> Runner:
@@ -134,7 +134,7 @@ def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kind
     in_order = is_in_order(plan.rows, input_shape)
 
     def run(inputs):
-        outputs = _checked(inputs, input_shape).reshape(len(inputs), -1).T
+        outputs = _check_inputs(inputs, input_shape).reshape(len(inputs), -1).T
         outputs = np.ascontiguousarray(outputs) if in_order else outputs[plan.rows]
         outputs = outputs.reshape(*plan.shape, -1)
         for compute in computes:
@@ -142,17 +142,6 @@ def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kind
         return np.ascontiguousarray(_batch_major(outputs))
 
     return run
-
-
-def _checked(inputs: Any, input_shape: Sequence[int]) -> Any:
-    if inputs.shape[1:] != tuple(input_shape) or not inputs.shape[0]:
-        wanted = ', '.join(map(str, input_shape))
-        raise ValueError(f'inputs must be (batch, {wanted}), 1 or more, but are {inputs.shape}')
-    return inputs
-
-
-def _batch_major(outputs: Any) -> Any:
-    return outputs.transpose(-1, *range(1, outputs.ndim - 1), 0)
 
 
 def choose_kinds(
@@ -166,13 +155,13 @@ def choose_kinds(
 ) -> Choice:
     """Chooses how to compute each layer, by the time it takes on this machine.
 
-    Each layer is timed by itself, then each in the network of what was fastest; in the end that
-    against one all dense.
+    Each layer is timed alone in every kind. Then, in the network made of the fastest, each layer is
+    tried in every kind again. Last, the outcome is timed against the all-dense network.
 
     Args:
       make_runner: `jax_runner` or `scipy_runner`.
       offered: the kinds to choose from. `native` is left out where there is no kernel, `sparse`
-        where it is unsuitable.
+        where it is unsuitable; dense takes the place of an empty offer.
       chain: the layers, as for `make_runner`.
       params: as for `make_runner`.
       input_shape: as for `make_runner`.
@@ -192,8 +181,8 @@ def choose_kinds(
       >>> choose_kinds(scipy_runner, ['dense'], (Dense('fc'),), params, (2,), batch=1).kinds
       {'fc': 'dense'}
     """
-    if not offered or not set(offered) <= {'dense', 'sparse', 'native'}:
-        raise ValueError(f'offered must be some of dense, sparse and native, but is {offered}')
+    if not offered or not set(offered) <= set(KINDS):
+        raise ValueError(f'offered must be some of {KINDS}, but is {offered}')
     if min(batch, turns) < 1:
         raise ValueError(f'batch={batch} and turns={turns} must be 1 or more')
     if native.why_unavailable():
@@ -240,10 +229,9 @@ def recorded_kinds(text: str, chain: Chain) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f'kinds {text[:80]!r} cannot be read: {error}') from error
     names = {layer.name for layer in chain if isinstance(layer, Weighted)}
-    known = ('dense', 'sparse', 'native')
     is_table = isinstance(kinds, dict) and kinds.keys() == names
-    if not is_table or not all(kind in known for kind in kinds.values()):
-        raise ValueError(f'kinds must give one of {known} for each of {names}, but is {text[:80]}')
+    if not is_table or not all(kind in KINDS for kind in kinds.values()):
+        raise ValueError(f'kinds must give one of {KINDS} for each of {names}, but is {text[:80]}')
     if native.why_unavailable():
         return {name: 'dense' if kind == 'native' else kind for name, kind in kinds.items()}
     return kinds
@@ -282,6 +270,20 @@ def time_in_turns(
         for name, call in calls.items():
             times[name][turn] = seconds(call, repeats[name])
     return times
+
+
+def _check_inputs(inputs: Any, input_shape: Sequence[int]) -> Any:
+    if inputs.shape[1:] != tuple(input_shape) or not inputs.shape[0]:
+        wanted = ', '.join(map(str, input_shape))
+        raise ValueError(
+            f'inputs must have the shape (batch, {wanted}) with batch at least 1, but have '
+            f'{inputs.shape}'
+        )
+    return inputs
+
+
+def _batch_major(outputs: Any) -> Any:
+    return outputs.transpose(-1, *range(1, outputs.ndim - 1), 0)
 
 
 def _time_ways(make_runner, ways, params, batch, turns) -> dict[str, float]:

@@ -45,16 +45,16 @@ def update_probability(
     """
     _check_at_least('gamma', gamma, 0)
     _check_at_least('power', power, 0)
-    _check_at_least('start', start, 0)
+    check_step('start', start)
     if stop is not None:
-        _check_at_least('stop', stop, start)
+        check_step('stop', stop, start)
 
     def schedule(step):
         step = jnp.asarray(step)
         active = step >= start
         if stop is not None:
             active &= step < stop
-        decay = (1.0 + gamma * _real(jnp.maximum(step - start, 0))) ** -power
+        decay = (1.0 + gamma * _float32(jnp.maximum(step - start, 0))) ** -power
         return jnp.where(active, decay, 0.0)
 
     return schedule
@@ -64,24 +64,21 @@ def update_at(steps: Sequence[int]) -> Schedule:
     """The probability 1 at some steps, and 0 at all others.
 
     Args:
-      steps: those with an update, each at least 0.
+      steps: those with an update.
 
     Returns:
       A schedule whose values are float32 scalars, 0 or 1.
 
     Raises:
-      ValueError: if there are no steps, or one is negative.
+      ValueError: if there are no steps, or one is none (`check_step`).
 
     Example:
       >>> [float(update_at([10, 30])(step)) for step in (9, 10, 20, 30)]
       [0.0, 1.0, 0.0, 1.0]
     """
-    if not steps:
-        raise ValueError(f'steps must name at least one step, but is {steps!r}')
-    for step in steps:
-        _check_at_least('steps', step, 0)
+    check_steps('steps', steps)
     chosen = np.asarray(steps, np.int32)
-    return lambda step: _real(jnp.any(jnp.asarray(step) == chosen))
+    return lambda step: _float32(jnp.any(jnp.asarray(step) == chosen))
 
 
 def polynomial_density(
@@ -115,8 +112,7 @@ def polynomial_density(
       Zhu and Gupta 2017, To prune, or not to prune.
     """
     fraction = _ramp(final, start, end, initial)
-    if not 0 < power < math.inf:
-        raise ValueError(f'power must be finite and above 0, but is {power!r}')
+    _check_power(power)
     return lambda step: final + (initial - final) * (1.0 - fraction(step)) ** power
 
 
@@ -157,10 +153,10 @@ def caffe_step(base: float, gamma: float, step_size: int) -> Schedule:
       step_size: steps between changes, at least 1.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
-      ValueError: if `step_size` is less than 1.
+      ValueError: if `step_size` is out of range.
 
     Example:
       >>> [round(float(caffe_step(0.1, 0.5, 10)(step)), 4) for step in (9, 10, 20)]
@@ -169,10 +165,9 @@ def caffe_step(base: float, gamma: float, step_size: int) -> Schedule:
     Reference:
       Caffe, `SGDSolver::GetLearningRate`.
     """
-    _check_at_least('step_size', step_size, 1)
-    step_size = min(step_size, 2**31 - 1)  # steps are int32, and none comes later
+    check_step('step_size', step_size, 1)
     # Integer division is exact, where a quotient of floats may round down one step too long.
-    return lambda step: base * jnp.float32(gamma) ** _real(jnp.asarray(step) // step_size)
+    return lambda step: base * jnp.float32(gamma) ** _float32(jnp.asarray(step) // step_size)
 
 
 def caffe_exp(base: float, gamma: float) -> Schedule:
@@ -183,7 +178,7 @@ def caffe_exp(base: float, gamma: float) -> Schedule:
       gamma: the factor at every step.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Example:
       >>> [round(float(caffe_exp(0.1, 0.5)(step)), 4) for step in (0, 1, 2)]
@@ -192,7 +187,7 @@ def caffe_exp(base: float, gamma: float) -> Schedule:
     Reference:
       Caffe, `SGDSolver::GetLearningRate`.
     """
-    return lambda step: base * jnp.float32(gamma) ** _real(step)
+    return lambda step: base * jnp.float32(gamma) ** _float32(step)
 
 
 def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
@@ -204,7 +199,7 @@ def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
       power: the exponent.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
       ValueError: if `gamma` is negative.
@@ -217,7 +212,7 @@ def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
       Caffe, `SGDSolver::GetLearningRate`; the LeNets of Guo et al. 2016 use it.
     """
     _check_at_least('gamma', gamma, 0)
-    return lambda step: base * (1.0 + gamma * _real(step)) ** -power
+    return lambda step: base * (1.0 + gamma * _float32(step)) ** -power
 
 
 def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Schedule:
@@ -229,10 +224,10 @@ def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Sch
       boundaries: steps at which the rate changes, ascending.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
-      ValueError: if `boundaries` do not ascend.
+      ValueError: if `boundaries` do not ascend, or one is no step (`check_step`).
 
     Example:
       >>> schedule = caffe_multistep(0.1, 0.5, [10, 15])
@@ -242,10 +237,12 @@ def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Sch
     Reference:
       Caffe, `SGDSolver::GetLearningRate`.
     """
+    for boundary in boundaries:
+        check_step('boundaries', boundary)
     if list(boundaries) != sorted(boundaries):
         raise ValueError(f'boundaries must ascend, but are {list(boundaries)}')
     edges = jnp.asarray(boundaries, jnp.int32)
-    return lambda step: base * jnp.float32(gamma) ** _real(jnp.sum(jnp.asarray(step) >= edges))
+    return lambda step: base * jnp.float32(gamma) ** _float32(jnp.sum(jnp.asarray(step) >= edges))
 
 
 def caffe_poly(base: float, power: float, steps: int) -> Schedule:
@@ -253,14 +250,14 @@ def caffe_poly(base: float, power: float, steps: int) -> Schedule:
 
     Args:
       base: the learning rate at step 0.
-      power: the exponent.
+      power: the exponent, above 0.
       steps: the step at which the rate reaches 0, at least 1.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
-      ValueError: if `steps` is less than 1.
+      ValueError: if `power` or `steps` is out of range.
 
     Example:
       >>> [round(float(caffe_poly(0.1, 2.0, 10)(step)), 4) for step in (0, 5, 10)]
@@ -269,9 +266,12 @@ def caffe_poly(base: float, power: float, steps: int) -> Schedule:
     Reference:
       Caffe, `SGDSolver::GetLearningRate`.
     """
-    _check_at_least('steps', steps, 1)
+    _check_power(power)
+    check_step('steps', steps, 1)
     # From the steps left, so that the rate ends at an exact 0.
-    return lambda step: base * (_real(jnp.maximum(steps - jnp.asarray(step), 0)) / steps) ** power
+    return lambda step: (
+        base * (_float32(jnp.maximum(steps - jnp.asarray(step), 0)) / steps) ** power
+    )
 
 
 def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
@@ -280,10 +280,13 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
     Args:
       base: the learning rate far from `middle`.
       gamma: the slope, per step; negative lets the rate fall.
-      middle: the step at which the rate is base / 2.
+      middle: the step at which the rate is base / 2, at least 0.
 
     Returns:
-      A schedule.
+      A schedule whose values are float32 scalars, the learning rate.
+
+    Raises:
+      ValueError: if `middle` is out of range.
 
     Example:
       >>> [round(float(caffe_sigmoid(0.1, -0.1, 50)(step)), 4) for step in (0, 50, 100)]
@@ -292,7 +295,53 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
     Reference:
       Caffe, `SGDSolver::GetLearningRate`.
     """
-    return lambda step: base / (1.0 + jnp.exp(-gamma * _real(jnp.asarray(step) - middle)))
+    check_step('middle', middle)
+    return lambda step: base / (1.0 + jnp.exp(-gamma * _float32(jnp.asarray(step) - middle)))
+
+
+def check_steps(name: str, steps: Sequence[float]) -> None:
+    """Checks steps with `check_step`, and that there are any.
+
+    Args:
+      name: what the caller knows them by.
+      steps: what should be steps.
+
+    Raises:
+      ValueError: if there are none, or one of them is no step.
+
+    Example:
+      >>> check_steps('rounds', [])
+      Traceback (most recent call last):
+        ...
+      ValueError: rounds must name at least one step, but is []
+    """
+    if not len(steps):
+        raise ValueError(f'{name} must name at least one step, but is {steps!r}')
+    for step in steps:
+        check_step(name, step)
+
+
+def check_step(name: str, step: float, least: int = 0) -> None:
+    """Checks that a number is one that a count of steps, an int32, can reach.
+
+    Args:
+      name: what the caller knows it by.
+      step: what should be a step.
+      least: the first that will do.
+
+    Raises:
+      ValueError: if it is not whole, or not from `least` to 2**31 − 1.
+
+    Example:
+      >>> check_step('stop', 3_000_000_000)
+      Traceback (most recent call last):
+        ...
+      ValueError: stop must be a whole number from 0 to 2147483647, but is 3000000000
+    """
+    if not (least <= step < 2**31 and step % 1 == 0):
+        raise ValueError(
+            f'{name} must be a whole number from {least} to {2**31 - 1}, but is {step!r}'
+        )
 
 
 def _ramp(final: float, start: int, end: int, initial: float) -> Schedule:
@@ -300,10 +349,9 @@ def _ramp(final: float, start: int, end: int, initial: float) -> Schedule:
     for name, density in (('final', final), ('initial', initial)):
         if not 0 < density <= 1:
             raise ValueError(f'{name} must be in (0, 1], but is {density!r}')
-    _check_at_least('start', start, 0)
-    if not start < end < math.inf:
-        raise ValueError(f'end must be finite and after start={start!r}, but is {end!r}')
-    return lambda step: jnp.clip(_real(jnp.asarray(step) - start) / (end - start), 0.0, 1.0)
+    check_step('start', start)
+    check_step('end', end, start + 1)
+    return lambda step: jnp.clip(_float32(jnp.asarray(step) - start) / (end - start), 0.0, 1.0)
 
 
 def _check_at_least(name: str, value: float, least: float) -> None:
@@ -311,5 +359,10 @@ def _check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f'{name} must be finite and at least {least}, but is {value!r}')
 
 
-def _real(step) -> jax.Array:
+def _check_power(power: float) -> None:
+    if not 0 < power < math.inf:
+        raise ValueError(f'power must be finite and above 0, but is {power!r}')
+
+
+def _float32(step) -> jax.Array:
     return jnp.asarray(step, jnp.float32)

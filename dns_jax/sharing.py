@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax.layers import leaf_path, match_patterns, parent
-from dns_jax.masks import check_parallel
+from dns_jax.files import check_float32
+from dns_jax.layers import as_table, leaf_path, match_patterns, parent
+from dns_jax.masks import apply_masks, check_parallel
 from dns_jax.typing import Masks, Params
 
 MAX_CLUSTERS = 2**16
@@ -38,7 +39,10 @@ def share_weights(
     clusters: int | Mapping[str, int],
     metadata: Mapping[str, str] | None = None,
 ) -> SharedNetwork:
-    """Clusters the kept weights of each layer by k-means and rounds the centroids.
+    r"""Clusters the kept weights of each layer by k-means and rounds the centroids.
+
+    .. math::
+      C_k = \arg\min_C \sum_{w \text{ kept in } k} \min_{c \in C} (w - c)^2
 
     The centroids start evenly spaced between the smallest and the largest weight of the layer.
     They are rounded as `round_codebooks` does, and only then does each weight choose the
@@ -79,7 +83,9 @@ def share_weights(
         jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True
     ):
         path = leaf_path(key_path)
-        values.setdefault(parent(path), []).append(_kept(path, np.asarray(leaf), np.asarray(mask)))
+        values.setdefault(parent(path), []).append(
+            _kept_values(path, np.asarray(leaf), np.asarray(mask))
+        )
     codebooks = {
         layer: _codebook(np.concatenate(values[layer]), amount)
         for layer, amount in _clusters_by_layer(clusters, sorted(values)).items()
@@ -116,6 +122,9 @@ def round_codebooks(codebooks: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Example:
       >>> round_codebooks({'fc1': [0.1, 1.0]})
       {'fc1': array([0.10009766, 1.        ], dtype=float32)}
+
+    Reference:
+      Han, Mao and Dally 2016, section 3, where codebooks are float32.
     """
     rounded = {}
     largest = np.float32(jnp.finfo(jnp.bfloat16).max)
@@ -128,7 +137,10 @@ def round_codebooks(codebooks: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> Params:
-    """Writes out the weights that a network with codebooks computes with.
+    r"""Writes out the weights that a network with codebooks computes with.
+
+    .. math::
+      W_k = C_k[A_k] \odot T_k \quad \text{with the codebook } C_k \text{ and the places } A_k
 
     Differentiable in the codebooks: the gradient of a centroid is the sum of those of its
     weights, so that an optimizer may tune the centroids through it.
@@ -139,7 +151,7 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
       masks: the parallel masks.
 
     Returns:
-      A tree like `assignments` of arrays of the type of the codebooks, 0 where pruned.
+      A tree like `assignments` of arrays of the dtype of the codebooks, 0 where pruned.
 
     Raises:
       ValueError: if the trees do not match, or a layer has no codebook.
@@ -149,34 +161,32 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
       >>> import jax.numpy as jnp
       >>> expand({'': jnp.array([-2.0, 4.0])}, jnp.array([1, 0, 0]), jnp.array([True, True, False]))
       Array([ 4., -2.,  0.], dtype=float32)
-    """
-    check_parallel(assignments, masks)
 
-    def expand_leaf(key_path, assignment, mask):
+    Reference:
+      Han, Mao and Dally 2016, section 3.
+    """
+
+    def expand_leaf(key_path, assignment):
         layer = parent(leaf_path(key_path))
         if layer not in codebooks:
             raise ValueError(f'codebooks must have the layer {layer!r}; it has {list(codebooks)}')
         book = jnp.asarray(codebooks[layer])
         if not book.size:
             return jnp.zeros(assignment.shape, book.dtype)
-        weights = book[jnp.asarray(assignment)]
-        return jnp.where(mask, weights, 0) if jnp.ndim(mask) else weights
+        return book[jnp.asarray(assignment)]
 
-    return jax.tree.map_with_path(expand_leaf, assignments, masks)
+    return apply_masks(jax.tree.map_with_path(expand_leaf, assignments), masks)
 
 
-def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype.itemsize > 4:
-        raise TypeError(f'params[{path!r}] must be floats that fit float32, not {weights.dtype}')
-    values = (weights[mask] if mask.ndim else weights.ravel()).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
-    return values
+def _kept_values(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    values = weights[mask] if mask.ndim else weights.ravel()
+    check_float32(path, values)
+    return values.astype(np.float64)
 
 
 def _clusters_by_layer(clusters: int | Mapping[str, int], layers: list[str]) -> dict[str, int]:
-    table = clusters if isinstance(clusters, Mapping) else {'*': clusters}
-    amounts = {layer: amount for layer, (_, amount) in match_patterns(table, layers).items()}
+    matches = match_patterns(as_table(clusters), layers)
+    amounts = {layer: amount for layer, (_, amount) in matches.items()}
     wrong = [layer for layer in layers if not 1 <= amounts.get(layer, 0) <= MAX_CLUSTERS]
     if wrong:
         raise ValueError(

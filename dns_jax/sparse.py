@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +24,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dns_jax.files import write_whole
-from dns_jax.layers import leaf_path
+from dns_jax.files import check_float32, check_metadata, write_whole
+from dns_jax.layers import leaf_path, nest_leaves
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks, Params
 
-_MAX_PARTS = 100  # of a path: JAX cannot walk trees much deeper than a few times that
 _SHAPE = re.compile(r'\[(NUMBER(, ?NUMBER){0,63})?\]'.replace('NUMBER', '(0|[1-9][0-9]{0,17})'))
 
 
@@ -76,12 +75,14 @@ def save_sparse(
       ...     load_sparse(f'{folder}/tiny.safetensors').params['fc1']['kernel']
       array([[3., 0.],
              [0., 5.]], dtype=float32)
+
+    Reference:
+      The format of safetensors, https://github.com/huggingface/safetensors.
     """
     check_parallel(params, masks)
     entries = dict(metadata or {})
-    for key, value in entries.items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f'metadata must map strings to strings, but has {key!r}: {value!r}')
+    check_metadata(entries)
+    for key in entries:
         if key.endswith(':shape'):
             raise ValueError(f'metadata has the key {key!r}, which is one of a shape')
 
@@ -89,7 +90,7 @@ def save_sparse(
     nest_leaves(leaves)  # what cannot be nested could not be loaded
     tensors = {}
     for (name, leaf), mask in zip(leaves, jax.tree.leaves(masks), strict=True):
-        values, indices = _kept(name, np.asarray(leaf), np.asarray(mask))
+        values, indices = _kept_values_and_indices(name, np.asarray(leaf), np.asarray(mask))
         tensors |= {f'{name}:values': values, f'{name}:indices': indices}
         entries[f'{name}:shape'] = json.dumps(jnp.shape(leaf))
     write_whole(Path(path), sort_metadata(save(tensors, entries)))
@@ -129,6 +130,41 @@ def load_sparse(path: str | os.PathLike[str], max_parameters: int = 2**30) -> Sp
             return _read(file, max_parameters)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f'cannot load {os.fspath(path)!r}: {error}') from error
+
+
+def sort_metadata(data: bytes) -> bytes:
+    """Sorts the metadata, which safetensors writes in an order that changes from run to run.
+
+    Args:
+      data: a safetensors file with metadata.
+
+    Returns:
+      The same file, but for that order.
+
+    Example:
+      >>> from safetensors.numpy import save
+      >>> data = sort_metadata(save({}, {'b': '1', 'a': '2'}))
+      >>> data[8:].rstrip()
+      b'{"__metadata__":{"a":"2","b":"1"}}'
+    """
+    end = 8 + int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:end])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, 'little') + text + data[end:]
+
+
+def _kept_values_and_indices(
+    path: str, weights: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    if weights.size > 2**32:  # positions that a uint32 tells apart
+        raise ValueError(f'params[{path!r}] has {weights.size} elements, over 2**32')
+    if mask.ndim == 0:
+        mask = np.ones(weights.shape, bool)
+    values = weights[mask]
+    check_float32(path, values)
+    return values.astype(np.float32), np.flatnonzero(mask).astype(np.uint32)
 
 
 def _read(file: Any, max_parameters: int) -> SparseNetwork:
@@ -188,68 +224,3 @@ def _read_vector(file: Any, name: str, dtype: str) -> np.ndarray:
     if kind != (dtype, 1):
         raise ValueError(f'{name!r} must be {dtype} of one axis, but is {kind[0]} of {kind[1]}')
     return file.get_tensor(name)
-
-
-def _kept(path: str, weights: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype.itemsize > 4:
-        raise TypeError(f'params[{path!r}] must be floats that fit float32, not {weights.dtype}')
-    if weights.size > 2**32:  # positions that a uint32 tells apart
-        raise ValueError(f'params[{path!r}] has {weights.size} elements, over 2**32')
-    if mask.ndim == 0:
-        mask = np.ones(weights.shape, bool)
-    values = weights[mask].astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
-    return values, np.flatnonzero(mask).astype(np.uint32)
-
-
-def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
-    """Makes the nested dict of leaves, by the parts of their paths.
-
-    Args:
-      leaves: paths and leaves, none of them a dict.
-
-    Returns:
-      The dict, or the leaf itself where its path is `''`.
-
-    Raises:
-      ValueError: if there are no leaves, one has the place of another or lies within it, or a
-        path has more than 100 parts.
-
-    Example:
-      >>> nest_leaves([('fc1/bias', 1), ('fc1/kernel', 2)])
-      {'fc1': {'bias': 1, 'kernel': 2}}
-    """
-    top: dict[str, Any] = {}
-    for path, leaf in leaves:
-        node, key = top, ''  # the whole tree is the one entry of `top`
-        parts = path.split('/') if path else []
-        if len(parts) > _MAX_PARTS:
-            raise ValueError(f'the path {path[:80]!r}... has {len(parts)} parts, over {_MAX_PARTS}')
-        for part in parts:
-            node, key = node.setdefault(key, {}), part
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or key in node:
-            raise ValueError(f'the leaf {path!r} has the place of another, or lies within it')
-        node[key] = leaf
-    if not top:
-        raise ValueError('a network must have at least one leaf')
-    return top['']
-
-
-def sort_metadata(data: bytes) -> bytes:
-    """Sorts the metadata, which safetensors writes in an order that changes from run to run.
-
-    Args:
-      data: a safetensors file with metadata.
-
-    Returns:
-      The same file, but for that order.
-    """
-    end = 8 + int.from_bytes(data[:8], 'little')
-    header = json.loads(data[8:end])
-    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-    text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return len(text).to_bytes(8, 'little') + text + data[end:]

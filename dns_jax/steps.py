@@ -30,11 +30,20 @@ from dns_jax.chain import (
     trace_shapes,
 )
 
-MOST_WEIGHTS = 4_096
-"""Of a sparse convolution in JAX: each is an instruction of its program, ten seconds to compile."""
+KINDS = ('dense', 'sparse', 'native')
+"""How a layer with weights can be computed; SciPy has the first two alone."""
 
-MOST_ENTRIES = 2**24
-"""Of the matrix of a sparse convolution in SciPy: a kept weight has one for each pixel."""
+MAX_KEPT_WEIGHTS = 4_096
+"""The most kept weights of a sparse convolution in JAX.
+
+Each becomes an instruction; that many compile in ten seconds.
+"""
+
+MAX_MATRIX_ENTRIES = 2**24
+"""The most entries of the matrix of a sparse convolution in SciPy.
+
+It has one for each kept weight and pixel.
+"""
 
 
 class Unsuitable(ValueError):
@@ -81,6 +90,15 @@ def plan_steps(
 
     Raises:
       TypeError, ValueError: if the chain does not fit, or `kinds` is not about its layers.
+
+    Example:
+      >>> import numpy as np
+      >>> from dns_jax.chain import Dense, Flatten, Relu
+      >>> params = {'fc': {'kernel': np.ones((4, 1)), 'bias': np.zeros(1)}}
+      >>> chain, kinds = (Flatten(), Dense('fc'), Relu()), {'fc': 'dense'}
+      >>> plan = plan_steps(chain, params, (2, 2, 1), kinds, KINDS)
+      >>> plan.shape, [type(step.layer).__name__ for step in plan.steps]
+      ((4,), ['Dense', 'Relu'])
     """
     shapes = trace_shapes(chain, params, input_shape)
     names = [layer.name for layer in chain if isinstance(layer, Weighted)]
@@ -126,47 +144,13 @@ def is_in_order(rows: np.ndarray, shape: Sequence[int]) -> bool:
 
     Returns:
       Whether to take them changes nothing.
+
+    Example:
+      >>> import numpy as np
+      >>> is_in_order(np.arange(4), (2, 2)), is_in_order(np.arange(3), (2, 2))
+      (True, False)
     """
     return np.array_equal(rows, np.arange(np.prod(shape)))
-
-
-def _read_in_place(plan: Plan, inputs: int) -> Plan:
-    """Lets sparse products take what they read from where it is, unless a copy is far smaller."""
-    # What puts the inputs in order is such a step too.
-    steps = [Step(Flatten(), (inputs,), rows=plan.rows), *plan.steps]
-    shape = plan.shape
-    for number, (before, step) in enumerate(itertools.pairwise(steps)):
-        whole = math.prod(before.shape)
-        is_sparse = isinstance(step.layer, Dense) and step.kind != 'dense'
-        if is_sparse and isinstance(before.layer, Flatten) and len(before.rows) > whole * 3 // 4:
-            kernel = np.zeros((len(step.kernel), whole), np.float32)
-            kernel[:, before.rows] = step.kernel
-            steps[number] = before._replace(rows=np.arange(whole))
-            steps[number + 1] = step._replace(kernel=kernel, shape=(whole,))
-            shape = shape if number else (whole,)
-    return Plan(steps[0].rows, shape, steps[1:])
-
-
-def _feature_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[-1], *shape[:-1])
-
-
-def _pad(step: Step, images: Any) -> Any:
-    """Puts zeros around images where the convolution wants outputs as large as they are."""
-    if isinstance(step.layer, Convolution) and step.layer.padding == 'SAME':
-        lost = [side - 1 for side in step.kernel.shape[2:]]
-        widths = [(0, 0), *((side // 2, side - side // 2) for side in lost), (0, 0)]
-        return (np if isinstance(images, np.ndarray) else jnp).pad(images, widths)
-    return images
-
-
-def _padded_shape(step: Step) -> tuple[int, int, int]:
-    """The shape of the images that the convolution slides over; a vector is of single pixels."""
-    channels, *sides = step.shape
-    if isinstance(step.layer, Convolution) and step.layer.padding == 'SAME':
-        sides = [whole + part - 1 for whole, part in zip(sides, step.kernel.shape[2:], strict=True)]
-    height, width = sides or (1, 1)
-    return channels, height, width
 
 
 def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
@@ -176,16 +160,26 @@ def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
       step: the step.
 
     Returns:
-      The step's arrays, and a function of them and of the inputs, to be traced.
+      The step's arrays, float32 and int32, and a function of them and of the inputs, (…, batch)
+      float32, to be traced; it gives (…, batch) float32.
 
     Raises:
-      Unsuitable: if a sparse convolution keeps too many weights.
+      Unsuitable: if a sparse convolution keeps more than `MAX_KEPT_WEIGHTS`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from dns_jax.chain import Dense
+      >>> kernel, bias = np.array([[0, 2]], np.float32), np.ones(1, np.float32)
+      >>> arrays, compute = make_jax(Step(Dense('fc'), (2,), kernel, bias, kind='sparse'))
+      >>> compute(arrays, jnp.array([[7.0], [3.0]]))
+      Array([[7.]], dtype=float32)
     """
     match step.layer:
         case Relu():
             return (), lambda _, x: jnp.maximum(x, 0)
         case MaxPool(size):
-            # XLA would pool anew for each of the weights that read the result, but not gather.
+            # A gather keeps XLA from fusing the pooling into every sum that reads it.
             rows = np.arange(step.shape[0], dtype=np.int32)
             return rows, lambda rows, x: _take(max_pool(x, size, axis=1), rows)
         case Flatten() if is_in_order(step.rows, step.shape):
@@ -197,7 +191,67 @@ def make_jax(step: Step) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
     return _JAX_LAYERS[type(step.layer), step.kind](step)
 
 
+def make_scipy(step: Step) -> Callable[[np.ndarray], np.ndarray]:
+    """Makes the computation of a step by NumPy and SciPy.
+
+    Args:
+      step: the step.
+
+    Returns:
+      A function of the inputs, (…, batch) float32, that gives (…, batch) float32.
+
+    Raises:
+      Unsuitable: if the matrix of a sparse convolution has more than `MAX_MATRIX_ENTRIES`.
+
+    Example:
+      >>> import numpy as np
+      >>> from dns_jax.chain import Dense
+      >>> kernel, bias = np.array([[0, 2]], np.float32), np.ones(1, np.float32)
+      >>> compute = make_scipy(Step(Dense('fc'), (2,), kernel, bias, kind='sparse'))
+      >>> compute(np.array([[7], [3]], np.float32))
+      array([[7.]], dtype=float32)
+    """
+    match step.layer:
+        case Relu():
+            return lambda x: np.maximum(x, 0)
+        case MaxPool(size):
+            return lambda x: max_pool(x, size, axis=1)
+        case Flatten() if is_in_order(step.rows, step.shape):
+            return lambda x: x.reshape(-1, x.shape[-1])
+        case Flatten():
+            return lambda x: x.reshape(-1, x.shape[-1])[step.rows]
+        case Select():
+            return lambda x: x[step.rows]
+    return _SCIPY_LAYERS[type(step.layer), step.kind](step)
+
+
+def _feature_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[-1], *shape[:-1])
+
+
+def _read_in_place(plan: Plan, inputs: int) -> Plan:
+    """Lets sparse products take what they read from where it is, unless a copy is far smaller.
+
+    Zeros of a sparse kernel cost nothing, so all that a copy gains is that what is read lies closer
+    together. Below three quarters that is taken to pay; where exactly it does was not measured.
+    """
+    # What puts the inputs in order is such a step too.
+    steps = [Step(Flatten(), (inputs,), rows=plan.rows), *plan.steps]
+    shape = plan.shape
+    for index, (before, step) in enumerate(itertools.pairwise(steps)):
+        whole = math.prod(before.shape)
+        is_sparse = isinstance(step.layer, Dense) and step.kind != 'dense'
+        if is_sparse and isinstance(before.layer, Flatten) and len(before.rows) > whole * 3 // 4:
+            kernel = np.zeros((len(step.kernel), whole), np.float32)
+            kernel[:, before.rows] = step.kernel
+            steps[index] = before._replace(rows=np.arange(whole))
+            steps[index + 1] = step._replace(kernel=kernel, shape=(whole,))
+            shape = shape if index else (whole,)
+    return Plan(steps[0].rows, shape, steps[1:])
+
+
 def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    # The rows are all there: to clip spares the default's check.
     return jnp.take(x, rows, axis=0, mode='clip')
 
 
@@ -219,6 +273,15 @@ def _jax_dense_convolution(step: Step):
         return x + bias[:, None, None, None]
 
     return (step.kernel, step.bias), compute
+
+
+def _pad(step: Step, images: Any) -> Any:
+    """Puts zeros around images where the convolution wants outputs as large as they are."""
+    if isinstance(step.layer, Convolution) and step.layer.padding == 'SAME':
+        lost = [side - 1 for side in step.kernel.shape[2:]]
+        widths = [(0, 0), *((side // 2, side - side // 2) for side in lost), (0, 0)]
+        return (np if isinstance(images, np.ndarray) else jnp).pad(images, widths)
+    return images
 
 
 def _jax_sparse_product(step: Step):
@@ -248,18 +311,20 @@ def _jax_sparse_product(step: Step):
 
 
 def _jax_sparse_convolution(step: Step):
-    if (kept := np.count_nonzero(step.kernel)) > MOST_WEIGHTS:
-        raise Unsuitable(f'{step.layer} keeps {kept} weights; sparse, it may keep {MOST_WEIGHTS}')
+    if (kept := np.count_nonzero(step.kernel)) > MAX_KEPT_WEIGHTS:
+        raise Unsuitable(
+            f'{step.layer} keeps {kept} weights; sparse, it may keep {MAX_KEPT_WEIGHTS}'
+        )
 
     def compute(bias, x):
         x = _pad(step, x)
-        height, width = (1 + x.shape[at] - step.kernel.shape[1 + at] for at in (1, 2))
+        height, width = (1 + x.shape[axis] - step.kernel.shape[1 + axis] for axis in (1, 2))
         # Columns and batch in one axis: XLA then takes whole vectors at any size of the batch.
         batch = x.shape[-1]
         x = x.reshape(*x.shape[:2], -1)
         filters = []
-        for number, kernel in enumerate(step.kernel):
-            total = jnp.full((height, width * batch), bias[number])
+        for index, kernel in enumerate(step.kernel):
+            total = jnp.full((height, width * batch), bias[index])
             for channel, row, column in zip(*np.nonzero(kernel), strict=True):
                 piece = x[channel, row : row + height, column * batch : (column + width) * batch]
                 total = total + kernel[channel, row, column] * piece
@@ -288,40 +353,13 @@ def _jax_native(step: Step):
     return step.bias, compute
 
 
-def make_scipy(step: Step) -> Callable[[np.ndarray], np.ndarray]:
-    """Makes the computation of a step by NumPy and SciPy.
-
-    Args:
-      step: the step.
-
-    Returns:
-      A function of the inputs.
-
-    Raises:
-      Unsuitable: if the matrix of a sparse convolution would be too large.
-    """
-    match step.layer:
-        case Relu():
-            return lambda x: np.maximum(x, 0)
-        case MaxPool(size):
-            return lambda x: max_pool(x, size, axis=1)
-        case Flatten() if is_in_order(step.rows, step.shape):
-            return lambda x: x.reshape(-1, x.shape[-1])
-        case Flatten():
-            return lambda x: x.reshape(-1, x.shape[-1])[step.rows]
-        case Select():
-            return lambda x: x[step.rows]
-    return _SCIPY_LAYERS[type(step.layer), step.kind](step)
-
-
-_JAX_LAYERS = {
-    (Dense, 'dense'): _jax_dense_product,
-    (Dense, 'sparse'): _jax_sparse_product,
-    (Dense, 'native'): _jax_native,
-    (Convolution, 'dense'): _jax_dense_convolution,
-    (Convolution, 'sparse'): _jax_sparse_convolution,
-    (Convolution, 'native'): _jax_native,
-}
+def _padded_shape(step: Step) -> tuple[int, int, int]:
+    """The shape of the images that the convolution slides over; a vector is of single pixels."""
+    channels, *sides = step.shape
+    if isinstance(step.layer, Convolution) and step.layer.padding == 'SAME':
+        sides = [whole + part - 1 for whole, part in zip(sides, step.kernel.shape[2:], strict=True)]
+    height, width = sides or (1, 1)
+    return channels, height, width
 
 
 def _scipy_dense_product(step: Step):
@@ -350,8 +388,8 @@ def _scipy_sparse_convolution(step: Step):
     filters, _, rows, columns = step.kernel.shape
     shape = filters, height - rows + 1, width - columns + 1
     unit, channel, row, column = np.nonzero(step.kernel)
-    if (entries := unit.size * shape[1] * shape[2]) > MOST_ENTRIES:
-        raise Unsuitable(f'{step.layer} makes {entries} entries; there may be {MOST_ENTRIES}')
+    if (entries := unit.size * shape[1] * shape[2]) > MAX_MATRIX_ENTRIES:
+        raise Unsuitable(f'{step.layer} makes {entries} entries; there may be {MAX_MATRIX_ENTRIES}')
     y, x = np.indices(shape[1:]).reshape(2, -1, 1)  # each pixel, for each weight
     matrix = scipy.sparse.csr_array(
         (
@@ -377,6 +415,15 @@ def _multiply(matrix: scipy.sparse.csr_array, x: np.ndarray) -> np.ndarray:
     # SciPy takes half the time for a vector that it takes for a matrix of one column.
     return (matrix @ x[:, 0])[:, None] if x.shape[1] == 1 else matrix @ x
 
+
+_JAX_LAYERS = {
+    (Dense, 'dense'): _jax_dense_product,
+    (Dense, 'sparse'): _jax_sparse_product,
+    (Dense, 'native'): _jax_native,
+    (Convolution, 'dense'): _jax_dense_convolution,
+    (Convolution, 'sparse'): _jax_sparse_convolution,
+    (Convolution, 'native'): _jax_native,
+}
 
 _SCIPY_LAYERS = {
     (Dense, 'dense'): _scipy_dense_product,

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import optax
 
 from dns_jax.importance import magnitude
-from dns_jax.layers import group_by_layer, has_axes, leaf_path, match_patterns, parent
+from dns_jax.layers import as_table, group_by_layer, has_axes, match_patterns, parent
 from dns_jax.masks import apply_masks, check_parallel, init_masks, update_masks
+from dns_jax.schedules import check_step
 from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
-    Predicate,
     Schedule,
+    TakesPart,
     ThresholdRule,
     Thresholds,
 )
@@ -30,8 +31,8 @@ class Rule(NamedTuple):
     """How the layers of one group are operated on."""
 
     thresholds: ThresholdRule  # gives the band of each layer
-    update_probability: Schedule  # σ(iter), thrown for each layer by itself
-    refresh_every: int = 0  # steps from one asking for thresholds to the next; 0 asks once
+    update_probability: Schedule  # σ(iter), the chance of an update; one draw for each layer
+    refresh_every: int = 0  # steps between computations of the thresholds; 0: once, at init
 
 
 class SurgeryState(NamedTuple):
@@ -46,7 +47,7 @@ class SurgeryState(NamedTuple):
 def surgery(
     rules: Rule | Mapping[str, Rule],
     key: jax.Array,
-    takes_part: Predicate = has_axes,
+    takes_part: TakesPart = has_axes,
     layer_of: LayerOf = parent,
     importance: Importance = magnitude,
     splicing: bool = True,
@@ -59,7 +60,7 @@ def surgery(
     the masks T_k are updated from the weights W_k that the gradient was taken at, then the
     optimizer moves W_k. Thresholds are computed from the params given to `init` and, where the
     rule has `refresh_every` = N, again at steps 0, N, 2N and so on while σ > 0, just before the
-    masks are updated; jit the step then, as XLA compiles the choice anew at every step otherwise.
+    masks are updated; jit the step then, as outside jit every step would compile this branch anew.
 
     Args:
       rules: one rule for all layers, or `{pattern: rule}`: a layer follows the first pattern
@@ -79,9 +80,10 @@ def surgery(
     Raises:
       TypeError: if `key` is not a typed PRNG key, or a leaf that takes part is not floating
         point (from `init`).
-      ValueError: if a rule's `refresh_every` is negative, or 0 with another importance than
-        `magnitude`, which is all there is to ask about at the start; if a pattern matches no
-        layer or the params are empty (from `init`), or if `params` is missing (from `update`).
+      ValueError: if a rule's `refresh_every` is no step, or 0 with an importance other than
+        `magnitude`, since `init` has no gradient to compute one from; if a pattern matches no
+        layer or no leaf of params takes part (from `init`), or if `params` is missing (from
+        `update`).
 
     Example:
       >>> import jax, optax
@@ -99,33 +101,17 @@ def surgery(
     Reference:
       Guo et al. 2016, Algorithm 1.
     """
-    table = {'*': rules} if isinstance(rules, Rule) else dict(rules)
+    table = as_table(rules)
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed or key.shape:
         raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
-
     _check_refreshing(table, importance)
-
-    def groups_of(params, masks):
-        """Gives for each pattern the weights and the masks of its layers."""
-        check_parallel(params, masks)
-        layers = {}
-        leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True)
-        for (path, weights), mask in leaves:
-            if jnp.ndim(mask):
-                pair = layers.setdefault(layer_of(leaf_path(path)), ([], []))
-                pair[0].append(weights)
-                pair[1].append(mask)
-        groups = {pattern: ({}, {}) for pattern in table}
-        for layer, (pattern, _) in match_patterns(table, sorted(layers)).items():
-            groups[pattern][0][layer], groups[pattern][1][layer] = layers[layer]
-        return groups
 
     def init_fn(params):
         layers = group_by_layer(params, layer_of, takes_part)
         if table and not layers:
             structure = jax.tree.structure(params)
-            raise ValueError(f'params must have a leaf that takes part, but is {structure}')
+            raise ValueError(f'no leaf of params takes part: {structure}')
         matches = match_patterns(table, layers)
         masks = init_masks(
             params,
@@ -133,8 +119,9 @@ def surgery(
         )
         count = jnp.zeros((), jnp.int32)
         thresholds = {}
-        for pattern, (weights, kept) in groups_of(params, masks).items():
-            thresholds |= _ask(table[pattern].thresholds, weights, kept, count)
+        for pattern, (weights, kept) in _group_by_pattern(table, params, masks, layer_of).items():
+            rule = table[pattern].thresholds
+            thresholds |= _compute_thresholds(rule, weights, kept, count)
         # A copy of the key: the first state may be donated, and init called again.
         return SurgeryState(count, jnp.copy(key), masks, thresholds)
 
@@ -147,7 +134,8 @@ def surgery(
         seen = importance(jax.random.fold_in(state.key, ~count), params, updates)
         if not splicing:
             seen = apply_masks(seen, state.masks)
-        for pattern, (weights, kept) in groups_of(seen, state.masks).items():
+        groups = _group_by_pattern(table, seen, state.masks, layer_of)
+        for pattern, (weights, kept) in groups.items():
             rule = table[pattern]
             sigma = jnp.asarray(rule.update_probability(count))
             probability |= dict.fromkeys(weights, sigma)
@@ -155,7 +143,7 @@ def surgery(
             if rule.refresh_every:
                 bands = jax.lax.cond(
                     (count % rule.refresh_every == 0) & (sigma > 0),
-                    functools.partial(_ask, rule.thresholds, weights, kept, count),
+                    functools.partial(_compute_thresholds, rule.thresholds, weights, kept, count),
                     lambda bands=bands: bands,
                 )
             thresholds |= bands
@@ -175,30 +163,6 @@ def surgery(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_refreshing(table: Mapping[str, Rule], importance: Importance) -> None:
-    for pattern, rule in table.items():
-        if rule.refresh_every < 0:
-            raise ValueError(
-                f'refresh_every of {pattern!r} must be at least 0, but is {rule.refresh_every!r}'
-            )
-        if importance is not magnitude and not rule.refresh_every:
-            raise ValueError(
-                f'refresh_every of {pattern!r} must be at least 1 for thresholds by '
-                f'importance={importance!r}, which is not known at the start, but is 0'
-            )
-
-
-def _ask(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
-    """Asks a rule for the bands of its layers, and holds it to their names and type."""
-    bands = rule(weights, masks, count)
-    if sorted(bands) != sorted(weights):
-        raise ValueError(f'thresholds must name the layers {list(weights)}, but name {list(bands)}')
-    return {
-        layer: Thresholds(jnp.float32(band.low), jnp.float32(band.high))
-        for layer, band in bands.items()
-    }
-
-
 def masked_value_and_grad(
     loss_fn: Callable[..., Any], has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any]]:
@@ -216,7 +180,11 @@ def masked_value_and_grad(
 
     Returns:
       A function of `(params, masks, *args, **kwargs)` that returns what
-      `jax.value_and_grad(loss_fn, has_aux=has_aux)` returns at `apply_masks(params, masks)`.
+      `jax.value_and_grad(loss_fn, has_aux=has_aux)` returns at `apply_masks(params, masks)`: the
+      loss, and a tree of the shapes and dtypes of `params`.
+
+    Raises:
+      As `apply_masks` and `jax.value_and_grad` do, when the function is called.
 
     Example:
       >>> import jax.numpy as jnp
@@ -234,3 +202,36 @@ def masked_value_and_grad(
         return value_and_grad(apply_masks(params, masks), *args, **kwargs)
 
     return masked
+
+
+def _check_refreshing(table: Mapping[str, Rule], importance: Importance) -> None:
+    for pattern, rule in table.items():
+        check_step(f'refresh_every of {pattern!r}', rule.refresh_every)
+        if importance is not magnitude and not rule.refresh_every:
+            raise ValueError(
+                f'refresh_every of {pattern!r} must be at least 1 for thresholds by '
+                f'importance={importance!r}, which is not known at the start, but is 0'
+            )
+
+
+def _group_by_pattern(table: Mapping[str, Rule], params, masks, layer_of: LayerOf):
+    """Gives for each pattern the weights and the masks of its layers, two dicts."""
+    check_parallel(params, masks)
+    # Where a leaf takes no part its scalar mask stands for it, which is left out as all scalars.
+    taking_part = jax.tree.map(lambda leaf, mask: leaf if jnp.ndim(mask) else mask, params, masks)
+    weights, kept = (group_by_layer(tree, layer_of) for tree in (taking_part, masks))
+    groups = {pattern: ({}, {}) for pattern in table}
+    for layer, (pattern, _) in match_patterns(table, weights).items():
+        groups[pattern][0][layer], groups[pattern][1][layer] = weights[layer], kept[layer]
+    return groups
+
+
+def _compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
+    """Computes the bands of a rule's layers, and holds it to their names and type."""
+    bands = rule(weights, masks, count)
+    if sorted(bands) != sorted(weights):
+        raise ValueError(f'thresholds must name the layers {list(weights)}, but name {list(bands)}')
+    return {
+        layer: Thresholds(jnp.float32(band.low), jnp.float32(band.high))
+        for layer, band in bands.items()
+    }

@@ -26,9 +26,9 @@ class Statistics(NamedTuple):
 class Group(NamedTuple):
     """Connections that share one threshold, in a unit of their own."""
 
-    unit: jax.typing.ArrayLike
-    weights: Sequence[jax.Array]
-    masks: Sequence[jax.Array]
+    unit: jax.typing.ArrayLike  # float32 scalar: the layer's u_k
+    weights: Sequence[jax.Array]  # floating point
+    masks: Sequence[jax.Array]  # bool, of their shapes
 
 
 def magnitude_statistics(weights: Sequence[jax.Array]) -> Statistics:
@@ -53,16 +53,7 @@ def magnitude_statistics(weights: Sequence[jax.Array]) -> Statistics:
     Reference:
       Guo et al. 2016, section 3.3; non-zero weights only as in the authors' Caffe layers.
     """
-    magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in weights]
-    nonzero = [leaf > 0 for leaf in magnitudes]
-    count = sum(jnp.sum(chosen, dtype=jnp.float32) for chosen in nonzero)
-    count = jnp.maximum(count, 1.0)
-    mean = sum(jnp.sum(leaf) for leaf in magnitudes) / count
-    squares = sum(
-        jnp.sum(jnp.square(leaf - mean), where=chosen)
-        for leaf, chosen in zip(magnitudes, nonzero, strict=True)
-    )
-    return Statistics(mean, jnp.sqrt(squares / count))
+    return _nonzero_statistics([jnp.abs(leaf) for leaf in weights])
 
 
 def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
@@ -98,8 +89,9 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
         del masks, step
         thresholds = {}
         for layer, weights in layers.items():
-            mean, std = magnitude_statistics(weights)
-            thresholds[layer] = _band(jnp.maximum(mean + c_rate * std, 0.0), hysteresis)
+            statistics = magnitude_statistics(weights)
+            middle = jnp.maximum(statistics.mean + c_rate * statistics.std, 0.0)
+            thresholds[layer] = _band(middle, hysteresis)
         return thresholds
 
     return rule
@@ -139,15 +131,10 @@ def std(c_rate: float) -> ThresholdRule:
 
     def rule(layers, masks, step):
         del masks, step
-        thresholds = {}
-        for layer, leaves in layers.items():
-            wide = [leaf.astype(jnp.float32) for leaf in leaves]
-            count = sum(jnp.sum(leaf != 0, dtype=jnp.float32) for leaf in wide)
-            count = jnp.maximum(count, 1.0)
-            mean = sum(map(jnp.sum, wide)) / count
-            squares = sum(jnp.sum(jnp.square(leaf - mean), where=leaf != 0) for leaf in wide)
-            thresholds[layer] = _band(c_rate * jnp.sqrt(squares / count), 0.0)
-        return thresholds
+        return {
+            layer: _band(c_rate * _nonzero_statistics(weights).std, 0.0)
+            for layer, weights in layers.items()
+        }
 
     return rule
 
@@ -202,21 +189,21 @@ def global_density(
       t_k = \tau\,u_k, \quad \tau = \max \{ \tau : \textstyle\sum_k |h_k(W_k, T_k)| \ge
       \mathrm{round}(d \sum_k n_k) \}
 
-    The unit u_k in which a layer's weights are measured is its score:
+    A layer's weights are compared in its own unit u_k, by `score`:
 
     - `norm`: the Euclidean norm of W_k⊙T_k, or the largest |W_k| where that is more. A weight
       counts by its share in what its layer computes with; LAMP's score, but for the weights kept
       now in place of those at least as large.
-    - `std`: the root mean square of W_k.
-    - `erk`: none; layers are given connections in proportion to the sum of their kernel's
-      axes (Erdős-Rényi kernel), at most all, and each keeps its largest.
+    - `rms`: the root mean square of W_k.
+    - `erk`: no unit. Layers get connections in proportion to the sum of their kernel's axes
+      (Erdős-Rényi kernel), at most all, and each keeps its largest.
 
     Counted and found as by `layer_density`.
 
     Args:
       density: kept / all connections, in (0, 1], or a schedule of it, as in
         `dns_jax.schedules`.
-      score: `norm`, `std` or `erk`.
+      score: `norm`, `rms` or `erk`.
       hysteresis: half the relative width η of the band, in [0, 1).
 
     Returns:
@@ -240,8 +227,8 @@ def global_density(
     """
     schedule = _density_schedule(density)
     _check_hysteresis(hysteresis)
-    if score not in ('norm', 'std', 'erk'):
-        raise ValueError(f"score must be 'norm', 'std' or 'erk', but is {score!r}")
+    if score not in ('norm', 'rms', 'erk'):
+        raise ValueError(f"score must be 'norm', 'rms' or 'erk', but is {score!r}")
 
     def rule(layers, masks, step):
         share = schedule(step)
@@ -256,17 +243,83 @@ def global_density(
     return rule
 
 
-def _unit(weights, masks, score):
-    magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in weights]
-    if score == 'std':
-        squares = sum(jnp.sum(jnp.square(leaf)) for leaf in magnitudes)
-        unit = jnp.sqrt(squares / sum(leaf.size for leaf in weights))
-    else:
-        kept = zip(magnitudes, masks, strict=True)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept))
-        # At least the largest weight, so that a layer of which nothing was kept comes back by it.
-        unit = functools.reduce(jnp.maximum, map(jnp.max, magnitudes), norm)
-    return jnp.maximum(unit, 1e-30)  # a layer of zeros has the smallest scores, not none
+def largest_threshold(
+    groups: Sequence[Group], wanted: jax.typing.ArrayLike, hysteresis: float
+) -> jax.Array:
+    """Finds the largest threshold, in the groups' units, at which h_k keeps enough connections.
+
+    Args:
+      groups: what shares the threshold.
+      wanted: how many connections to keep at least, from 1 to all, an int32 scalar.
+      hysteresis: half the relative width of the band.
+
+    Returns:
+      The threshold, a float32 scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> group = Group(1.0, [jnp.array([1.0, -3.0, 2.0])], [jnp.ones(3, bool)])
+      >>> float(largest_threshold([group], 2, hysteresis=0.0))
+      2.0
+    """
+
+    def as_float(bits):
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def try_bit(done, bits):
+        # As integers, the bits of numbers that are not negative have the order of the numbers.
+        candidate = bits | (1 << (30 - done))
+        kept = jnp.int32(0)
+        for unit, weights, masks in groups:
+            band = _band(as_float(candidate) * unit, hysteresis)
+            for leaf, mask in zip(weights, masks, strict=True):
+                kept += count_true(discriminate(leaf, mask, band))
+        return jnp.where(kept >= wanted, candidate, bits)
+
+    return as_float(jax.lax.fori_loop(0, 31, try_bit, jnp.int32(0)))
+
+
+def _nonzero_statistics(arrays: Sequence[jax.Array]) -> Statistics:
+    """Mean and standard deviation over the non-zero entries of some arrays together."""
+    wide = [array.astype(jnp.float32) for array in arrays]
+    count = jnp.maximum(sum(jnp.sum(array != 0, dtype=jnp.float32) for array in wide), 1.0)
+    mean = sum(map(jnp.sum, wide)) / count
+    squares = sum(jnp.sum(jnp.square(array - mean), where=array != 0) for array in wide)
+    return Statistics(mean, jnp.sqrt(squares / count))
+
+
+def _check_hysteresis(hysteresis: float) -> None:
+    # At 1 a kept connection would never be pruned, and no threshold reach a density.
+    if not 0 <= hysteresis < 1:
+        raise ValueError(f'hysteresis must be in [0, 1), but is {hysteresis!r}')
+
+
+def _band(middle, hysteresis) -> Thresholds:
+    return Thresholds((1 - hysteresis) * middle, (1 + hysteresis) * middle)
+
+
+def _density_schedule(density: float | Schedule) -> Schedule:
+    if callable(density):
+        return lambda step: jnp.asarray(density(step), jnp.float32)
+    if not 0 < density <= 1:
+        raise ValueError(f'density must be in (0, 1], but is {density!r}')
+    return lambda step: jnp.float32(density)
+
+
+def _each_by_itself(layers, masks, shares, hysteresis) -> dict[str, Thresholds]:
+    """Gives each layer the band that keeps its own share."""
+    bands = {}
+    for layer, share in shares.items():
+        groups = [Group(1.0, layers[layer], masks[layer])]
+        middle = largest_threshold(groups, _wanted(groups, share), hysteresis)
+        bands[layer] = _band(middle, hysteresis)
+    return bands
+
+
+def _wanted(groups: Sequence[Group], density: jax.typing.ArrayLike) -> jax.Array:
+    """How many of the groups' connections a density keeps, at least one."""
+    total = sum(leaf.size for group in groups for leaf in group.weights)
+    return jnp.clip(jnp.round(density * total).astype(jnp.int32), 1, total)
 
 
 def _erdos_renyi_kernel(layers, density):
@@ -287,70 +340,14 @@ def _erdos_renyi_kernel(layers, density):
     return {layer: kept[layer] / sizes[layer] for layer in layers}
 
 
-def _each_by_itself(layers, masks, shares, hysteresis) -> dict[str, Thresholds]:
-    """Gives each layer the band that keeps its own share."""
-    bands = {}
-    for layer, share in shares.items():
-        groups = [Group(1.0, layers[layer], masks[layer])]
-        middle = largest_threshold(groups, _wanted(groups, share), hysteresis)
-        bands[layer] = _band(middle, hysteresis)
-    return bands
-
-
-def _wanted(groups: Sequence[Group], density: jax.typing.ArrayLike) -> jax.Array:
-    """How many of the groups' connections a density keeps, at least one."""
-    total = sum(leaf.size for group in groups for leaf in group.weights)
-    return jnp.clip(jnp.round(density * total).astype(jnp.int32), 1, total)
-
-
-def largest_threshold(
-    groups: Sequence[Group], wanted: jax.typing.ArrayLike, hysteresis: float
-) -> jax.Array:
-    """Finds the largest threshold, in the groups' units, at which h_k keeps enough connections.
-
-    Args:
-      groups: what shares the threshold.
-      wanted: how many connections to keep at least, from 1 to all, an int32 scalar.
-      hysteresis: half the relative width of the band.
-
-    Returns:
-      The threshold, a float32 scalar.
-
-    Example:
-      >>> group = Group(1.0, [jnp.array([1.0, -3.0, 2.0])], [jnp.ones(3, bool)])
-      >>> float(largest_threshold([group], 2, hysteresis=0.0))
-      2.0
-    """
-
-    def number(bits):
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-    def try_bit(done, bits):
-        # As integers, the bits of numbers that are not negative have the order of the numbers.
-        candidate = bits | (1 << (30 - done))
-        kept = jnp.int32(0)
-        for unit, weights, masks in groups:
-            band = _band(number(candidate) * unit, hysteresis)
-            for leaf, mask in zip(weights, masks, strict=True):
-                kept += count_true(discriminate(leaf, mask, band))
-        return jnp.where(kept >= wanted, candidate, bits)
-
-    return number(jax.lax.fori_loop(0, 31, try_bit, jnp.int32(0)))
-
-
-def _density_schedule(density: float | Schedule) -> Schedule:
-    if callable(density):
-        return lambda step: jnp.asarray(density(step), jnp.float32)
-    if not 0 < density <= 1:
-        raise ValueError(f'density must be in (0, 1], but is {density!r}')
-    return lambda step: jnp.float32(density)
-
-
-def _band(middle, hysteresis) -> Thresholds:
-    return Thresholds((1 - hysteresis) * middle, (1 + hysteresis) * middle)
-
-
-def _check_hysteresis(hysteresis: float) -> None:
-    # At 1 a kept connection would never be pruned, and no threshold reach a density.
-    if not 0 <= hysteresis < 1:
-        raise ValueError(f'hysteresis must be in [0, 1), but is {hysteresis!r}')
+def _unit(weights, masks, score):
+    magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in weights]
+    if score == 'rms':
+        squares = sum(jnp.sum(jnp.square(leaf)) for leaf in magnitudes)
+        unit = jnp.sqrt(squares / sum(leaf.size for leaf in weights))
+    else:
+        kept = zip(magnitudes, masks, strict=True)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept))
+        # At least the largest weight, so that a layer of which nothing was kept comes back by it.
+        unit = functools.reduce(jnp.maximum, map(jnp.max, magnitudes), norm)
+    return jnp.maximum(unit, 1e-30)  # a layer of zeros has the smallest scores, not none

@@ -33,6 +33,9 @@ def train_kept(
       ValueError: if `params` is missing, or `pruner` has no masks in its state (from `update`).
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
       >>> from dns_jax.pruners import one_shot
       >>> pruner = one_shot(0.5, step=0, key=jax.random.key(0))
       >>> optimizer = train_kept(pruner, optax.sgd(1.0))
@@ -88,6 +91,7 @@ def scale_dropout(rate: float, masks: Masks, layer_of: LayerOf = parent) -> dict
       ValueError: if `rate` is a number outside [0, 1).
 
     Example:
+      >>> import jax.numpy as jnp
       >>> rates = scale_dropout(0.5, {'fc1': {'kernel': jnp.array([True, False, False, False])}})
       >>> float(rates['fc1'])
       0.25

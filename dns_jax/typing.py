@@ -28,7 +28,7 @@ Importance = Callable[[jax.Array, Params, optax.Updates], Params]
 The magnitudes of its numbers say how much the connections matter.
 """
 
-Predicate = Callable[[str, Any], bool]
+TakesPart = Callable[[str, Any], bool]
 """Says of a leaf, by its path and itself, whether it takes part."""
 
 
@@ -39,10 +39,10 @@ class Thresholds(NamedTuple):
     high: jax.Array  # shape=(), dtype=jnp.float32
 
 
-Layers = Mapping[str, Sequence[jax.Array]]
+LayerArrays = Mapping[str, Sequence[jax.Array]]
 """The arrays of some layers, by layer name: their weights, or the masks of these."""
 
-ThresholdRule = Callable[[Layers, Layers, jax.Array], dict[str, Thresholds]]
+ThresholdRule = Callable[[LayerArrays, LayerArrays, jax.Array], dict[str, Thresholds]]
 """Maps the weights of some layers, their masks and the step count to a band for each layer.
 
 A rule sees all its layers at once, so that it may divide one budget among them, and the masks,

@@ -101,7 +101,7 @@ class Config:
     refresh_statistics: int = flag(
         0, 'Steps from one reading of mean and std to the next; 0 reads them once.', lower_bound=0
     )
-    score: str = flag('norm', 'How layers share one density.', choices=('norm', 'std', 'erk'))
+    score: str = flag('norm', 'How layers share one density.', choices=('norm', 'rms', 'erk'))
     ramp: str = flag('log', 'How densities fall under surgery: log, or poly:POWER.')
     ramp_start: str = flag(
         '0%',

@@ -22,7 +22,7 @@ from dns_jax.chain import Dense, Flatten, Relu, chain_from_json, chain_to_json, 
 from dns_jax.codec import load_coded, save_coded
 from dns_jax.entropy import Decoder, Encoder, decode_mask, encode_mask
 from dns_jax.header import Reader as HeaderReader
-from dns_jax.header import number, text
+from dns_jax.header import encode_number, encode_text
 from dns_jax.masks import check_parallel
 from dns_jax.runners import recorded_kinds
 from dns_jax.sharing import share_weights
@@ -144,8 +144,16 @@ def coded_contents(folder):
         inner.read(b'DNS\x01' + struct.pack('<I', zlib.crc32(data)) + data)
 
     # One leaf of 2**30 weights, none of them kept.
-    head = number(0) + number(1) + text('w') + number(1) + text('') + number(0) + number(1)
-    attack = head + b''.join(map(number, (0, 1, 2**30, 0)))
+    head = (
+        encode_number(0)
+        + encode_number(1)
+        + encode_text('w')
+        + encode_number(1)
+        + encode_text('')
+        + encode_number(0)
+        + encode_number(1)
+    )
+    attack = head + b''.join(map(encode_number, (0, 1, 2**30, 0)))
     return inner._replace(
         seeds=tuple(seed[8:] for seed in inner.seeds), read=read, attacks=(attack,)
     )
@@ -180,7 +188,13 @@ def headers(folder):
         assert isinstance(reader.text(), str)
         assert reader.take(2) + reader.rest() in data
 
-    return Reader((number(300) + text('σ fc1') + b'\1\2rest', number(0) + text('') + b'ab'), read)
+    return Reader(
+        (
+            encode_number(300) + encode_text('σ fc1') + b'\1\2rest',
+            encode_number(0) + encode_text('') + b'ab',
+        ),
+        read,
+    )
 
 
 def caffe_models(folder):

@@ -5,6 +5,7 @@ message is held to its last letter, as it must name the argument, its value and 
 """
 
 import ast
+import functools
 import inspect
 import math
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from dns_jax import (
     caffe_multistep,
     caffe_poly,
     caffe_sgd,
+    caffe_sigmoid,
     caffe_step,
     global_density,
     importance,
@@ -30,13 +32,13 @@ from dns_jax import (
     polynomial_density,
     pruners,
     schedules,
-    std,
     surgery,
     thresholds,
     training,
     update_at,
     update_probability,
 )
+from dns_jax.thresholds import std
 
 KEY = jax.random.key(0)
 RULE = Rule(mean_std(1.0), update_probability())
@@ -52,6 +54,8 @@ class Row(NamedTuple):
 
 
 AT_LEAST = 'must be finite and at least {}, but is {{}}'.format
+STEP = 'must be a whole number from {} to 2147483647, but is {{}}'.format
+NOT_STEPS = (-1, 1.5, 2**31, math.nan, math.inf, -math.inf)
 SHARE = 'must be in (0, 1], but is {}'
 BAND = 'must be in [0, 1), but is {}'
 NOT_SHARES = (0, -0.5, 1.5, math.nan, math.inf)
@@ -70,30 +74,32 @@ def ramps(factory):
     """What both ramps of a density refuse."""
     return [
         *(Row(factory, RAMP, name, NOT_SHARES, SHARE) for name in ('final', 'initial')),
-        Row(factory, RAMP, 'start', (-1, math.nan, -math.inf), AT_LEAST(0)),
-        Row(
-            *(factory, RAMP, 'end', (1, 0, math.inf, math.nan)),
-            'must be finite and after start=1, but is {}',
-        ),
+        Row(factory, RAMP, 'start', NOT_STEPS, STEP(0)),
+        Row(factory, RAMP, 'end', (1, *NOT_STEPS), STEP(2)),
     ]
 
 
 SCHEDULES = [
     *(
         Row(update_probability, {}, name, (-1, -1e-4, math.nan, math.inf), AT_LEAST(0))
-        for name in ('gamma', 'power', 'start', 'stop')
+        for name in ('gamma', 'power')
     ),
-    Row(update_probability, {'start': 10}, 'stop', (9, -1), AT_LEAST(10)),
+    *(Row(update_probability, {}, name, NOT_STEPS, STEP(0)) for name in ('start', 'stop')),
+    Row(update_probability, {'start': 10}, 'stop', (9, *NOT_STEPS), STEP(10)),
     Row(update_at, {}, 'steps', ([], ()), 'must name at least one step, but is {}'),
     *ramps(polynomial_density),
     *ramps(log_linear_density),
-    Row(
-        *(polynomial_density, RAMP, 'power', (0, -1.0, math.inf, math.nan)),
-        'must be finite and above 0, but is {}',
+    *(
+        Row(
+            *(factory, fine, 'power', (0, -1.0, math.inf, math.nan)),
+            'must be finite and above 0, but is {}',
+        )
+        for factory, fine in [(polynomial_density, RAMP), (caffe_poly, {'base': 1, 'steps': 1})]
     ),
-    Row(caffe_step, {'base': 1, 'gamma': 1}, 'step_size', (0, -3, math.nan), AT_LEAST(1)),
+    Row(caffe_step, {'base': 1, 'gamma': 1}, 'step_size', (0, *NOT_STEPS), STEP(1)),
     Row(caffe_inv, {'base': 1, 'power': 1}, 'gamma', (-1, -1e-9, math.nan), AT_LEAST(0)),
-    Row(caffe_poly, {'base': 1, 'power': 1}, 'steps', (0, -3, math.inf), AT_LEAST(1)),
+    Row(caffe_poly, {'base': 1, 'power': 1}, 'steps', (0, *NOT_STEPS), STEP(1)),
+    Row(caffe_sigmoid, {'base': 1, 'gamma': 1}, 'middle', NOT_STEPS, STEP(0)),
     Row(
         *(caffe_multistep, {'base': 1, 'gamma': 1}, 'boundaries', ([5, 3], [1, 2, 1])),
         'must ascend, but are {}',
@@ -110,8 +116,8 @@ RULES = [
         for rule in (layer_density, global_density)
     ),
     Row(
-        *(global_density, {'density': 0.5}, 'score', ('lamp', '', None)),
-        "must be 'norm', 'std' or 'erk', but is {}",
+        *(global_density, {'density': 0.5}, 'score', ('lamp', 'std', '', None)),
+        "must be 'norm', 'rms' or 'erk', but is {}",
     ),
 ]
 
@@ -132,18 +138,20 @@ PRUNERS = [
         for pruner, first in [(pruners.han, 'c_rate'), (pruners.iterative, 'density')]
         for values, wanted in [
             (([], ()), 'must name at least one step, but is {}'),
-            (([3, -1],), 'must be finite and at least 0, but is -1'),
+            (([3, -1],), STEP(0).format(-1)),
+            (([1.5, 3],), STEP(0).format(1.5)),
         ]
     ),
     Row(
         *(pruners.iterative, {'density': 0.5, 'key': KEY}, 'rounds', ([5, 5], [3, 5, 3])),
         'must not name a step twice, but is {}',
     ),
-    Row(pruners.one_shot, {'density': 0.5, 'key': KEY}, 'step', (-1, math.nan), AT_LEAST(0)),
-    Row(pruners.gradual, GRADUAL, 'every', (0, -2), 'must be at least 1, but is {}'),
-    Row(pruners.gradual, GRADUAL, 'start', (-1, math.nan), AT_LEAST(0)),
-    Row(pruners.gradual, GRADUAL, 'end', (0, -1), 'must be finite and after start=0, but is {}'),
-    Row(pruners.regrow, REGROW, 'every', (0, -2), 'must be at least 1, but is {}'),
+    Row(pruners.one_shot, {'density': 0.5, 'key': KEY}, 'step', NOT_STEPS, STEP(0)),
+    Row(pruners.gradual, GRADUAL, 'every', (0, *NOT_STEPS), STEP(1)),
+    Row(pruners.gradual, GRADUAL, 'start', NOT_STEPS, STEP(0)),
+    Row(pruners.gradual, GRADUAL, 'end', (0, *NOT_STEPS), STEP(1)),
+    Row(pruners.regrow, REGROW, 'every', (0, *NOT_STEPS), STEP(1)),
+    Row(pruners.regrow, REGROW, 'stop', NOT_STEPS, STEP(0)),
     Row(pruners.regrow, REGROW, 'drop', (1.5, -0.1, math.nan), 'must be in [0, 1], but is {}'),
 ]
 
@@ -192,7 +200,8 @@ ENDS = [
     (log_linear_density, {'final': 1e-9, 'start': 0, 'end': 1, 'initial': 1}),
     (caffe_step, {'base': 1, 'gamma': 1, 'step_size': 1}),
     (caffe_inv, {'base': 1, 'gamma': 0, 'power': 1}),
-    (caffe_poly, {'base': 1, 'power': 1, 'steps': 1}),
+    (caffe_poly, {'base': 1, 'power': 1e-9, 'steps': 1}),
+    (caffe_sigmoid, {'base': 1, 'gamma': -1, 'middle': 0}),
     (caffe_multistep, {'base': 1, 'gamma': 1, 'boundaries': [3, 3]}),
     (mean_std, {'c_rate': -1e9, 'hysteresis': 0}),
     (std, {'c_rate': 0}),
@@ -216,14 +225,16 @@ def test_the_ends_of_the_ranges_are_fine(factory, arguments):
     assert factory(**arguments) is not None
 
 
-@pytest.mark.parametrize('steps', [[-1], [3, -2], [math.nan]])
+@pytest.mark.parametrize('steps', [[-1], [3, -2], [math.nan], [1, 1.5], [2**31]])
 def test_the_first_bad_step_is_named(steps):
-    with pytest.raises(ValueError, match=r'^steps must .* at least 0, but is') as caught:
-        update_at(steps)
-    assert str(caught.value).endswith(f' {steps[-1]}')
+    for factory in (update_at, functools.partial(caffe_multistep, 1.0, 0.5)):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the next line says which
+            factory(steps)
+        name = 'steps' if factory is update_at else 'boundaries'
+        assert str(caught.value) == f'{name} {STEP(0).format(steps[-1])}'
 
 
-@pytest.mark.parametrize('every', [-1, -250])
+@pytest.mark.parametrize('every', [-1, -250, 1.5, 2**31])
 def test_rules_are_named_by_their_patterns(every):
     for rules, pattern in [
         (RULE._replace(refresh_every=every), '*'),
@@ -231,7 +242,7 @@ def test_rules_are_named_by_their_patterns(every):
     ]:
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the next line says which
             surgery(rules, KEY)
-        message = f'refresh_every of {pattern!r} must be at least 0, but is {every}'
+        message = f'refresh_every of {pattern!r} {STEP(0).format(every)}'
         assert str(caught.value) == message
     with pytest.raises(
         ValueError, match=r"^refresh_every of '\*' must be at least 1 .*is 0$"
@@ -240,8 +251,8 @@ def test_rules_are_named_by_their_patterns(every):
     assert f'importance={importance.taylor!r}' in str(no.value)
 
 
-# Refuses what its update is given, not an argument: test_training has that.
-ELSEWHERE = {'train_kept'}
+# These refuse for others, or what an update is given: test_training has that.
+ELSEWHERE = {'train_kept', 'check_step', 'check_steps'}
 
 
 def factories():

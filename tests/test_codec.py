@@ -15,7 +15,7 @@ from networks import full, random_network
 
 from dns_jax.codec import load_coded, save_coded
 from dns_jax.entropy import Encoder
-from dns_jax.header import number, text
+from dns_jax.header import encode_number, encode_text
 from dns_jax.layers import leaf_path
 from dns_jax.masks import check_parallel
 from dns_jax.sharing import SharedNetwork, expand
@@ -255,15 +255,24 @@ def sealed(content):
 
 
 def form(*layers, metadata=b'\0', names=('w',)):
-    names = number(len(names)) + b''.join(map(text, names))
-    return metadata + names + number(len(layers)) + b''.join(layers)
+    names = encode_number(len(names)) + b''.join(map(encode_text, names))
+    return metadata + names + encode_number(len(layers)) + b''.join(layers)
 
 
 def layer(name='', book=b'\x80\x3f', leaves=((0, (2,), 2),), clusters=None, amount=None):
-    parts = [text(name), number(len(book) // 2 if clusters is None else clusters), book]
-    parts.append(number(len(leaves) if amount is None else amount))
+    parts = [
+        encode_text(name),
+        encode_number(len(book) // 2 if clusters is None else clusters),
+        book,
+    ]
+    parts.append(encode_number(len(leaves) if amount is None else amount))
     for name, shape, kept in leaves:
-        parts += [number(name), number(len(shape)), *map(number, shape), number(kept)]
+        parts += [
+            encode_number(name),
+            encode_number(len(shape)),
+            *map(encode_number, shape),
+            encode_number(kept),
+        ]
     return b''.join(parts)
 
 
@@ -271,11 +280,11 @@ HEADERS = {
     'sound': (form(layer()), None),
     'nothing in it': (form(), 'at least one leaf'),
     'ends in the metadata': (b'\x05\x01a', 'ends too early'),
-    'ends in the names': (b'\0' + number(2**62) + b'\x01a', 'ends too early'),
+    'ends in the names': (b'\0' + encode_number(2**62) + b'\x01a', 'ends too early'),
     'name that is not there': (form(layer(leaves=[(1, (2,), 2)])), '1 names of leaves'),
     'names unsorted': (form(layer(leaves=[(0, (2,), 2)]), names=('w', 'v')), 'not what its'),
-    'ends in the layers': (number(2**62) + b'\x01a\x01b', 'ends too early'),
-    'many layers': (b'\0\x01\x01w' + number(2**62) + layer(), 'ends too early'),
+    'ends in the layers': (encode_number(2**62) + b'\x01a\x01b', 'ends too early'),
+    'many layers': (b'\0\x01\x01w' + encode_number(2**62) + layer(), 'ends too early'),
     'many leaves': (form(layer(amount=2**62)), 'ends too early'),
     'many clusters': (form(layer(clusters=2**62)), 'over 65536'),
     'more clusters than there are': (form(layer(clusters=60_000)), 'ends too early'),

@@ -130,7 +130,9 @@ def test_onnx_model(tmp_path, lenet5):
         assert [axis.dim_param or axis.dim_value for axis in axes] == shape
 
 
-def test_onnx_is_silent_and_leaves_jax_as_it_was(tmp_path, caplog, capfd):
+def test_onnx_is_silent_and_leaves_all_as_it_was(tmp_path, caplog, capfd, monkeypatch):
+    logger = logging.getLogger('jax2onnx.plugins.plugin_system')
+    monkeypatch.setattr(logger, 'level', logging.INFO)
     chain, kernels, input_shape = CHAINS['all of them']
     before = {name: getattr(jnp, name) for name in ('maximum', 'take', 'reshape', 'matmul')}
     config = dict(jax.config.values)
@@ -140,6 +142,7 @@ def test_onnx_is_silent_and_leaves_jax_as_it_was(tmp_path, caplog, capfd):
     assert capfd.readouterr() == ('', '')
     assert all(getattr(jnp, name) is value for name, value in before.items())
     assert jax.config.values == config
+    assert logger.level == logging.INFO
 
 
 @pytest.mark.parametrize('platforms', [('cuda', 'tpu'), ['rocm'], ('cpu',)])

@@ -589,8 +589,9 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
         ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1)'),
         ({'update_gamma': -1.0}, 'gamma must be finite and at least 0'),
         ({'update_power': -1.0}, 'power must be finite and at least 0'),
-        ({'start': '-1'}, 'start must be finite and at least 0'),
-        ({'start': '5', 'stop': '4'}, 'stop must be finite and at least 5'),
+        ({'start': '-1'}, 'start must be a whole number from 0'),
+        ({'start': '5', 'stop': '4'}, 'stop must be a whole number from 5'),
+        ({'stop': '3000000000'}, 'stop must be a whole number from 0 to 2147483647'),
         ({'layer_density': '0'}, '--layer_density: a density must be in (0, 1], but is 0.0'),
         ({'layer_density': '1.5'}, '--layer_density: a density must be in (0, 1], but is 1.5'),
         (

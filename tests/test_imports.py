@@ -39,16 +39,16 @@ ALLOWED = {
     'chain': set(),
     'compact': LEAVES | {'chain', 'masks'},
     'sparse': LEAVES | {'files', 'masks'},
-    'codec': LEAVES | {'entropy', 'files', 'header', 'masks', 'sharing', 'sparse'},
+    'codec': LEAVES | {'entropy', 'files', 'header', 'masks', 'sharing'},
     'entropy': set(),
     'header': set(),
-    'sharing': LEAVES | {'masks'},
+    'sharing': LEAVES | {'files', 'masks'},
     'native': set(),
     'steps': LEAVES | {'chain', 'native'},
     'runners': LEAVES | {'chain', 'native', 'steps'},
     'export': LEAVES | {'chain', 'files', 'sparse'},
     'caffe': LEAVES,
-    'caffe_writer': LEAVES | {'caffe', 'chain', 'files', 'masks'},
+    'caffe_writer': LEAVES | {'caffe', 'chain', 'files', 'header', 'masks'},
 }
 
 

@@ -316,3 +316,14 @@ def test_regrow_keeps_its_number_where_gradients_and_weights_are_zero(drop):
     assert (np.array(state.masks['fc1']) == first).all() == (drop == 0)
     _, state = pruner.update(zeros, state, zeros)
     assert state.masks['fc1'].sum() == 20
+
+
+def test_regrow_keeps_a_weight_that_is_not_a_number():
+    """As surgery does: pruning it would hide that training broke."""
+    pruner = pruners.regrow(0.75, 1, 9, KEY, drop=0.4, initial=importance.magnitude)
+    weights = {'fc1': jnp.array([jnp.nan, 1.0, 2.0, 3.0])}
+    gradients = {'fc1': jnp.array([1e-9, 1.0, 2.0, 3.0])}
+    state = pruner.init(weights)
+    for _ in range(2):
+        _, state = pruner.update(gradients, state, weights)
+        np.testing.assert_array_equal(state.masks['fc1'], [True, False, True, True])

@@ -20,15 +20,15 @@ from dns_jax import (
     log_linear_density,
     mean_std,
     polynomial_density,
-    std,
 )
+from dns_jax.thresholds import std
 
 RULES = {
     'mean_std': mean_std(0.4, hysteresis=0.2),
     'std': std(0.7),
     'layer_density': layer_density(polynomial_density(0.2, 0, 9, initial=0.9)),
     'global_density by norm': global_density(log_linear_density(0.1, 0, 9, initial=0.8)),
-    'global_density by std': global_density(0.3, 'std', hysteresis=0.2),
+    'global_density by rms': global_density(0.3, 'rms', hysteresis=0.2),
     'global_density by erk': global_density(0.3, 'erk'),
 }
 # Whose bands change with the step.

@@ -21,7 +21,7 @@ from dns_jax.runners import (
     time_in_turns,
 )
 from dns_jax.sparse import load_sparse
-from dns_jax.steps import MOST_WEIGHTS, Unsuitable
+from dns_jax.steps import MAX_KEPT_WEIGHTS, Unsuitable
 from experiments.zoo import FOLDER
 
 needs_kernel = pytest.mark.skipif(bool(native.why_unavailable()), reason='no kernel')
@@ -148,7 +148,7 @@ def test_scipy_runner_calls_no_jax(monkeypatch):
 @pytest.mark.parametrize('shape', [(1, 8, 8, 1), (0, 4, 4, 1), (4, 4, 1), (2, 16)])
 def test_inputs_of_another_shape(make_runner, kind, shape):
     runner = make_runner(CHAIN, PARAMS, (4, 4, 1), {'a': kind, 'b': kind})
-    with pytest.raises(ValueError, match=r'inputs must be \(batch, 4, 4, 1\), 1 or more'):
+    with pytest.raises(ValueError, match=r'inputs must have the shape \(batch, 4, 4, 1\)'):
         runner(np.ones(shape, np.float32))
 
 
@@ -209,15 +209,18 @@ def test_scipy_has_no_kernel_in_cpp():
         scipy_runner(CHAIN, PARAMS, (4, 4, 1), {'a': 'native', 'b': 'dense'})
 
 
-MANY = {'a': {'kernel': np.ones((1, 1, MOST_WEIGHTS + 1, 1)), 'bias': np.ones(1)}}
+MANY = {'a': {'kernel': np.ones((1, 1, MAX_KEPT_WEIGHTS + 1, 1)), 'bias': np.ones(1)}}
 
 
 @pytest.mark.parametrize(
     ('make_runner', 'side', 'match'),
-    [(jax_runner, 1, f'keeps {MOST_WEIGHTS + 1} weights'), (scipy_runner, 64, 'makes 16781312')],
+    [
+        (jax_runner, 1, f'keeps {MAX_KEPT_WEIGHTS + 1} weights'),
+        (scipy_runner, 64, 'makes 16781312'),
+    ],
 )
 def test_convolution_of_too_many_weights(make_runner, side, match):
-    shape = (side, side, MOST_WEIGHTS + 1)
+    shape = (side, side, MAX_KEPT_WEIGHTS + 1)
     with pytest.raises(Unsuitable, match=match):
         make_runner((Convolution('a'),), MANY, shape, {'a': 'sparse'})
     choice = choose_kinds(make_runner, ['sparse'], (Convolution('a'),), MANY, shape, 1, turns=1)

@@ -164,6 +164,21 @@ def test_boundaries_are_exact(first):
         np.testing.assert_allclose(got, [1, 1, middle, 0.25, 0.25], rtol=1e-6)
 
 
-def test_a_step_size_beyond_all_steps_never_changes_the_rate():
-    schedule = caffe_step(0.1, 0.5, 10**15)
-    assert float(schedule(jnp.int32(2**31 - 2))) == pytest.approx(0.1)
+LAST = 2**31 - 1
+LONGEST = {
+    'σ stop': (update_probability(gamma=0, stop=LAST), 1.0),
+    'σ start': (update_probability(start=LAST), 0.0),
+    'at': (update_at([LAST]), 0.0),
+    'polynomial': (polynomial_density(0.5, 0, LAST), 0.5 + 0.5 / 8),
+    'log-linear': (log_linear_density(0.25, 0, LAST), 0.5),
+    'step': (caffe_step(0.1, 0.5, LAST), 0.1),
+    'multistep': (caffe_multistep(0.1, 0.5, [LAST]), 0.1),
+    'poly': (caffe_poly(0.1, 1.0, LAST), 0.05),
+    'sigmoid': (caffe_sigmoid(0.1, 1e-9, LAST), 0.1 / (1 + math.exp(1.073741824))),
+}
+
+
+@pytest.mark.parametrize(('schedule', 'value'), LONGEST.values(), ids=LONGEST)
+def test_the_last_step_of_all_is_one(schedule, value):
+    """An int32 counts so far and no further."""
+    assert float(jax.jit(schedule)(jnp.int32(2**30))) == pytest.approx(value, rel=1e-5)

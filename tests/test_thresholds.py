@@ -19,9 +19,9 @@ from dns_jax import (
     magnitude_statistics,
     mean_std,
     polynomial_density,
-    std,
     update_masks,
 )
+from dns_jax.thresholds import std
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -217,7 +217,7 @@ def test_all_of_a_tie_are_kept(rule, dtype):
             np.testing.assert_array_equal(new['a'][0], kept)
 
 
-@pytest.mark.parametrize('score', ['norm', 'std', 'erk'])
+@pytest.mark.parametrize('score', ['norm', 'rms', 'erk'])
 def test_all_of_a_network_of_zeros_are_kept(score):
     layers = {'a': [jnp.zeros((3, 2)), jnp.zeros(2)], 'b': [jnp.zeros((4, 3))]}
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), layers)
@@ -246,7 +246,7 @@ AXES = {'a': 5 + 4, 'b': 30 + 3, 'c': 2 + 2 + 1 + 6, 'd': 3 + 3}
 
 def unit_of(weights, masks, score):
     """What the weights of a layer are measured in."""
-    if score == 'std':
+    if score == 'rms':
         return math.sqrt(np.mean(weights**2))
     return max(math.sqrt(np.sum(weights[masks] ** 2)), np.max(np.abs(weights)))
 
@@ -265,8 +265,8 @@ def erdos_renyi_kernel(axes, sizes, wanted):
 @pytest.mark.parametrize(
     ('dtype', 'arguments'),
     [
-        *itertools.product(DTYPES, [(), ('std', 0.1), ('erk', 0.1)]),
-        *itertools.product([jnp.float32], [('norm', 0.0), ('std', 0.5), ('erk', 0.0)]),
+        *itertools.product(DTYPES, [(), ('rms', 0.1), ('erk', 0.1)]),
+        *itertools.product([jnp.float32], [('norm', 0.0), ('rms', 0.5), ('erk', 0.0)]),
     ],
 )
 def test_global_density_by_brute_force(dtype, arguments):
@@ -317,7 +317,7 @@ def test_masks_that_are_fewer_than_the_weights(rule):
 def test_layer_of_which_nothing_was_kept_comes_back_by_its_largest_weight():
     layers, masks = layers_of_all_kinds()
     largest = np.argmax(np.abs(flat(layers['d'])))
-    for arguments in [(), ('std', 0.1), ('erk', 0.1)]:
+    for arguments in [(), ('rms', 0.1), ('erk', 0.1)]:
         new, _ = updater(global_density, *arguments)(layers, masks, np.float32(0.2))
         assert flat_masks(new['d'])[largest]
     # Measured by the norm of what it keeps, 0, all of it would come back at any density.
@@ -325,7 +325,7 @@ def test_layer_of_which_nothing_was_kept_comes_back_by_its_largest_weight():
     assert np.flatnonzero(flat_masks(new['d'])).tolist() == [largest]
 
 
-@pytest.mark.parametrize('score', ['norm', 'std'])
+@pytest.mark.parametrize('score', ['norm', 'rms'])
 def test_layer_of_zeros_goes_first(score):
     random = np.random.default_rng(0)
     layers = {'a': [jnp.asarray(random.normal(size=(6, 5)), jnp.float32)], 'z': [jnp.zeros(10)]}
