@@ -58,7 +58,7 @@ def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, CaffeLayer]:
       path: the file.
 
     Returns:
-      `{name: layer}`. Kernels of convolutions are (output, input, height, width), those of inner
+      ``{name: layer}``. Kernels of convolutions are (output, input, height, width), those of inner
       products (output, input); older files put axes of length 1 before them.
 
     Raises:
@@ -298,7 +298,7 @@ def _fields(message: memoryview) -> defaultdict[tuple[int, int], list[Any]]:
     """Finds the fields of a message.
 
     Returns:
-      `{(field number, wire type): contents}`, numbers for varints and views for all else.
+      ``{(field number, wire type): contents}``, numbers for varints and views for all else.
     """
     fields: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
     at = 0

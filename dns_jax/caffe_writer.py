@@ -39,7 +39,7 @@ def from_linen(
       rename: gives a layer's name in the file from that in the tree.
 
     Returns:
-      `{name in the file: layer}`, for `write_caffemodel`. The arrays are copies.
+      ``{name in the file: layer}``, for `write_caffemodel`. The arrays are copies.
 
     Raises:
       ValueError: if a layer is neither of the two or does not fit the one before, two get one

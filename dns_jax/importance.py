@@ -12,7 +12,7 @@ from dns_jax.typing import Params
 
 
 def magnitude(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
-    """The weight itself, so that |w| counts.
+    """The weight itself, so that `|w|` counts.
 
     Args:
       key: not used.

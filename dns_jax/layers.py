@@ -155,7 +155,7 @@ def group_by_layer(
       takes_part: which leaves are collected.
 
     Returns:
-      `{layer name: its leaves}`, layers sorted by name, leaves in the order of the tree.
+      ``{layer name: its leaves}``, layers sorted by name, leaves in the order of the tree.
 
     Example:
       >>> import jax.numpy as jnp
@@ -178,7 +178,7 @@ def as_table(values: Mapping[str, _Value] | _Value) -> dict[str, _Value]:
       values: the value, or a table, which stays as it is.
 
     Returns:
-      `{pattern: value}`.
+      ``{pattern: value}``.
 
     Example:
       >>> as_table(0.5), as_table({'fc*': 0.1, '*': 0.5})
@@ -198,7 +198,7 @@ def match_patterns(
       layers: the names of the layers.
 
     Returns:
-      `{layer name: (pattern, value)}`; a layer that no pattern matches is absent.
+      ``{layer name: (pattern, value)}``; a layer that no pattern matches is absent.
 
     Raises:
       ValueError: if a pattern is the first match of no layer: misspelt, or hidden by those

@@ -200,7 +200,7 @@ def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, jax.Array]
       layer_of: maps the path of a leaf to the name of its layer.
 
     Returns:
-      `{layer name: how many masks are True}`, int32 scalars.
+      ``{layer name: how many masks are True}``, int32 scalars.
 
     Example:
       >>> import jax.numpy as jnp
@@ -220,7 +220,7 @@ def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent) -> dic
       layer_of: maps the path of a leaf to the name of its layer.
 
     Returns:
-      `{layer name: Events(pruned, spliced)}`, int32 scalars.
+      ``{layer name: Events(pruned, spliced)}``, int32 scalars.
 
     Raises:
       ValueError: if the trees do not match.

@@ -214,7 +214,7 @@ def recorded_kinds(text: str, chain: Chain) -> dict[str, str]:
       chain: the layers.
 
     Returns:
-      `{layer name: kind}`, dense in place of native where there is no kernel.
+      ``{layer name: kind}``, dense in place of native where there is no kernel.
 
     Raises:
       ValueError: if they are not kinds of these layers.

@@ -17,7 +17,7 @@ from dns_jax.typing import Schedule, ThresholdRule, Thresholds
 
 
 class Statistics(NamedTuple):
-    """Mean μ and standard deviation s of |w| over the non-zero weights of a layer."""
+    """Mean μ and standard deviation s of `|w|` over the non-zero weights of a layer."""
 
     mean: jax.Array  # shape=(), dtype=jnp.float32
     std: jax.Array  # shape=(), dtype=jnp.float32
@@ -146,7 +146,7 @@ def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> Thresho
       t_k = \max \{ t : |h_k(W_k, T_k)| \ge \mathrm{round}(d\,n_k) \}, \quad
       a_k = (1 - \eta)\,t_k, \quad b_k = (1 + \eta)\,t_k
 
-    with |h_k| the connections that h_k keeps and n_k all those of the layer. The band is part of
+    with `|h_k|` the connections that h_k keeps and n_k all those of the layer. The band is part of
     the count, so an update with these thresholds keeps exactly the wanted number, at least one,
     unless weights tie for the last place to the last bit of a float32: then all of them are
     kept. The threshold is found by bisection over those bits, exact to the last: 31 passes over
@@ -191,7 +191,7 @@ def global_density(
 
     A layer's weights are compared in its own unit u_k, by `score`:
 
-    - `norm`: the Euclidean norm of W_k⊙T_k, or the largest |W_k| where that is more. A weight
+    - `norm`: the Euclidean norm of W_k⊙T_k, or the largest `|W_k|` where that is more. A weight
       counts by its share in what its layer computes with; LAMP's score, but for the weights kept
       now in place of those at least as large.
     - `rms`: the root mean square of W_k.

@@ -85,7 +85,7 @@ def scale_dropout(rate: float, masks: Masks, layer_of: LayerOf = parent) -> dict
       layer_of: maps the path of a leaf to the name of its layer.
 
     Returns:
-      `{layer name: rate}` for the layers that take part, float32 scalars.
+      ``{layer name: rate}`` for the layers that take part, float32 scalars.
 
     Raises:
       ValueError: if `rate` is a number outside [0, 1).

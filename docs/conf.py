@@ -23,9 +23,18 @@ myst_heading_anchors = 3
 nb_execution_mode = 'off'  # tests run the notebooks
 default_role = 'code'
 autodoc_member_order = 'bysource'
-autodoc_typehints = 'signature'
+autodoc_typehints = 'none'  # aliases of unions of unions; docstrings say shapes and dtypes
 autodoc_default_options = {'members': True, 'undoc-members': False}
 napoleon_custom_sections = [('Reference', 'notes_style')]
 
 html_theme = 'furo'
 html_title = f'dns_jax {version}'
+
+
+def setup(app):
+    """Leaves out what Python itself says of the fields of named tuples."""
+
+    def skip(app, what, name, member, skip, options):
+        return skip or (member.__doc__ or '').startswith('Alias for field number')
+
+    app.connect('autodoc-skip-member', skip)
