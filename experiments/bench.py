@@ -10,6 +10,7 @@ that prints one JSON object, `{network: {"dense": {"median_ms": …}, "surgery":
 for the same steps.
 """
 
+import itertools
 import json
 import subprocess
 import time
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 
 import dns_jax
-from experiments import flags, models, train
+from experiments import flags, models, progress, train
 from experiments.commands import BenchConfig
 
 _BATCH_SIZE = 64
@@ -111,14 +112,15 @@ def measure(config: BenchConfig) -> dict[str, Any]:
       OSError: if the peer cannot be started.
       RuntimeError: if the peer fails.
     """
+    keys = list(itertools.product(_STEPS_PER_CALL, _KINDS))
     programs = {
-        (name, kind): make_program(name, kind) for name in _STEPS_PER_CALL for kind in _KINDS
+        key: make_program(*key) for key in progress.bar(keys, 'compiling', unit=' programs')
     }
     for program in programs.values():
         program.milliseconds()
     times = {key: [] for key in programs}
     peer_rows = []
-    for number in range(config.rounds):
+    for number in progress.bar(range(config.rounds), 'timing', unit=' rounds'):
         if config.peer and number * config.peer_rounds // config.rounds == len(peer_rows):
             peer_rows.append(_run_peer(config.peer, config.peer_script))
         for key, program in programs.items():

@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from dns_jax.files import write_whole
 
@@ -205,11 +204,14 @@ def _prepare(
 
 def _decode(builder, split: str, count: int) -> dict[str, np.ndarray]:
     """Decodes a split of a prepared TFDS builder, which must hold `count` examples."""
+    # Brings JAX, which processes that decode images later on need not wait for.
+    from experiments import progress
+
     examples = builder.as_data_source(split)
     if len(examples) != count:
         raise ValueError(f'its {split} split holds {len(examples)} examples, wanted {count}')
     images, labels = np.empty((count, 28, 28, 1), np.uint8), np.empty((count,), np.int32)
-    title = f'Decoding {builder.name} {split}'
-    for index, example in enumerate(tqdm(examples, title, unit=' images', disable=None)):
+    title = f'decoding {builder.name} {split}'
+    for index, example in enumerate(progress.bar(examples, title, unit=' images')):
         images[index], labels[index] = example['image'], example['label']
     return {f'{split}_images': images, f'{split}_labels': labels}

@@ -36,7 +36,7 @@ from dns_jax.runners import (
     time_in_turns,
 )
 from dns_jax.steps import make_scipy, plan_steps
-from experiments import flags, latency_report, models
+from experiments import flags, latency_report, models, progress
 from experiments.artefacts import Model, load_model
 from experiments.commands import LatencyConfig
 
@@ -70,7 +70,7 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
             'batches': {},
             **_measure_machine(),
         }
-        for batch in config.sizes():
+        for batch in progress.bar(config.sizes(), 'every way', unit=' batches'):
             result['batches'][str(batch)] = _measure_batch(model, batch, config.turns)
         result['layers'] = _describe_layers(model)
         if config.break_even:
@@ -247,7 +247,7 @@ def _find_break_even(config: LatencyConfig) -> dict[str, dict[str, float]]:
     """
     shape = config.model.rpartition(':')[0]
     ratios: dict[str, dict[str, list[float]]] = {}
-    for density in _DENSITIES:
+    for density in progress.bar(_DENSITIES, 'break-even', unit=' densities'):
         model = load_model(f'{shape}:{density}')
         arguments = model.chain, model.params, model.input_shape
         for batch in config.sizes():

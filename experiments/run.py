@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from tqdm import tqdm
 
 import dns_jax
-from experiments import divergence, hosts, probes, report, train
+from experiments import divergence, hosts, probes, progress, report, train
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
@@ -257,8 +256,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         for phase in phases:
             stack.enter_context(phase.checkpoints)
-        hidden = None if hosts.is_first() else True  # None hides it where there is no terminal
-        bar = tqdm(total=steps, initial=first.done, desc=name, unit='step', disable=hidden)
+        bar = progress.bar(total=steps, initial=first.done, desc=name, unit=' steps')
         stack.enter_context(bar)
         while not stop and (done := min(phase.done for phase in phases)) < steps:
             # After a setback, or a kill between two saves, those behind catch up first.

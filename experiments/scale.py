@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from dns_jax.files import write_whole
-from experiments import flags, scale_programs, scale_report
+from experiments import flags, progress, scale_programs, scale_report
 from experiments.commands import ScaleConfig
 from experiments.scale_programs import Program, plan
 
@@ -69,24 +68,24 @@ def measure(config: ScaleConfig) -> dict[str, Any]:
             config.compute_dtype, machine.side, machine.floats
         ),
     }
-    _say('the step')
-    result |= {'step': _measure_step(config, machine), 'sizes': []}
-    for weights in config.timed_weights():
-        _say(f'{weights:,.0f} weights')
-        result['sizes'].append(_measure_size(config, weights, is_run=True))
-    for weights in config.planned_weights():
-        _say(f'{weights:,.0f} weights, planned')
-        result['sizes'].append(_measure_size(config, weights, is_run=False))
-    if config.images:
-        _say('the input')
-        result['input'] = _measure_input(config)
+    sizes = [(weights, True) for weights in config.timed_weights()]
+    sizes += [(weights, False) for weights in config.planned_weights()]
+    parts = 1 + len(sizes) + bool(config.images)
+    with progress.bar(total=parts, desc='measuring', unit=' parts') as bar:
+        bar.set_postfix_str('the step')
+        result |= {'step': _measure_step(config, machine), 'sizes': []}
+        for weights, is_run in sizes:
+            bar.update()
+            bar.set_postfix_str(f'{weights:,.0f} weights{"" if is_run else ", planned"}')
+            result['sizes'].append(_measure_size(config, weights, is_run))
+        if config.images:
+            bar.update()
+            bar.set_postfix_str('the input')
+            result['input'] = _measure_input(config)
+        bar.update()
     _write(result, output)
     print(scale_report.page(result, output.name))
     return result
-
-
-def _say(what: str) -> None:
-    print(f'measuring {what}', file=sys.stderr, flush=True)
 
 
 def _environment() -> list[str]:

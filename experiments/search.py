@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from dns_jax.files import write_whole
-from experiments import flags, run
+from experiments import flags, progress, run
 from experiments.commands import SearchConfig
 from experiments.divergence import Diverged
 from experiments.flags import Config
@@ -77,16 +77,27 @@ def search(config: SearchConfig) -> dict[str, Any]:
             with _one_at_a_time(folder / 'lock', stopping):
                 study = studies.open_study(url, config)
                 reference = config.reference or _train_reference(config, stopping)
-            while len(_finished(study)) < config.trials:
-                if stopping:
-                    raise run.Stopped
-                study.optimize(
-                    lambda trial: _operate(trial, config, reference, stopping), n_trials=1
-                )
+            _do_trials(study, config, reference, stopping)
         except run.Stopped as error:
             name = signal.Signals(stopping[0]).name
             raise run.Stopped(f'{name}: the same command goes on with the study') from error
         return _conclude(config, study, sum(leaf.size for leaf in jax.tree.leaves(params)))
+
+
+def _do_trials(
+    study: 'optuna.Study', config: SearchConfig, reference: str, stopping: list[int]
+) -> None:
+    with progress.bar(total=config.trials, desc=config.study, unit=' trials') as bar:
+        while True:
+            done = len(_finished(study))  # other workers finish some too
+            bar.update(done - bar.n)
+            if best := studies.find_best(studies.trials(study, TrialState.COMPLETE)):
+                bar.set_postfix(best=best.number, kept=f'{best.values[0]:,.0f}')
+            if done >= config.trials:
+                return
+            if stopping:
+                raise run.Stopped
+            study.optimize(lambda trial: _operate(trial, config, reference, stopping), n_trials=1)
 
 
 def _operate(
@@ -123,7 +134,7 @@ def _operate(
     try:
         run.finetune([trainer], run.train_surgery([trainer], [dense], stopping), stopping)
     except (optuna.TrialPruned, Diverged) as reason:
-        print(f'trial {trial.number}: given up, {reason}', flush=True)
+        progress.say(f'trial {trial.number}: given up, {reason}')
         if isinstance(reason, Diverged):
             trial.set_constraint('validation error', 100.0)
         raise optuna.TrialPruned from reason
@@ -135,10 +146,9 @@ def _operate(
     trial.set_user_attr('validation_error', error)
     trial.set_user_attr('reference_validation_error', reference_error)
     trial.set_user_attr('seconds', round(time.perf_counter() - started, 1))
-    print(
+    progress.say(
         f'trial {trial.number}: kept {kept:,}, validation error {error:.2f} % '
-        f'({bound:.2f} % is allowed)',
-        flush=True,
+        f'({bound:.2f} % is allowed)'
     )
     return kept
 

@@ -13,7 +13,7 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from dns_jax.files import write_whole
-from experiments import sweep_report
+from experiments import progress, sweep_report
 from experiments.commands import FrontierConfig
 from experiments.divergence import Diverged
 from experiments.flags import Config
@@ -45,13 +45,17 @@ def run_all(
     """
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
     broken: set[str | None] = set()  # folders
+    batches = []
     for _, group in itertools.groupby(runs, _without_seed):
         left = [run for run in group if run not in summaries]
-        for begin in range(0, len(left), side_by_side):
-            batch = left[begin : begin + side_by_side]
+        batches += [left[at : at + side_by_side] for at in range(0, len(left), side_by_side)]
+    with progress.bar(total=len(runs), initial=len(summaries), desc='sweep', unit=' runs') as bar:
+        for batch in batches:
+            bar.set_postfix_str(', '.join(Path(run.workdir).name for run in batch))
             found = _run_batch(batch, broken)
             broken |= {run.workdir for run in batch if run not in found}
             summaries |= found
+            bar.update(len(batch))
             if found:
                 on_batch(summaries)
     if not summaries:

@@ -23,7 +23,7 @@ import optax
 import dns_jax
 from dns_jax import pruners
 from dns_jax.files import write_whole
-from experiments import flags, probes, xor_plots
+from experiments import flags, probes, progress, xor_plots
 from experiments.commands import XorConfig
 from experiments.models import Xor
 from experiments.tables import middle_and_range, table
@@ -184,19 +184,18 @@ def solve(config: XorConfig) -> dict[str, Any]:
     params = jax.tree.map(lambda leaves: leaves[:, -1], dense.params)
 
     rows, courses = [], {}
-    for method, c_rates in _C_RATES.items():
-        for c_rate in c_rates:
-            pruner = make_pruner(method, c_rate, steps)
-            course = train(pruner, params, pruning_keys, points, steps)
-            courses[method, c_rate] = course
-            columns = (
-                *(reference_errors, measure_error(course, test)),
-                *(count_kept(course), count_returned(course)),
-            )
-            rows += [
-                dict(zip(COLUMNS, (method, c_rate, seed, *numbers), strict=True))
-                for seed, numbers in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True))
-            ]
+    pairs = [(method, c_rate) for method, c_rates in _C_RATES.items() for c_rate in c_rates]
+    for method, c_rate in progress.bar(pairs, 'pruning', unit=' trainings'):
+        course = train(make_pruner(method, c_rate, steps), params, pruning_keys, points, steps)
+        courses[method, c_rate] = course
+        columns = (
+            *(reference_errors, measure_error(course, test)),
+            *(count_kept(course), count_returned(course)),
+        )
+        rows += [
+            dict(zip(COLUMNS, (method, c_rate, seed, *numbers), strict=True))
+            for seed, numbers in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True))
+        ]
     result = summarise(rows, config)
     _write(folder, rows, result)
     _draw(folder, rows, courses, config.solved, steps)

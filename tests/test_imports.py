@@ -150,19 +150,22 @@ def test_there_are_entry_scripts():
 # Those that do not start an experiment have work of their own.
 TOOLS = {
     'alexnet': {'flags', 'hosts', 'image_flags', 'run'},
-    'bench': {'commands', 'flags', 'models', 'train'},
+    'bench': {'commands', 'flags', 'models', 'progress', 'train'},
     'compare': {'commands', 'flags', 'parsers', 'plots', 'sweep', 'sweep_report', 'workdir'},
     'export': {
         *('artefacts', 'commands', 'data', 'flags', 'models', 'references', 'tables', 'train'),
         'tuning',
     },
     'frontier': {'commands', 'flags', 'plots', 'sweep', 'sweep_report'},
-    'latency': {'artefacts', 'commands', 'flags', 'latency_report', 'models'},
+    'latency': {'artefacts', 'commands', 'flags', 'latency_report', 'models', 'progress'},
     'results': {'summaries', 'sweep_report', 'tables'},
-    'scale': {*('commands', 'flags', 'models', 'scale_input', 'scale_programs', 'scale_report')},
+    'scale': {
+        *('commands', 'flags', 'models', 'progress', 'scale_input', 'scale_programs'),
+        'scale_report',
+    },
     'search': None,  # an experiment of its own, with modules of its own
     'vgg16': {'flags', 'hosts', 'image_flags', 'run'},
-    'xor': {'commands', 'flags', 'models', 'probes', 'tables', 'train', 'xor_plots'},
+    'xor': {'commands', 'flags', 'models', 'probes', 'progress', 'tables', 'train', 'xor_plots'},
     'zoo': {'commands', 'flags', 'report', 'summaries'},
 }
 
