@@ -22,8 +22,8 @@ import numpy as np
 import optax
 
 import dns_jax
-from experiments import flags, models, progress, train
-from experiments.commands import BenchConfig
+from experiments import command_line, models, progress, train
+from experiments.tool_flags import BenchConfig
 
 _BATCH_SIZE = 64
 _EXAMPLES = 10_000
@@ -207,4 +207,4 @@ def bench(config: BenchConfig) -> None:
 
 
 if __name__ == '__main__':
-    flags.launch({}, bench, BenchConfig)
+    command_line.launch({}, bench, BenchConfig)

@@ -10,10 +10,10 @@ processes with seeds of their own may share a workdir.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import flags, plots, sweep, sweep_report
-from experiments.commands import CompareConfig
+from experiments import command_line, plots, sweep, sweep_report
 from experiments.flags import Config
 from experiments.parsers import parse_step
+from experiments.sweep_flags import CompareConfig
 from experiments.workdir import read_records
 
 COLUMNS = (
@@ -107,4 +107,4 @@ def _errors_of_cut(run, summary, records) -> dict[str, float]:
 
 
 if __name__ == '__main__':
-    flags.launch({}, compare, CompareConfig)
+    command_line.launch({}, compare, CompareConfig)

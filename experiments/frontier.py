@@ -10,9 +10,9 @@ may share a workdir, and one with all seeds and --resume joins their tables.
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import flags, plots, sweep, sweep_report
-from experiments.commands import FrontierConfig
+from experiments import command_line, plots, sweep, sweep_report
 from experiments.flags import Config
+from experiments.sweep_flags import FrontierConfig
 
 COLUMNS = (
     *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -53,4 +53,4 @@ def _to_rows(runs: Sequence[Config], summaries: sweep.Summaries) -> list[dict[st
 
 
 if __name__ == '__main__':
-    flags.launch({}, do_sweep, FrontierConfig)
+    command_line.launch({}, do_sweep, FrontierConfig)

@@ -36,9 +36,9 @@ from dns_jax.runners import (
     time_in_turns,
 )
 from dns_jax.steps import make_scipy, plan_steps
-from experiments import flags, latency_report, models, progress
+from experiments import command_line, latency_report, models, progress
 from experiments.artefacts import Model, load_model
-from experiments.commands import LatencyConfig
+from experiments.tool_flags import LatencyConfig
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -287,4 +287,4 @@ def _crossing(ratios: list[float]) -> float:
 
 
 if __name__ == '__main__':
-    flags.launch({}, measure, LatencyConfig)
+    command_line.launch({}, measure, LatencyConfig)

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from dns_jax.files import write_whole
-from experiments import flags, progress, scale_programs, scale_report
-from experiments.commands import ScaleConfig
+from experiments import command_line, progress, scale_programs, scale_report
 from experiments.scale_programs import Program, plan
+from experiments.tool_flags import ScaleConfig
 
 _TIMED = 0.1  # seconds that a timed call of a small program takes at least
 _MOST_STEPS = 50  # in such a call
@@ -188,4 +188,4 @@ def _write(result: dict[str, Any], output: Path) -> None:
 
 
 if __name__ == '__main__':
-    flags.launch({}, measure, ScaleConfig)
+    command_line.launch({}, measure, ScaleConfig)

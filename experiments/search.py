@@ -23,12 +23,12 @@ from typing import Any
 import jax
 
 from dns_jax.files import write_whole
-from experiments import flags, progress, run
-from experiments.commands import SearchConfig
+from experiments import command_line, progress, run
 from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.rules import make_rules
 from experiments.space import choice_at, make_ranges, make_run, shapes
+from experiments.sweep_flags import SearchConfig
 
 try:
     import optuna
@@ -262,4 +262,4 @@ def _finished(study: 'optuna.Study') -> list['optuna.trial.FrozenTrial']:
 
 
 if __name__ == '__main__':
-    flags.launch({}, search, SearchConfig)
+    command_line.launch({}, search, SearchConfig)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments import models
-from experiments.commands import SearchConfig
 from experiments.flags import Config
 from experiments.parsers import parse_step, parse_table
+from experiments.sweep_flags import SearchConfig, to_run
 
 _SPACES = {  # low, high, and whether on a logarithmic scale
     'compression': (20.0, 1000.0, True),
@@ -71,7 +71,7 @@ def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
         chosen[config.space] = ','.join(
             f'{layer}:{choice[f"{config.space} {layer}"]:.4g}' for layer in shapes(config.network)
         )
-    return config.to_run(**chosen)
+    return to_run(config, **chosen)
 
 
 def _updates(config: SearchConfig) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from optuna.visualization import matplotlib as drawing
 from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
 
 from dns_jax.files import write_whole
-from experiments.commands import SearchConfig
+from experiments.sweep_flags import SearchConfig
 
 _HEARTBEAT = 60  # seconds; a trial that misses two was killed
 _JUDGES = 5  # completed trials before any is given up

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from dns_jax.files import write_whole
 from experiments import progress, sweep_report
-from experiments.commands import FrontierConfig
 from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.run import run_together
 from experiments.summaries import read_summary
+from experiments.sweep_flags import FrontierConfig
 from experiments.tables import Table, to_text
 
 Rows = list[dict[str, Any]]

@@ -23,10 +23,10 @@ import optax
 import dns_jax
 from dns_jax import pruners
 from dns_jax.files import write_whole
-from experiments import flags, probes, progress, xor_plots
-from experiments.commands import XorConfig
+from experiments import command_line, probes, progress, xor_plots
 from experiments.models import Xor
 from experiments.tables import middle_and_range, table
+from experiments.tool_flags import XorConfig
 from experiments.train import TrainState
 
 _POINTS = 10_000  # to train with, and as many to test
@@ -277,4 +277,4 @@ def _draw(folder, rows, courses, solved, steps) -> None:
 
 
 if __name__ == '__main__':
-    flags.launch({}, solve, XorConfig)
+    command_line.launch({}, solve, XorConfig)

@@ -10,9 +10,9 @@ import jax
 
 from dns_jax.files import write_whole
 from dns_jax.sparse import load_sparse
-from experiments import flags, report
-from experiments.commands import ZooConfig
+from experiments import command_line, report
 from experiments.summaries import check_summary, read_summary
+from experiments.tool_flags import ZooConfig
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 
@@ -58,4 +58,4 @@ def publish(config: ZooConfig) -> list[Path]:
 
 
 if __name__ == '__main__':
-    flags.launch({}, publish, ZooConfig)
+    command_line.launch({}, publish, ZooConfig)

@@ -29,9 +29,9 @@ from dns_jax.runners import Choice, jax_runner, recorded_kinds
 from dns_jax.sparse import load_sparse, save_sparse
 from experiments import artefacts, latency_report, models
 from experiments.artefacts import load_model
-from experiments.commands import ExportConfig, LatencyConfig
 from experiments.export import export
 from experiments.latency import _crossing, _one_core, measure
+from experiments.tool_flags import ExportConfig, LatencyConfig
 from experiments.zoo import FOLDER
 
 ZOO = str(FOLDER / 'lenet300.safetensors')

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from experiments import bench
-from experiments.commands import BenchConfig
+from experiments.tool_flags import BenchConfig
 
 PEER = """
 import json

@@ -10,7 +10,7 @@ import pytest
 import test_frontier
 
 from experiments import compare, data, plots, sweep, sweep_report
-from experiments.commands import CompareConfig
+from experiments.sweep_flags import CompareConfig
 from experiments.tables import to_text
 
 SHORT = {**test_frontier.SHORT, 'compressions': '30,60,120', 'side_by_side': 1}

@@ -16,16 +16,19 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import alexnet, data, flags, lenet5, lenet300, models, rules, run, vgg16
-from experiments.commands import (
-    BenchConfig,
-    CompareConfig,
-    ExportConfig,
-    FrontierConfig,
-    SearchConfig,
-)
-from experiments.flags import Config, define, to_config
+from experiments.command_line import define, is_flag, to_config
+from experiments.flags import Config
 from experiments.image_flags import ImageConfig
 from experiments.parsers import parse_learning_rate, parse_step, parse_table
+from experiments.sweep_flags import CompareConfig, FrontierConfig, SearchConfig
+from experiments.tool_flags import (
+    BenchConfig,
+    ExportConfig,
+    LatencyConfig,
+    ScaleConfig,
+    XorConfig,
+    ZooConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {'lenet300': lenet300, 'lenet5': lenet5}
@@ -402,7 +405,7 @@ def test_resume_and_overwrite_do_what_they_say(make_config, plain):
         outcome(config)
     # Both phases are done, so that there is nothing left to train, and no record to write.
     assert outcome(dataclasses.replace(config, resume=True)) == first
-    foreign, own = (Path(config.workdir) / name for name in ('thesis.txt', 'plots/density.png'))
+    foreign, own = (Path(config.workdir) / name for name in ('thesis.txt', 'tensorboard/old'))
     own.parent.mkdir()
     for path in (foreign, own):
         path.touch()
@@ -425,6 +428,20 @@ def test_identity_is_all_but_places_and_switches():
     left_out = PLACES_AND_SWITCHES - {'dataset', 'reference', 'on_divergence'}
     assert sorted(config.identity()) == sorted({'network', *FIELDS} - left_out)
     assert json.loads(json.dumps(config.identity())) == config.identity()
+
+
+def test_identity_leaves_places_and_switches_of_every_command_out():
+    left_out = PLACES_AND_SWITCHES - {'dataset', 'reference', 'on_divergence'}
+    others = {'mesh', 'distributed', 'workers', 'trials', 'study', 'storage'}
+    for config_type, given in (
+        (ImageConfig, {'network': 'alexnet', 'c_rate': '1'}),
+        (FrontierConfig, {}),
+        (CompareConfig, {'variant': ('a: --nosplicing',)}),
+        (SearchConfig, {}),
+    ):
+        identity = config_type(**given).identity()
+        names = {field.name for field in dataclasses.fields(config_type)}
+        assert names - identity.keys() == names & (left_out | others)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -659,6 +676,47 @@ def test_help_lists_every_flag():
     for name in FIELDS:
         assert re.search(rf'--(\[no\])?{name}:', answer.stdout), name
     assert lenet5.__doc__.splitlines()[0] in answer.stdout
+
+
+CONFIGS = (
+    *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig),
+    *(BenchConfig, ExportConfig, LatencyConfig, ScaleConfig, XorConfig, ZooConfig),
+)
+TEXTS = {
+    f'{config_type.__name__}.{field.name}': (field, field.metadata['help'])
+    for config_type in CONFIGS
+    for field in dataclasses.fields(config_type)
+    if is_flag(field)
+}
+
+
+def test_every_entry_script_has_its_help_looked_at():
+    scripts = (ROOT / 'experiments').glob('*.py')
+    launched = re.findall(r'\.launch\(.*, (\w+)\)', '\n'.join(path.read_text() for path in scripts))
+    assert {*launched} == {config_type.__name__ for config_type in CONFIGS}
+
+
+@pytest.mark.parametrize(('field', 'text'), TEXTS.values(), ids=TEXTS)
+def test_the_help_of_a_flag_stands_alone(field, text):
+    """Flags are listed by the alphabet, so no text may lean on that of a neighbour."""
+    assert text.endswith(('.', '…'))
+    assert not re.search(r'\b(the same|that rate|these|those|this one|also as)\b', text.lower())
+    assert not re.match(r'(it|they|them|its|their)\b', text.lower())
+    if field.default in (None, ''):
+        assert re.search('(?i)by default|must be given', text)
+
+
+UNITS = (
+    r'steps?|share|parts?|percent\w*|images?|pixels|parameters|standard deviations?|trials?|'
+    r'calls?|turns|rounds|runs?|seeds|networks|examples|processes|learning rate|channels|'
+    r'weight decay|power|0\.9·t'
+)
+
+
+@pytest.mark.parametrize(('field', 'text'), TEXTS.values(), ids=TEXTS)
+def test_the_help_of_a_number_names_its_unit(field, text):
+    if field.type in (int, float, float | None):
+        assert re.search(rf'(?i)\b({UNITS})', text)
 
 
 def test_the_script_ends_with_one_message_and_no_traceback():

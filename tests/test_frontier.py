@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import data, frontier, plots, published, run, sweep, sweep_report
-from experiments.commands import FrontierConfig
 from experiments.divergence import Diverged
 from experiments.flags import Config
+from experiments.sweep_flags import FrontierConfig
 from experiments.tables import to_text
 
 SHORT = {

@@ -15,8 +15,8 @@ from absl import logging
 from tiny import Tiny
 
 from experiments import frontier, hosts, models, progress, run, search
-from experiments.commands import FrontierConfig, SearchConfig
 from experiments.flags import Config
+from experiments.sweep_flags import FrontierConfig, SearchConfig
 
 SHORT = {
     **{'network': 'tiny', 'dataset': 'digits', 'batch_size': 16, 'finetuning_steps': 0},

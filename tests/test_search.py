@@ -27,10 +27,11 @@ from optuna.trial import TrialState
 from PIL import Image
 
 from experiments import data, lenet300, models, run, search, space, study
-from experiments.commands import SearchConfig
+from experiments.command_line import define, to_config
 from experiments.divergence import Diverged
-from experiments.flags import Config, define, to_config
+from experiments.flags import Config
 from experiments.parsers import parse_table
+from experiments.sweep_flags import SearchConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACES = ('compression', 'layer_density', 'c_rate')

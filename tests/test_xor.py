@@ -13,8 +13,8 @@ from PIL import Image
 
 import dns_jax
 from experiments import xor, xor_plots
-from experiments.commands import XorConfig
 from experiments.models import Xor
+from experiments.tool_flags import XorConfig
 
 KEY = jax.random.key(3)
 

@@ -14,7 +14,7 @@ from dns_jax.entropy import Encoder, encode_mask
 from dns_jax.sharing import expand
 from dns_jax.sparse import load_sparse, save_sparse
 from experiments import data, models, report, train, zoo
-from experiments.commands import ZooConfig
+from experiments.tool_flags import ZooConfig
 
 ZOO = sorted((Path(__file__).parents[1] / 'zoo').glob('*.safetensors'))
 
