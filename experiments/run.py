@@ -135,7 +135,9 @@ def finetune(
     )
     phases = []
     for trainer, state in zip(trainers, states, strict=True):
-        start = optax.tree.set(optimizer.init(state.params), masks=state.masks)
+        # The optimizer is the first run's; masks and key are each run's own.
+        own = {name: optax.tree.get(state.opt_state, name) for name in ('masks', 'key')}
+        start = optax.tree.set(optimizer.init(state.params), **own)
         state = trainer.feed.place(train.TrainState(state.params, start))
         phases.append(Phase('finetuning', trainer, state, steps))
     return _train(phases, optimizer, stopping)

@@ -289,6 +289,22 @@ def test_dropout_in_surgery(make_config, dropout):
     assert (weights[dropout, '1'] == weights['kept', '1']) == (dropout == 'kept')
 
 
+def final_states(configs):
+    trainers = [run.Trainer(config) for config in configs]
+    with jax.disable_jit():
+        references = run.train_references(trainers, [])
+        return run.finetune(trainers, run.train_surgery(trainers, references, []), [])
+
+
+def test_side_by_side_each_run_drops_out_what_it_does_alone(make_config):
+    seeds = [{**BY_DENSITY, 'dropout': 0.5, 'finetuning_steps': 3, 'seed': seed} for seed in (0, 1)]
+    together = final_states([make_config(**fields) for fields in seeds])
+    for state, fields in zip(together, seeds, strict=True):
+        (alone,) = final_states([make_config(**fields)])
+        for one, other in zip(*map(jax.tree.leaves, (state.params, alone.params)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_density_is_the_inverse_of_compression(make_config, plain_by_density):
     fields = {**BY_DENSITY, 'compression': None, 'density': 0.25}
     assert outcome(make_config(**fields)) == plain_by_density[1]
