@@ -139,7 +139,7 @@ class Streamed:
         """Spreads a state over the mesh."""
         leaves, structure = jax.tree.flatten(state)
         places = jax.tree.leaves(meshes.shardings(self._mesh, state.params, state))
-        # What lies there already is not copied: the next step takes its memory over.
+        # What lies there already is not copied: the next step donates it.
         moving = {
             number: leaf
             for number, leaf in enumerate(leaves)

@@ -132,8 +132,9 @@ def page(summary: Summary, figures: Sequence[Figure] = ()) -> str:
     _, parameters, errors, compression = _result_cells(summary)
     return render(
         _title(summary),
-        f'{summary["steps"]:,} steps of surgery; {summary["seconds"]:,.0f} s in all phases. Errors '
-        f'are on the test set; the validation error after surgery is {_validation_error(summary)}.',
+        f'{summary["steps"]:,} steps of surgery; {summary["seconds"]:,.0f} s since the program was '
+        'last started. Errors are on the test set; the validation error after surgery is '
+        f'{_validation_error(summary)}.',
         [
             (compression, 'compression'),
             (errors, 'error: reference → after surgery'),

@@ -97,7 +97,7 @@ class Planned(NamedTuple):
 
 
 def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> Planned:
-    """Compiles the training step of a network, which takes its state's memory over.
+    """Compiles the training step of a network, which donates its state.
 
     Args:
       task: the network and its batches.

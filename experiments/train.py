@@ -140,7 +140,7 @@ def _in_parts(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[.
 
 
 def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
-    """Makes the compiled call that runs many steps; it takes the state's memory over.
+    """Makes the compiled call that runs many steps; it donates the state.
 
     Args:
       step: from `make_step`.
@@ -214,7 +214,7 @@ def make_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., Any]
       like: a state whose leaves lie where those of all states are to lie.
 
     Returns:
-      A function of the state, whose memory it takes over, and batches (images, labels) that
+      A function of the state, which it donates, and batches (images, labels) that
       returns the new state and a `Chunk`.
     """
     stay = jax.tree.map(lambda leaf: leaf.sharding, like)
