@@ -40,6 +40,13 @@ except ImportError as error:  # an extra
 else:
     _missing = None
 
+# What the dense network depends on, and where it is kept.
+_REFERENCE_FLAGS = (
+    *('network', 'dataset', 'data_dir', 'manual_dir', 'train_on_all', 'tensorboard', 'seed'),
+    *('batch_size', 'reference_steps', 'record_every', 'checkpoint_every'),
+    *('reference_learning_rate', 'reference_weight_decay', 'momentum', 'bias_scale'),
+    *('decay_biases', 'dropout'),
+)
 # Shares of a trial's steps between which a trial may be given up: before, the errors of harsh
 # trials still fall fast; after, little is left to save.
 _WATCHED = (0.4, 0.8)
@@ -170,7 +177,9 @@ def _report(
 def _train_reference(config: SearchConfig, stopping: list[int]) -> str:
     """Trains the network that all trials start from, goes on with it, or finds it finished."""
     folder = str(Path(config.workdir) / 'reference')
-    own = dataclasses.replace(make_run(config, choice_at(config, 0.5)), workdir=folder, resume=True)
+    # Without what is searched: another study in the folder may start from the same network.
+    fields = {name: getattr(config, name) for name in _REFERENCE_FLAGS}
+    own = Config(**fields, density=1.0, workdir=folder, resume=True)
     run.train_references([run.Trainer(own)], stopping)
     return folder
 

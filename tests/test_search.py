@@ -250,6 +250,18 @@ def test_a_study_of_other_flags_is_refused(make_played):
     assert len(trials_of(other)) == len(trials_of(config)) == 1
 
 
+def test_studies_of_other_spaces_share_the_reference(make_config):
+    config = make_config(space='layer_density')
+    folder = Path(search._train_reference(config, []))
+    records = (folder / 'metrics.jsonl').read_text()
+    for fields in ({'space': 'c_rate'}, {'surgery_steps': 9, 'learning_rate': 'fixed:0.1'}):
+        other = dataclasses.replace(config, study='other', **fields)
+        assert search._train_reference(other, []) == str(folder)
+    assert (folder / 'metrics.jsonl').read_text() == records
+    with pytest.raises(ValueError, match=r'momentum was 0\.9, is 0\.5'):
+        search._train_reference(dataclasses.replace(config, momentum=0.5), [])
+
+
 def test_no_allowed_trial_is_an_error_and_leaves_no_flagfile(make_played):
     config = make_played(trials=2, tolerance=-1.0)
     Path(config.workdir).mkdir(parents=True)
