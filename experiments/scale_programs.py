@@ -13,16 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-import dns_jax
-from experiments import hlo, models, train
+from experiments import hlo, models, timing, train
 
-KINDS = {
-    'dense': None,
-    'surgery': dns_jax.mean_std(c_rate=1.0),
-    'density': dns_jax.global_density(0.02),
-}
 _PIXELS = 28  # of a side of the image that a fully connected network takes
 
 
@@ -88,7 +81,7 @@ def sized_task(weights: float, dtype: str, batch_size: int) -> Task:
     return Task(network, models.INPUTS['lenet300'], 10, batch_size)
 
 
-class Planned(NamedTuple):
+class CompiledStep(NamedTuple):
     """A compiled step, and what its state is made by."""
 
     compiled: jax.stages.Compiled
@@ -96,26 +89,18 @@ class Planned(NamedTuple):
     task: Task
 
 
-def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> Planned:
+def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> CompiledStep:
     """Compiles the training step of a network, which donates its state.
 
     Args:
       task: the network and its batches.
-      kind: 'dense', without masks; 'surgery', with thresholds from the start and masks updated at
-        every step; or 'density', with thresholds also refreshed at every step.
+      kind: of `timing.KINDS`; thresholds by density are refreshed at every step.
       options: of XLA.
 
     Returns:
       The step.
     """
-    rules, thresholds = {}, KINDS[kind]
-    if thresholds:
-        refresh_every = 1 if kind == 'density' else 0
-        rules['*'] = dns_jax.Rule(thresholds, dns_jax.update_probability(power=0), refresh_every)
-    optimizer = optax.chain(
-        dns_jax.surgery(rules, jax.random.key(0)),
-        dns_jax.caffe_sgd(dns_jax.caffe_inv(0.01, 1e-4, 0.75)),
-    )
+    optimizer = timing.make_optimizer(kind, refresh_every=1)
 
     def init() -> train.TrainState:
         images = jnp.zeros((1, *task.image_shape))
@@ -126,13 +111,13 @@ def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> Pla
     images = jax.ShapeDtypeStruct((task.batch_size, *task.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((task.batch_size,), jnp.int32)
     lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(init), images, labels)
-    return Planned(lowered.compile(dict(options) if options else None), init, task)
+    return CompiledStep(lowered.compile(dict(options) if options else None), init, task)
 
 
-class Program:
+class RunningStep:
     """A step that runs on and on, on one batch of noise."""
 
-    def __init__(self, planned: Planned):
+    def __init__(self, planned: CompiledStep):
         task, random = planned.task, np.random.default_rng(0)
         shape = (task.batch_size, *task.image_shape)
         self._batch = (
@@ -188,7 +173,7 @@ def count_flop(task: Task) -> dict[str, int]:
     return {'multiply_adds': total, 'flop': 2 * task.batch_size * (3 * total - first)}
 
 
-def describe_memory(planned: Planned) -> dict[str, Any]:
+def describe_memory(planned: CompiledStep) -> dict[str, Any]:
     """Says what memory a step needs, as XLA plans it.
 
     Args:
@@ -225,7 +210,7 @@ def describe_memory(planned: Planned) -> dict[str, Any]:
     }
 
 
-def count_by_xla(planned: Planned) -> dict[str, float]:
+def count_by_xla(planned: CompiledStep) -> dict[str, float]:
     """Returns XLA's own counts, `{flop, bytes}`: all operations, and all that they read and write.
 
     Args:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from experiments.models import NETWORK_NAMES
-from experiments.plots import BLACK, BLUE, ORANGE
+from experiments.plots import BLACK, BLUE, ORANGE, style
 from experiments.tables import table
 
 Result = Mapping[str, Any]
@@ -58,10 +58,11 @@ def page(result: Result, name: str) -> str:
         '# What surgery costs at scale',
         f'`{result["command"]}`, {result["device"]}, {result["cores"]} cores, computed in '
         f'{result["dtype"]}; all numbers are in `{name}.json`, and `experiments/scale_report.py` '
-        'writes this page from it. Times are medians of single steps, ratios of neighbours in '
-        'time. Surgery updates its masks at every step (σ = 1), its dearest. In the same process, '
-        f'a product of two large matrices reaches {machine["flop_per_s"] / 1e9:,.0f} GFLOP/s, and '
-        f'a pass over memory {machine["bytes_per_s"] / 1e9:,.1f} GB/s, read and written.',
+        'writes this page from it. Times are medians of single steps, ratios are within a '
+        'round. Surgery updates its masks at every step (σ = 1), the most it can cost. In the same '
+        'process, a product of two large matrices reaches '
+        f'{machine["flop_per_s"] / 1e9:,.0f} GFLOP/s, and a pass over memory '
+        f'{machine["bytes_per_s"] / 1e9:,.1f} GB/s, read and written.',
         '## The step',
         *_step(result),
         '## Memory',
@@ -263,9 +264,7 @@ def figure(result: Result) -> Figure:
     ratios.axhline(step['bar'], color=ORANGE, linestyle='--', label=f'wanted of {name} at most')
     for axes in (times, ratios):
         axes.set_xscale('log')
-        axes.grid(color='0.9')
-        axes.set_axisbelow(True)
-        axes.spines[['top', 'right']].set_visible(False)
+        style(axes)
     if timed:
         times.set_yscale('log')
     times.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))

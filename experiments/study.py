@@ -4,7 +4,6 @@ Whoever imports this needs Optuna, the extra `search`.
 """
 
 import contextlib
-import io
 import re
 import time
 import warnings
@@ -20,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawing
 from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
 
-from dns_jax.files import write_whole
+from experiments import plots
 from experiments.sweep_flags import SearchConfig
 
 _HEARTBEAT = 60  # seconds; a trial that misses two was killed
@@ -181,7 +180,5 @@ def draw(folder: Path, completed: Sequence[FrozenTrial], allowed: float) -> None
         axes['pareto'].set_xscale('log')
         axes['pareto'].legend()
         for name, of_picture in axes.items():
-            picture = io.BytesIO()
-            of_picture.figure.savefig(picture, format='png', bbox_inches='tight')
+            plots.save(of_picture.figure, folder / f'{name}.png', bbox_inches='tight')
             plt.close(of_picture.figure)
-            write_whole(folder / f'{name}.png', picture.getvalue())

@@ -1,8 +1,6 @@
 """Many runs: which are finished, which go side by side, what is written of them."""
 
-import csv
 import dataclasses
-import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -13,13 +11,13 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from dns_jax.files import write_whole
-from experiments import progress, sweep_report
+from experiments import plots, progress, sweep_report
 from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.run import run_together
 from experiments.summaries import read_summary
 from experiments.sweep_flags import FrontierConfig
-from experiments.tables import Table, to_text
+from experiments.tables import Table, to_text, write_csv
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
@@ -109,17 +107,12 @@ def report_all(
     path = Path(config.workdir) / name
 
     def write(summaries):
-        rows, text, picture = to_rows(summaries), io.StringIO(), io.BytesIO()
-        columns = dict.fromkeys(column for row in rows for column in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+        rows = to_rows(summaries)
         tables, figure = to_tables(rows), to_figure(rows)
-        figure.savefig(picture, format='png')
         page = sweep_report.page(name.capitalize(), rows, tables, figure, config.identity())
-        write_whole(path.with_suffix('.csv'), text.getvalue())
+        write_csv(path.with_suffix('.csv'), rows)
         write_whole(path.with_suffix('.md'), to_text(tables) + '\n')
-        write_whole(path.with_suffix('.png'), picture.getvalue())
+        plots.save(figure, path.with_suffix('.png'))
         write_whole(path.with_suffix('.html'), page)
         return rows
 

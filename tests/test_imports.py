@@ -150,7 +150,7 @@ def test_there_are_entry_scripts():
 # Those that do not start an experiment have work of their own.
 TOOLS = {
     'alexnet': {'command_line', 'hosts', 'image_flags', 'run'},
-    'bench': {'command_line', 'models', 'progress', 'tool_flags', 'train'},
+    'bench': {'command_line', 'models', 'progress', 'timing', 'tool_flags', 'train'},
     'compare': {
         *('command_line', 'flags', 'parsers', 'plots', 'sweep', 'sweep_flags', 'sweep_report'),
         'workdir',
@@ -161,17 +161,18 @@ TOOLS = {
     },
     'frontier': {'command_line', 'flags', 'plots', 'sweep', 'sweep_flags', 'sweep_report'},
     'latency': {
-        *('artefacts', 'command_line', 'latency_report', 'models', 'progress', 'tool_flags'),
+        *('artefacts', 'command_line', 'latency_report', 'models', 'progress', 'timing'),
+        'tool_flags',
     },
     'results': {'summaries', 'sweep_report', 'tables'},
     'scale': {
         *('command_line', 'models', 'progress', 'scale_input', 'scale_programs', 'scale_report'),
-        'tool_flags',
+        *('plots', 'timing', 'tool_flags'),
     },
     'search': None,  # an experiment of its own, with modules of its own
     'vgg16': {'command_line', 'hosts', 'image_flags', 'run'},
     'xor': {
-        *('command_line', 'models', 'probes', 'progress', 'tables', 'tool_flags', 'train'),
+        *('command_line', 'models', 'plots', 'probes', 'progress', 'tables', 'tool_flags', 'train'),
         'xor_plots',
     },
     'zoo': {'command_line', 'report', 'summaries', 'tool_flags'},
