@@ -68,7 +68,7 @@ def compile_call(name: str, kind: str) -> TimedCall:
     batches = jnp.asarray(random.integers(0, _EXAMPLES, (steps, _BATCH_SIZE), np.int32))
     params = network.init(jax.random.key(0), images[:1] / 256)['params']
     state = train.TrainState(params, optimizer.init(params))
-    step = train.make_step(network, optimizer)
+    step = train.make_step(network, optimizer, models.INPUTS[name])
 
     @jax.jit
     def run_steps(state, images, labels, batches):

@@ -1,10 +1,11 @@
-"""Every data set, prepared and read through TFDS without TensorFlow, its arrays cached.
+"""The small data sets, whole: prepared through TFDS without TensorFlow, cached as arrays.
 
 The first `load` of a set prepares its standard TFDS folder in the ArrayRecord format, decodes it,
 and writes `data_dir/dns_jax_cache/<name>-<version>.npz`; later ones read that file alone.
 """
 
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -134,6 +135,35 @@ def resolve_folders(
     if not os.fspath(data_dir) or '://' in os.fspath(data_dir):
         raise ValueError(f'data_dir={data_dir!r}: wanted a local folder')
     return pathlib.Path(data_dir).expanduser(), manual
+
+
+def batch_indices(
+    seed: tuple[int, ...], examples: int, batch_size: int, start: int, steps: int
+) -> np.ndarray:
+    """Chooses the images of some steps: one shuffled epoch after the other, without gaps.
+
+    A pure function of its arguments, so that a resumed run sees the same batches.
+
+    Args:
+      seed: of the shuffles, one number or more.
+      examples: images in the training split.
+      batch_size: images per step.
+      start: the first step.
+      steps: how many steps.
+
+    Returns:
+      Indices into the split, (steps, batch_size) int32.
+    """
+    first, last = start * batch_size, (start + steps) * batch_size
+    epochs = range(first // examples, (last - 1) // examples + 1)
+    order = np.concatenate([_shuffled_epoch(seed, examples, epoch) for epoch in epochs])
+    offset = epochs[0] * examples
+    return order[first - offset : last - offset].reshape(steps, batch_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled_epoch(seed: tuple[int, ...], examples: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([*seed, epoch]).permutation(examples).astype(np.int32)
 
 
 def _make_writable(folder: pathlib.Path, data_dir: str) -> None:

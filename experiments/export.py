@@ -117,7 +117,7 @@ def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
     if config.finetuning_steps:
         shared = finetune(network, model.params, shared, dataset.train, **options)
     save_coded(path, shared)
-    error, written = make_error(network), expand(*load_coded(path)[:3])
+    error, written = make_error(network, models.MNIST_INPUT), expand(*load_coded(path)[:3])
     splits = {'': dataset.test}
     if not config.train_on_all:
         splits['validation_'] = dataset.validation

@@ -165,7 +165,7 @@ class Phase:
                 self.save()
         self._kept = _count_kept(self.state.masks)
 
-    def next_count(self) -> int:
+    def steps_of_next_call(self) -> int:
         """Says how many steps to take in one call: of a record, as many in each."""
         record_every, most = self.trainer.config.record_every, self.trainer.feed.steps_per_call
         # Every length is compiled: of one length, if that makes no more than twice as many calls.
@@ -254,9 +254,9 @@ def _train(
         step = train.make_step(
             trainer.network,
             make_optimizer(setbacks=setbacks),
+            trainer.inputs,
             trainer.dropout(name),
             trainer.feed.accumulate,
-            trainer.inputs,
         )
         return trainer.feed.compile(step, tuple(phase.state for phase in phases))
 
@@ -270,7 +270,7 @@ def _train(
             # After a setback, or a kill between two saves, those behind catch up first.
             behind = [phase for phase in phases if phase.done == done]
             group = [phase for phase in behind if phase.setbacks == behind[0].setbacks]
-            count = behind[0].next_count()
+            count = behind[0].steps_of_next_call()
             batches = tuple(phase.batches(count) for phase in group)
             states = tuple(phase.state for phase in group)
             results = compile_calls(group[0].setbacks)(states, batches)

@@ -3,7 +3,6 @@
 They are compiled from shapes alone, so that a network need not fit into memory to be planned.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import numpy as np
 
 from experiments import hlo, models, timing, train
 
-_PIXELS = 28  # of a side of the image that a fully connected network takes
+_INPUT = models.MNIST_INPUT  # what a fully connected network takes
 
 
 class FullyConnected(nn.Module):
@@ -45,7 +44,7 @@ class Task(NamedTuple):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one image."""
-        return self.inputs.size, self.inputs.size, len(self.inputs.mean)
+        return self.inputs.image_shape
 
 
 def image_task(name: str, width: float, dtype: str, batch_size: int) -> Task:
@@ -75,10 +74,10 @@ def sized_task(weights: float, dtype: str, batch_size: int) -> Task:
     Returns:
       The task.
     """
-    beside = _PIXELS**2 + 10 + 2  # weights and biases that go with one unit, but for the square
+    beside = _INPUT.size**2 + 10 + 2  # weights and biases that go with one unit, but for the square
     units = max(1, round((math.sqrt(beside**2 + 4 * weights) - beside) / 2))
     network = FullyConnected(units, jnp.dtype(dtype))
-    return Task(network, models.INPUTS['lenet300'], 10, batch_size)
+    return Task(network, _INPUT, 10, batch_size)
 
 
 class CompiledStep(NamedTuple):
@@ -107,7 +106,7 @@ def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> Com
         params = task.network.init(jax.random.key(0), images)['params']
         return train.TrainState(params, optimizer.init(params))
 
-    step = train.make_step(task.network, optimizer, inputs=task.inputs)
+    step = train.make_step(task.network, optimizer, task.inputs)
     images = jax.ShapeDtypeStruct((task.batch_size, *task.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((task.batch_size,), jnp.int32)
     lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(init), images, labels)
@@ -151,7 +150,7 @@ class RunningStep:
 
 def count_weights(task: Task) -> int:
     """Counts the parameters of a network."""
-    return sum(leaf.size for leaf in jax.tree.leaves(_shapes(task)))
+    return sum(leaf.size for leaf in jax.tree.leaves(models.shapes(task.network, task.image_shape)))
 
 
 def count_flop(task: Task) -> dict[str, int]:
@@ -166,7 +165,7 @@ def count_flop(task: Task) -> dict[str, int]:
     Returns:
       `{multiply_adds, flop}`: of one image forward, and of a step.
     """
-    params = _shapes(task)
+    params = models.shapes(task.network, task.image_shape)
     places = models.positions(task.network, task.image_shape)
     products = {name: params[name]['kernel'].size * places.get(name, 1) for name in sorted(params)}
     total, first = sum(products.values()), next(iter(products.values()))
@@ -250,9 +249,3 @@ def measure_machine(dtype: str, side: int, floats: int) -> dict[str, float]:
         'flop_per_s': 2 * side**3 / float(np.median(product_times)),
         'bytes_per_s': 8 * floats / float(np.median(pass_times)),
     }
-
-
-@functools.cache
-def _shapes(task: Task) -> Any:
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    return jax.eval_shape(task.network.init, jax.random.key(0), images)['params']

@@ -23,11 +23,11 @@ from typing import Any
 import jax
 
 from dns_jax.files import write_whole
-from experiments import command_line, progress, run
+from experiments import command_line, models, progress, run
 from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.rules import make_rules
-from experiments.space import choice_at, make_ranges, make_run, shapes
+from experiments.space import choice_at, make_ranges, make_run
 from experiments.sweep_flags import SearchConfig
 
 try:
@@ -72,7 +72,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
     """
     if _missing:
         raise ValueError('experiments.search needs Optuna, the extra `search`') from _missing
-    params = shapes(config.network)
+    network = models.NETWORKS[config.network]()
+    params = models.shapes(network, models.MNIST_INPUT.image_shape)
     for share in (0.0, 1.0):  # flags that fit no run are refused before there is a trial
         make_rules(make_run(config, choice_at(config, share)), params)
     if config.storage:

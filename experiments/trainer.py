@@ -44,7 +44,7 @@ class Trainer:
         self.config, self.on_record = config, on_record
         self.feed = open_feed(config)
         self.dataset, self.network = self.feed.dataset, self.feed.network
-        self.inputs = models.INPUTS.get(config.network, models.INPUTS['lenet5'])
+        self.inputs = models.INPUTS.get(config.network, models.MNIST_INPUT)
         image_shape = self.feed.image_shape
         weights_key, coins_key = jax.random.split(jax.random.key(config.seed))
         self.initial = self.network.init(weights_key, jnp.zeros((1, *image_shape)))['params']

@@ -18,8 +18,8 @@ import dns_jax
 from dns_jax.layers import leaf_path, parent
 from dns_jax.sharing import SharedNetwork, expand, round_codebooks
 from experiments import progress
-from experiments.data import Split
-from experiments.train import INPUT_SCALE, batch_indices
+from experiments.data import Split, batch_indices
+from experiments.models import MNIST_INPUT
 
 _CHUNK = 200  # steps of one compiled call
 
@@ -67,7 +67,7 @@ def finetune(
     images, labels = jax.device_put((split.images, split.labels))
 
     def loss_fn(variables, images, labels):
-        scaled = images.astype(jnp.float32) * INPUT_SCALE
+        scaled = images.astype(jnp.float32) * MNIST_INPUT.scale
         logits = jnp.asarray(network.apply({'params': _expand(shared, *variables)}, scaled))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

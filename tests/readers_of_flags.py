@@ -8,7 +8,7 @@ import jax
 from absl import flags as absl_flags
 from reader import Reader, to_text, write_new
 
-from experiments import space, sweep_flags, tool_flags
+from experiments import models, space, sweep_flags, tool_flags
 from experiments.command_line import define, is_flag, to_config
 from experiments.flags import Config
 from experiments.hosts import parse_distributed
@@ -129,7 +129,7 @@ def flagfiles(folder):
 def rules(folder):
     """From the command line to what prunes."""
     del folder
-    params = space.shapes('lenet300')
+    params = models.shapes(models.NETWORKS['lenet300'](), models.MNIST_INPUT.image_shape)
     key = jax.random.key(0)
 
     def read(data):
