@@ -23,4 +23,4 @@ DEFAULTS = {
 }
 
 if __name__ == '__main__':
-    command_line.launch(DEFAULTS, hosts.joined(run), ImageConfig)
+    command_line.launch(DEFAULTS, hosts.with_processes(run), ImageConfig)

@@ -29,7 +29,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Does every run, writes `compare.csv`, `.md`, `.png` and `.html`, and prints the table.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       One row for each run, of the columns of `compare.csv`; the last line on standard output is

@@ -21,11 +21,11 @@ COLUMNS = (
 )
 
 
-def do_sweep(config: FrontierConfig) -> list[dict[str, Any]]:
+def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
     """Does every run, writes `frontier.csv`, `.md`, `.png` and `.html`, and prints the table.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       One row for each run, of the columns of `frontier.csv`; the last line on standard output is
@@ -53,4 +53,4 @@ def _to_rows(runs: Sequence[Config], summaries: sweep.Summaries) -> list[dict[st
 
 
 if __name__ == '__main__':
-    command_line.launch({}, do_sweep, FrontierConfig)
+    command_line.launch({}, frontier, FrontierConfig)

@@ -96,7 +96,7 @@ def get_returns(opt_state: optax.OptState) -> ReturnsState | None:
 
 
 def remove_others(masks: dns_jax.Masks, returned: dns_jax.Masks, seed: int) -> dns_jax.Masks:
-    """Removes, in the place of kept connections that returned, as many that never went.
+    """Prunes, for every kept connection that returned, one kept connection that never left.
 
     Args:
       masks: the masks T.

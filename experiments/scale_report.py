@@ -20,11 +20,11 @@ _KINDS = {
 }
 # Bytes per weight that a step must at least move: float32 weights, momenta and gradients, masks of
 # one byte.
-_OF_UPDATE = {
+_UPDATE_BYTES = {
     'gradient, momentum and weight read': 12,
     'momentum and weight written': 8,
 }
-_OF_SURGERY = {
+_SURGERY_BYTES = {
     'weight and mask read for W⊙T': 5,
     'W⊙T written': 4,
     'weight and mask read for the new mask': 5,
@@ -188,12 +188,12 @@ def _slope(timed: Sequence[Mapping[str, Any]], machine: Mapping[str, float]) -> 
     last = timed[-1]
     picoseconds = {kind: 1e9 * last['ms'][kind] / last['weights'] for kind in slopes}
     flop = last['flop'] / last['weights']
-    update, surgery = sum(_OF_UPDATE.values()), sum(_OF_SURGERY.values())
+    update, surgery = sum(_UPDATE_BYTES.values()), sum(_SURGERY_BYTES.values())
     by_xla = {kind: last['xla'][kind]['bytes'] / last['weights'] for kind in slopes}
     byte, operation = 1e12 / machine['bytes_per_s'], 1e12 / machine['flop_per_s']
     said = {
         title: '; '.join(f'{what} {count}' for what, count in parts.items())
-        for title, parts in (('update', _OF_UPDATE), ('surgery', _OF_SURGERY))
+        for title, parts in (('update', _UPDATE_BYTES), ('surgery', _SURGERY_BYTES))
     }
 
     def ratio(batches: float) -> float:

@@ -29,12 +29,13 @@ from experiments.flags import Config
 from experiments.rules import make_rules
 from experiments.space import choice_at, make_ranges, make_run
 from experiments.sweep_flags import SearchConfig
+from experiments.trainer import Trainer
 
 try:
     import optuna
     from optuna.trial import TrialState
 
-    from experiments import study as studies
+    from experiments import studies
 except ImportError as error:  # an extra
     _missing = error
 else:
@@ -56,7 +57,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
     """Takes part in a study until it has all its trials, then writes and prints what it found.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       The best trial; the last line on standard output is the same as one JSON object. The folder
@@ -135,7 +136,7 @@ def _operate(
         _report(trial, config, record, bound)
 
     started = time.perf_counter()
-    trainer = run.Trainer(own, on_record)
+    trainer = Trainer(own, on_record)
     (dense,) = run.train_references([trainer], stopping)
     reference_error = trainer.error(dense, trainer.dataset.validation)
     bound = reference_error + config.tolerance
@@ -181,7 +182,7 @@ def _train_reference(config: SearchConfig, stopping: list[int]) -> str:
     # Without what is searched: another study in the folder may start from the same network.
     fields = {name: getattr(config, name) for name in _REFERENCE_FLAGS}
     own = Config(**fields, density=1.0, workdir=folder, resume=True)
-    run.train_references([run.Trainer(own)], stopping)
+    run.train_references([Trainer(own)], stopping)
     return folder
 
 

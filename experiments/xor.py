@@ -158,7 +158,7 @@ def solve(config: XorConfig) -> dict[str, Any]:
     """Does all networks, writes the tables and pictures, and prints the result.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       What is printed as the last line, as JSON.

@@ -21,7 +21,7 @@ def publish(config: ZooConfig) -> list[Path]:
     """Writes `NAME.safetensors`, `NAME.json`, the run's summary, and `NAME.md`, its card.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       The paths of the three.
@@ -36,7 +36,7 @@ def publish(config: ZooConfig) -> list[Path]:
         check_summary(summary)
     except ValueError as error:
         raise ValueError(f'{run / "summary.json"}: {error}') from error
-    # Where another run lay says nothing of the network; whose file it began with does.
+    # Folders of this machine mean nothing to others; the name of a Caffe file does.
     reference = Path(str(summary.get('flags', {}).pop('reference', None) or ''))
     if reference.suffix == '.caffemodel':
         summary['flags']['reference'] = reference.name

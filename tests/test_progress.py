@@ -72,7 +72,7 @@ def test_a_run_shows_steps_loss_error_and_compression(make, monkeypatch, capsys)
 def test_a_sweep_shows_which_runs_it_is_at(make, monkeypatch):
     config = make(FrontierConfig, compressions='4', seeds=3, side_by_side=2)
     with terminal(monkeypatch) as seen:
-        frontier.do_sweep(config)
+        frontier.frontier(config)
     text = ''.join(seen)
     for part in ('0/3', '4-0, 4-1', '2/3', '4-2', '3/3'):
         assert part in text
@@ -92,7 +92,7 @@ def test_a_search_shows_its_trials(make, monkeypatch, capsys):
 def test_without_a_terminal_nothing_is_shown(make, capsys):
     run.run(make(Config, compression=4.0))
     sweep = make(FrontierConfig, compressions='4', seeds=2)
-    frontier.do_sweep(dataclasses.replace(sweep, workdir=f'{sweep.workdir}s'))
+    frontier.frontier(dataclasses.replace(sweep, workdir=f'{sweep.workdir}s'))
     assert capsys.readouterr().err == ''
 
 

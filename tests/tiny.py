@@ -37,4 +37,4 @@ def run_tiny(fields, errors):
 
 if __name__ == '__main__':
     models.NETWORKS['tiny'] = Tiny
-    command_line.launch({'network': 'tiny'}, hosts.joined(run), ImageConfig)
+    command_line.launch({'network': 'tiny'}, hosts.with_processes(run), ImageConfig)

@@ -23,7 +23,7 @@ from experiments import plots
 from experiments.sweep_flags import SearchConfig
 
 _HEARTBEAT = 60  # seconds; a trial that misses two was killed
-_JUDGES = 5  # completed trials before any is given up
+_FEWEST_COMPLETED = 5  # completed trials before any is given up
 
 
 def check_storage(url: str) -> None:
@@ -144,7 +144,7 @@ def is_hopeless(completed: Sequence[FrozenTrial], step: int, excess: float) -> b
         for other in completed
         if step in other.intermediate_values
     ]
-    return len(falls) >= _JUDGES and excess > max(0.0, *falls)
+    return len(falls) >= _FEWEST_COMPLETED and excess > max(0.0, *falls)
 
 
 def find_best(completed: Sequence[FrozenTrial]) -> FrozenTrial | None:
