@@ -11,7 +11,7 @@ import jax
 from dns_jax.files import write_whole
 from dns_jax.sparse import load_sparse
 from experiments import command_line, report
-from experiments.summaries import check_summary, read_summary
+from experiments.summaries import read_whole_summary
 from experiments.tool_flags import ZooConfig
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
@@ -31,11 +31,7 @@ def publish(config: ZooConfig) -> list[Path]:
       OSError: if the run is not finished, or the zoo cannot be written.
     """
     run = Path(config.workdir)
-    summary = read_summary(run / 'summary.json')
-    try:
-        check_summary(summary)
-    except ValueError as error:
-        raise ValueError(f'{run / "summary.json"}: {error}') from error
+    summary = read_whole_summary(run / 'summary.json')
     # Folders of this machine mean nothing to others; the name of a Caffe file does.
     reference = Path(str(summary.get('flags', {}).pop('reference', None) or ''))
     if reference.suffix == '.caffemodel':
