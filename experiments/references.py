@@ -18,7 +18,7 @@ from experiments import meshes
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 from experiments.train import TrainState
-from experiments.workdir import read_flags
+from experiments.workdir import CHECKPOINTS_FOLDER, read_flags
 
 # Their first layers; Caffe shows these networks blue, green and red, in this order.
 _COLOUR_LAYERS = {'alexnet': 'conv1', 'vgg16': 'conv1_1'}
@@ -48,7 +48,7 @@ def read(config: Config, like: TrainState) -> dns_jax.Params:
 
 
 def _of_run(folder: Path, config: Config, like: TrainState) -> dns_jax.Params:
-    checkpoints_folder = folder / 'checkpoints' / 'reference'
+    checkpoints_folder = folder / CHECKPOINTS_FOLDER / 'reference'
     if not checkpoints_folder.is_dir():
         raise FileNotFoundError(f'--reference={folder} has no {checkpoints_folder}')
     flags, own = read_flags(folder), config.identity()

@@ -27,7 +27,7 @@ from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
 from experiments.rules import make_optimizer
 from experiments.trainer import Trainer
-from experiments.workdir import PHASES
+from experiments.workdir import CHECKPOINTS_FOLDER, PHASES
 
 
 class Stopped(RuntimeError):
@@ -152,7 +152,7 @@ class Phase:
 
     def __init__(self, name: str, trainer: Trainer, state: train.TrainState, steps: int):
         self.name, self.trainer, self.state, self.steps = name, trainer, state, steps
-        self.folder = trainer.folder / 'checkpoints' / name
+        self.folder = trainer.folder / CHECKPOINTS_FOLDER / name
         self.checkpoints = Checkpoints(self.folder)
         self.done, self.progress = 0, {}
         self.setbacks: tuple[bool, ...] = ()  # for each, whether surgery had emptied a layer

@@ -30,6 +30,7 @@ from experiments.rules import make_rules
 from experiments.space import choice_at, make_ranges, make_run
 from experiments.sweep_flags import SearchConfig
 from experiments.trainer import Trainer
+from experiments.workdir import CHECKPOINTS_FOLDER
 
 try:
     import optuna
@@ -148,7 +149,7 @@ def _operate(
             trial.set_constraint('validation error', 100.0)
         raise optuna.TrialPruned from reason
     finally:
-        shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     kept, error = sum(records[-1]['kept'].values()), records[-1]['validation_error']
     # Rounded: 2.02 + 0.1 is not quite 2.12.
     trial.set_constraint('validation error', round(error - bound, 9))

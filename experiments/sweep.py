@@ -18,6 +18,7 @@ from experiments.run import run_together
 from experiments.summaries import read_summary
 from experiments.sweep_flags import FrontierConfig
 from experiments.tables import Table, to_text, write_csv
+from experiments.workdir import SUMMARY_FILE
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
@@ -130,6 +131,6 @@ def _without_seed(run: Config) -> dict[str, Any]:
 
 def _finished(run: Config) -> Mapping[str, Any] | None:
     """Reads the summary of a run that was finished with these flags, so as not to repeat it."""
-    path = Path(run.workdir) / 'summary.json'
+    path = Path(run.workdir) / SUMMARY_FILE
     summary = read_summary(path) if path.exists() else {}
     return summary if summary.get('flags') == run.identity() else None

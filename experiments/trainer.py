@@ -22,7 +22,7 @@ from experiments.feeds import open_feed
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
 from experiments.rules import make_optimizer, make_pruner, make_rules, takes_part
-from experiments.workdir import PHASES, Records, claim
+from experiments.workdir import NETWORK_FILE, PHASES, Records, claim
 
 
 class Trainer:
@@ -125,7 +125,7 @@ class Trainer:
         inputs = {'input_scale': repr(self.inputs.scale)}
         if any(self.inputs.mean):
             inputs['input_mean'] = ','.join(map(repr, self.inputs.mean))
-        path = self.folder / 'pruned.safetensors'
+        path = self.folder / NETWORK_FILE
         save_sparse(path, params, masks, {'network': self.config.network, **inputs})
         first_layer = masks.get('fc1', {}).get('kernel')
         sees_pixels = self.config.network == 'lenet300' and np.ndim(first_layer)

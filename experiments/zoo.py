@@ -13,6 +13,7 @@ from dns_jax.sparse import load_sparse
 from experiments import command_line, report
 from experiments.summaries import read_whole_summary
 from experiments.tool_flags import ZooConfig
+from experiments.workdir import NETWORK_FILE, SUMMARY_FILE
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 
@@ -31,13 +32,13 @@ def publish(config: ZooConfig) -> list[Path]:
       OSError: if the run is not finished, or the zoo cannot be written.
     """
     run = Path(config.workdir)
-    summary = read_whole_summary(run / 'summary.json')
+    summary = read_whole_summary(run / SUMMARY_FILE)
     # Folders of this machine mean nothing to others; the name of a Caffe file does.
     reference = Path(str(summary.get('flags', {}).pop('reference', None) or ''))
     if reference.suffix == '.caffemodel':
         summary['flags']['reference'] = reference.name
     card = report.card(summary)
-    network = load_sparse(run / 'pruned.safetensors')
+    network = load_sparse(run / NETWORK_FILE)
     kept = sum(int(mask.sum()) for mask in jax.tree.leaves(network.masks))
     if kept != summary['kept']:
         raise ValueError(
@@ -46,7 +47,7 @@ def publish(config: ZooConfig) -> list[Path]:
         )
     FOLDER.mkdir(exist_ok=True)
     paths = [FOLDER / f'{config.name}.{end}' for end in ('safetensors', 'json', 'md')]
-    write_whole(paths[0], (run / 'pruned.safetensors').read_bytes())
+    write_whole(paths[0], (run / NETWORK_FILE).read_bytes())
     write_whole(paths[1], json.dumps(summary, indent=2) + '\n')
     write_whole(paths[2], card)
     print(json.dumps([str(path) for path in paths]))

@@ -175,7 +175,7 @@ TOOLS = {
         *('command_line', 'models', 'plots', 'probes', 'progress', 'tables', 'tool_flags', 'train'),
         'xor_plots',
     },
-    'zoo': {'command_line', 'report', 'summaries', 'tool_flags'},
+    'zoo': {'command_line', 'report', 'summaries', 'tool_flags', 'workdir'},
 }
 
 
