@@ -19,7 +19,7 @@ _CIFAR10_ROW = 3_073  # One byte for the label, then 1,024 each of red, green an
 _MOST_BYTES = 2**26  # Of an array in an archive: the largest, MNIST's images, have 47 million.
 _MOST_HEADER = 2**13  # Bytes of what stands before a member of a tar: a path has fewer.
 # What a damaged archive makes the standard library raise.
-_OF_DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
+_DAMAGE_ERRORS = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 def read_idx(path: os.PathLike[str]) -> np.ndarray:
@@ -45,7 +45,7 @@ def read_idx(path: os.PathLike[str]) -> np.ndarray:
                 raise ValueError(f'its shape is {shape}, which is over {_MOST_BYTES:,} bytes')
             content = file.read(size + 1)  # No more, for what is packed may be without bound.
         return np.frombuffer(content, np.uint8).reshape(shape)
-    except (ValueError, *_OF_DAMAGE) as error:
+    except (ValueError, *_DAMAGE_ERRORS) as error:
         raise ValueError(f'{os.fspath(path)} is damaged: {error}') from error
 
 
@@ -110,7 +110,7 @@ def _open_tar(path: str | os.PathLike[str], mode: Any = 'r:') -> Iterator[tarfil
     try:
         with tarfile.open(path, mode, tarinfo=_Member) as archive:
             yield archive
-    except _OF_DAMAGE as error:
+    except _DAMAGE_ERRORS as error:
         raise ValueError(f'{path} is cut short or no tar archive: {error}') from error
 
 
@@ -167,7 +167,7 @@ def iterate_classes(path: pathlib.Path) -> Iterator[tuple[str, bytes, str]]:
                 with tarfile.open(fileobj=class_file, mode='r:', tarinfo=_Member) as images:
                     for name, file in _iterate_files(images):
                         yield name, file.read(), class_name.removesuffix('.tar')
-            except _OF_DAMAGE as error:
+            except _DAMAGE_ERRORS as error:
                 raise ValueError(f'{path}: {class_name} is damaged: {error}') from error
 
 

@@ -16,9 +16,8 @@ from dns_jax.compact import CompactNetwork, compact
 from dns_jax.sharing import expand
 from dns_jax.sparse import load_sparse
 from experiments import models
+from experiments.tool_flags import CODED
 
-IMAGE_SHAPE = (28, 28, 1)
-CODED = '.dns'  # how the name of a coded file ends
 _MOST_WEIGHTS = 2**28  # of a made layer, more than the largest of VGG-16
 _SYNTHETIC = re.compile(r'fc:([1-9]\d{0,5})x([1-9]\d{0,5}):(0?\.\d+|1)')
 
@@ -78,7 +77,7 @@ def _find_chain(metadata: Mapping[str, str]) -> tuple[Chain, tuple[int, ...]]:
     if 'chain' in metadata:
         return chain_from_json(metadata['chain']), _parse_shape(metadata.get('input_shape', ''))
     if metadata.get('network') in models.CHAINS:
-        return models.CHAINS[metadata['network']], IMAGE_SHAPE
+        return models.CHAINS[metadata['network']], models.MNIST_INPUT.image_shape
     raise ValueError(
         f'it has no chain, and names the network {metadata.get("network")!r}, which is none of '
         f'{sorted(models.CHAINS)}'

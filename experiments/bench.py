@@ -3,13 +3,14 @@
 python -m experiments.bench [--peer=PYTHON]
 
 Every program runs many steps per call, as training does but for the counts of its records, and all
-take turns in one process; medians are reported, and ratios of neighbours in time. Surgery updates
-its masks at every step (σ = 1), its dearest. A refresh is what a density rule adds once every
-`refresh_every` steps. Memory is what the compiler plans. A peer is a script
-that prints one JSON object, `{network: {"dense": {"median_ms": …}, "surgery": {"median_ms": …}}}`,
+take turns in one process; medians are reported, and ratios within a round. Surgery updates its
+masks at every step (σ = 1), the most it can cost. A refresh is what a density rule adds once every
+`refresh_every` steps. Memory is what the compiler plans. A peer is a script that prints one JSON
+object, `{network: {"dense": {"median_ms": …}, "surgery": {"median_ms": …}}}`,
 for the same steps.
 """
 
+import itertools
 import json
 import subprocess
 import time
@@ -18,25 +19,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import dns_jax
-from experiments import flags, models, train
-from experiments.commands import BenchConfig
+from experiments import command_line, models, progress, timing, train
+from experiments.tool_flags import BenchConfig
 
 _BATCH_SIZE = 64
 _EXAMPLES = 10_000
 # A call takes long enough to be timed, and short enough for the machine to stay the same.
 _STEPS_PER_CALL = {'lenet300': 250, 'lenet5': 25}
 _LARGE_LAYER = (9_216, 4_096)  # the largest of AlexNet, 38 million weights
-_KINDS = {
-    'dense': None,
-    'surgery': dns_jax.mean_std(c_rate=1.0),
-    'density': dns_jax.global_density(0.02),
-}
 
 
-class Program(NamedTuple):
+class TimedCall(NamedTuple):
     """A compiled call of many steps, and what it is called with."""
 
     compiled: jax.stages.Compiled
@@ -55,33 +50,25 @@ class Program(NamedTuple):
         return analysis.peak_memory_in_bytes / 2**20
 
 
-def make_program(name: str, kind: str) -> Program:
+def compile_call(name: str, kind: str) -> TimedCall:
     """Compiles the training of a network on random images.
 
     Args:
       name: of the network.
-      kind: 'dense', without masks; 'surgery', with thresholds from the start; or 'density', with
-        thresholds refreshed once in the call.
+      kind: of `timing.KINDS`; thresholds by density are refreshed once in the call.
 
     Returns:
-      The program.
+      The call.
     """
     network, steps = models.NETWORKS[name](), _STEPS_PER_CALL[name]
-    rules, thresholds = {}, _KINDS[kind]
-    if thresholds:
-        refresh_every = steps if kind == 'density' else 0
-        rules['*'] = dns_jax.Rule(thresholds, dns_jax.update_probability(power=0), refresh_every)
-    optimizer = optax.chain(
-        dns_jax.surgery(rules, jax.random.key(0)),
-        dns_jax.caffe_sgd(dns_jax.caffe_inv(0.01, 1e-4, 0.75)),
-    )
+    optimizer = timing.make_optimizer(kind, refresh_every=steps)
     random = np.random.default_rng(0)
     images = jnp.asarray(random.integers(0, 256, (_EXAMPLES, 28, 28, 1), np.uint8))
     labels = jnp.asarray(random.integers(0, 10, _EXAMPLES, np.int32))
     batches = jnp.asarray(random.integers(0, _EXAMPLES, (steps, _BATCH_SIZE), np.int32))
     params = network.init(jax.random.key(0), images[:1] / 256)['params']
     state = train.TrainState(params, optimizer.init(params))
-    step = train.make_step(network, optimizer)
+    step = train.make_step(network, optimizer, models.INPUTS[name])
 
     @jax.jit
     def run_steps(state, images, labels, batches):
@@ -93,7 +80,7 @@ def make_program(name: str, kind: str) -> Program:
         )
 
     arguments = (state, images, labels, batches)
-    return Program(run_steps.lower(*arguments).compile(), arguments, steps)
+    return TimedCall(run_steps.lower(*arguments).compile(), arguments, steps)
 
 
 def measure(config: BenchConfig) -> dict[str, Any]:
@@ -111,14 +98,15 @@ def measure(config: BenchConfig) -> dict[str, Any]:
       OSError: if the peer cannot be started.
       RuntimeError: if the peer fails.
     """
+    keys = list(itertools.product(_STEPS_PER_CALL, timing.KINDS))
     programs = {
-        (name, kind): make_program(name, kind) for name in _STEPS_PER_CALL for kind in _KINDS
+        key: compile_call(*key) for key in progress.bar(keys, 'compiling', unit=' programs')
     }
     for program in programs.values():
         program.milliseconds()
     times = {key: [] for key in programs}
     peer_rows = []
-    for number in range(config.rounds):
+    for number in progress.bar(range(config.rounds), 'timing', unit=' rounds'):
         if config.peer and number * config.peer_rounds // config.rounds == len(peer_rows):
             peer_rows.append(_run_peer(config.peer, config.peer_script))
         for key, program in programs.items():
@@ -126,7 +114,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
     table: dict[str, Any] = {}
     for name in _STEPS_PER_CALL:
-        dense, surgery, density = (np.array(times[name, kind]) for kind in _KINDS)
+        dense, surgery, density = (np.array(times[name, kind]) for kind in timing.KINDS)
         table[name] = {
             'dense_ms': float(np.median(dense)),
             'surgery_ms': float(np.median(surgery)),
@@ -181,7 +169,7 @@ def bench(config: BenchConfig) -> None:
     """Prints the table, and as the last line the same as one JSON object."""
     table = measure(config)
     peer = table.get('peer', {})
-    print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {_BATCH_SIZE}')
+    print(f'{timing.describe_device()}, batch {_BATCH_SIZE}')
     for name in _STEPS_PER_CALL:
         row = table[name]
         print(
@@ -205,4 +193,4 @@ def bench(config: BenchConfig) -> None:
 
 
 if __name__ == '__main__':
-    flags.launch({}, bench, BenchConfig)
+    command_line.launch({}, bench, BenchConfig)

@@ -4,16 +4,17 @@ python -m experiments.compare --flagfile=experiments/flagfiles/compare_digits.fl
 
 All variants start from the same reference network of their seed and take as many steps. Each run
 has a folder of its own in the workdir; with --resume those that are finished are read, so
-processes with seeds of their own may share a workdir.
+processes with seeds of their own may share a workdir. The time of a run is that of all that went
+side by side with it, after --resume without what was done before.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import flags, plots, sweep, sweep_report
-from experiments.commands import CompareConfig
+from experiments import command_line, plots, sweep, sweep_report
 from experiments.flags import Config
 from experiments.parsers import parse_step
+from experiments.sweep_flags import CompareConfig
 from experiments.workdir import read_records
 
 COLUMNS = (
@@ -28,7 +29,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Does every run, writes `compare.csv`, `.md`, `.png` and `.html`, and prints the table.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       One row for each run, of the columns of `compare.csv`; the last line on standard output is
@@ -107,4 +108,4 @@ def _errors_of_cut(run, summary, records) -> dict[str, float]:
 
 
 if __name__ == '__main__':
-    flags.launch({}, compare, CompareConfig)
+    command_line.launch({}, compare, CompareConfig)

@@ -1,10 +1,11 @@
-"""Every data set, prepared and read through TFDS without TensorFlow, its arrays cached.
+"""The small data sets, whole: prepared through TFDS without TensorFlow, cached as arrays.
 
 The first `load` of a set prepares its standard TFDS folder in the ArrayRecord format, decodes it,
 and writes `data_dir/dns_jax_cache/<name>-<version>.npz`; later ones read that file alone.
 """
 
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -13,7 +14,6 @@ import zipfile
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from dns_jax.files import write_whole
 
@@ -137,6 +137,35 @@ def resolve_folders(
     return pathlib.Path(data_dir).expanduser(), manual
 
 
+def batch_indices(
+    seed: tuple[int, ...], examples: int, batch_size: int, start: int, steps: int
+) -> np.ndarray:
+    """Chooses the images of some steps: one shuffled epoch after the other, without gaps.
+
+    A pure function of its arguments, so that a resumed run sees the same batches.
+
+    Args:
+      seed: of the shuffles, one number or more.
+      examples: images in the training split.
+      batch_size: images per step.
+      start: the first step.
+      steps: how many steps.
+
+    Returns:
+      Indices into the split, (steps, batch_size) int32.
+    """
+    first, last = start * batch_size, (start + steps) * batch_size
+    epochs = range(first // examples, (last - 1) // examples + 1)
+    order = np.concatenate([_shuffled_epoch(seed, examples, epoch) for epoch in epochs])
+    offset = epochs[0] * examples
+    return order[first - offset : last - offset].reshape(steps, batch_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled_epoch(seed: tuple[int, ...], examples: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([*seed, epoch]).permutation(examples).astype(np.int32)
+
+
 def _make_writable(folder: pathlib.Path, data_dir: str) -> None:
     """Makes the cache folder, so that a `data_dir` of no use fails before the long work begins."""
     try:
@@ -205,11 +234,14 @@ def _prepare(
 
 def _decode(builder, split: str, count: int) -> dict[str, np.ndarray]:
     """Decodes a split of a prepared TFDS builder, which must hold `count` examples."""
+    # Brings JAX, which processes that decode images later on need not wait for.
+    from experiments import progress
+
     examples = builder.as_data_source(split)
     if len(examples) != count:
         raise ValueError(f'its {split} split holds {len(examples)} examples, wanted {count}')
     images, labels = np.empty((count, 28, 28, 1), np.uint8), np.empty((count,), np.int32)
-    title = f'Decoding {builder.name} {split}'
-    for index, example in enumerate(tqdm(examples, title, unit=' images', disable=None)):
+    title = f'decoding {builder.name} {split}'
+    for index, example in enumerate(progress.bar(examples, title, unit=' images')):
         images[index], labels[index] = example['image'], example['label']
     return {f'{split}_images': images, f'{split}_labels': labels}

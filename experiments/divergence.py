@@ -70,32 +70,56 @@ def _are_finite(layers: Mapping[str, Sequence[jax.Array]]) -> dict[str, jax.Arra
     }
 
 
-def calmed(
-    optimizer: optax.GradientTransformation, setbacks: Sequence[bool]
-) -> optax.GradientTransformation:
-    """Makes the optimizer that a phase goes on with after setbacks.
+def after_setbacks(
+    pruner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
+    setbacks: Sequence[bool],
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Makes the pruner and the optimizer that a phase goes on with after setbacks.
 
     Args:
-      optimizer: of the phase, with surgery in it.
+      pruner: of the phase.
+      optimizer: what it is chained with.
       setbacks: for each, whether surgery had emptied a layer.
 
     Returns:
-      The same with half the learning rate for each setback; once a layer was emptied, with masks
-      that stay as they are. Its state is that of the optimizer.
+      Both, with half the learning rate for each setback; once a layer was emptied, with masks that
+      stay as they are. Their states are as before.
     """
     if not setbacks:
-        return optimizer
+        return pruner, optimizer
 
-    def update_fn(updates, state, params: Any = None):
-        updates, new_state = optimizer.update(updates, state, params)
+    def prune_fn(updates, state, params: Any = None):
+        updates, new_state = pruner.update(updates, state, params)
         if any(setbacks):
             new_state = optax.tree.set(new_state, masks=optax.tree.get(state, 'masks'))
-        return optax.tree.scale(0.5 ** len(setbacks), updates), new_state
+        return updates, new_state
 
-    return optax.GradientTransformation(optimizer.init, update_fn)
+    def train_fn(updates, state, params: Any = None):
+        updates, state = optimizer.update(updates, state, params)
+        return optax.tree.scale(0.5 ** len(setbacks), updates), state
+
+    return (
+        optax.GradientTransformation(pruner.init, prune_fn),
+        optax.GradientTransformation(optimizer.init, train_fn),
+    )
 
 
-def foresee(
+def frozen(pruner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Makes a transformation with the state of a pruner that leaves it as it is.
+
+    Args:
+      pruner: holds the masks in its state.
+
+    Returns:
+      A transformation whose masks stay those of the state.
+    """
+    return optax.GradientTransformation(
+        pruner.init, lambda updates, state, params=None: (updates, state)
+    )
+
+
+def find_emptied_layers(
     rules: Mapping[str, dns_jax.Rule],
     params: dns_jax.Params,
     steps: int,

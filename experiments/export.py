@@ -20,11 +20,11 @@ from dns_jax.export import save_dense, save_onnx, save_stablehlo
 from dns_jax.runners import choose_kinds, jax_runner
 from dns_jax.sharing import expand, share_weights
 from dns_jax.sparse import save_sparse
-from experiments import data, flags, models
+from experiments import command_line, data, models
 from experiments.artefacts import Model, load_model
-from experiments.commands import ExportConfig
 from experiments.references import write_caffemodel
 from experiments.tables import table
+from experiments.tool_flags import CODED, ExportConfig
 from experiments.train import make_error
 from experiments.tuning import finetune
 
@@ -45,7 +45,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
       FloatingPointError: if tuning diverges.
     """
     model = load_model(config.model, to_run=config.format != 'caffemodel')
-    path = Path(config.output or f'runs/exports/{model.name}.{_ENDINGS[config.format]}')
+    path = Path(config.output or f'runs/exports/{model.name}{_ENDINGS[config.format]}')
     path.parent.mkdir(parents=True, exist_ok=True)
     errors = _FORMATS[config.format](config, model, path)
     dense_bytes = 4 * sum(leaf.size for layer in model.params.values() for leaf in layer.values())
@@ -117,7 +117,7 @@ def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
     if config.finetuning_steps:
         shared = finetune(network, model.params, shared, dataset.train, **options)
     save_coded(path, shared)
-    error, written = make_error(network), expand(*load_coded(path)[:3])
+    error, written = make_error(network, models.MNIST_INPUT), expand(*load_coded(path)[:3])
     splits = {'': dataset.test}
     if not config.train_on_all:
         splits['validation_'] = dataset.validation
@@ -145,13 +145,13 @@ _FORMATS: dict[str, Callable[[ExportConfig, Model, Path], dict[str, float]]] = {
     'stablehlo': partial(_write_compact, save_stablehlo),
 }
 _ENDINGS = {
-    'dense': 'dense.safetensors',
-    'sparse': 'sparse.safetensors',
-    'coded': 'dns',
-    'caffemodel': 'caffemodel',
-    'onnx': 'onnx',
-    'stablehlo': 'stablehlo',
+    'dense': '.dense.safetensors',
+    'sparse': '.sparse.safetensors',
+    'coded': CODED,
+    'caffemodel': '.caffemodel',
+    'onnx': '.onnx',
+    'stablehlo': '.stablehlo',
 }
 
 if __name__ == '__main__':
-    flags.launch({}, export, ExportConfig)
+    command_line.launch({}, export, ExportConfig)

@@ -23,7 +23,7 @@ _AHEAD = 2  # batches on their way to the devices beside the one computed with
 
 
 class Feed(Protocol):
-    """What a trainer asks of either."""
+    """What a run asks of its feed, resident or streamed."""
 
     dataset: Any  # with the splits train, validation and test
     network: nn.Module
@@ -74,7 +74,7 @@ class Resident:
             config.dataset, config.data_dir, config.manual_dir, config.train_on_all
         )
         self.network = models.NETWORKS[config.network]()
-        self.image_shape: tuple[int, int, int] = (28, 28, 1)
+        self.image_shape = models.MNIST_INPUT.image_shape
 
     def place(self, state):
         """Leaves a new state as it is."""
@@ -83,14 +83,14 @@ class Resident:
     def compile(self, step, states):
         """Makes one call of all steps, for one network or several side by side."""
         del states
-        run_chunks = train.make_chunks(step)
+        run_chunks = train.make_run_chunks(step)
         split = self.dataset.train
         images, labels = jax.device_put((split.images, split.labels))
         return lambda states, batches: run_chunks(states, images, labels, batches)
 
     def batches(self, seed, start, count):
         """Chooses images by number."""
-        return train.batch_indices(seed, len(self.dataset.train), self._batch_size, start, count)
+        return data.batch_indices(seed, len(self.dataset.train), self._batch_size, start, count)
 
 
 class Streamed:
@@ -139,7 +139,7 @@ class Streamed:
         """Spreads a state over the mesh."""
         leaves, structure = jax.tree.flatten(state)
         places = jax.tree.leaves(meshes.shardings(self._mesh, state.params, state))
-        # What lies there already is not copied: the next step takes its memory over.
+        # What lies there already is not copied: the next step donates it.
         moving = {
             number: leaf
             for number, leaf in enumerate(leaves)
@@ -153,7 +153,7 @@ class Streamed:
 
     def compile(self, step, states):
         """Makes one call of every step."""
-        run_chunk = train.make_streamed_chunk(step, states[0])
+        run_chunk = train.make_run_streamed_chunk(step, states[0])
 
         def run_chunks(states, batches):
             return tuple(map(run_chunk, states, batches))

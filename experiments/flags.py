@@ -1,46 +1,28 @@
-"""The command line: every flag, once, as a field of one frozen `Config`.
+"""The flags of a run, as fields of one frozen `Config`.
 
-Flags are defined here and, for the commands that stand on runs, in `commands`. A field's type
-makes the flag's parser, its metadata the help text; an entry script gives its own defaults. What
-is written within a flag is for `parsers`.
+Those of streamed images are in `image_flags`, those of other commands in `sweep_flags` and
+`tool_flags`. What is written within a flag is for `parsers`.
 """
 
 import dataclasses
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from absl import app, logging
-from absl import flags as absl_flags
+from typing import Any
 
 from experiments import data
+from experiments.command_line import check_finite, flag
 from experiments.parsers import parse_learning_rate
-
-C = TypeVar('C', bound=Any)  # a dataclass of flags
-
-
-def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """Makes a field that is a flag.
-
-    Args:
-      default: of the flag.
-      text: for --help.
-      **metadata: `choices`, or options of absl's definition.
-
-    Returns:
-      The field of a configuration.
-    """
-    return dataclasses.field(default=default, metadata={'help': text, **metadata})
-
 
 PRUNERS = ('surgery', 'han', 'iterative', 'one_shot', 'gradual', 'set', 'rigl')
 REGROWING = ('set', 'rigl')
-_OF_SURGERY = (
+_SURGERY_FLAGS = (
     *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
     'count_returns',
 )
+DATA_DIR_HELP = 'Folder of prepared sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.'
+MANUAL_DIR_HELP = "Folder with the set's published files; by default they are downloaded."
+_ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
+_ONE_OF = 'One of --compression, --density, --layer_density, --c_rate must be given.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +32,40 @@ class Config:
     network: str  # chosen by the entry script, not a flag
 
     dataset: str = flag('mnist', 'Data set.', choices=data.DATASETS)
-    data_dir: str | None = flag(None, 'TFDS folder; by default TFDS chooses.')
-    manual_dir: str | None = flag(None, "Folder with the set's published files, read offline.")
+    data_dir: str | None = flag(None, DATA_DIR_HELP, decides=False)
+    manual_dir: str | None = flag(None, MANUAL_DIR_HELP, decides=False)
     train_on_all: bool = flag(False, 'Train on the validation images too (a final run).')
-    workdir: str = flag('runs/latest', 'Folder of this run.')
+    workdir: str = flag('runs/latest', 'Folder that the run writes to.', decides=False)
     reference: str | None = flag(
-        None, 'Folder of a run whose reference network to start from, or a .caffemodel file.'
+        None,
+        'Folder of a run, or .caffemodel file (with --train_on_all), to start from; by default a '
+        'dense network is trained.',
     )
-    resume: bool = flag(False, 'Continue the run in workdir.')
-    overwrite: bool = flag(False, 'Delete the run in workdir first.')
-    tensorboard: bool = flag(False, 'Also write TensorBoard events (needs tensorboardX).')
+    resume: bool = flag(False, 'Continue the run in --workdir.', decides=False)
+    overwrite: bool = flag(False, 'Delete the run in --workdir first.', decides=False)
+    tensorboard: bool = flag(
+        False, 'Also write TensorBoard events (needs tensorboardX).', decides=False
+    )
     seed: int = flag(0, 'Seeds the weights, the order of the images and the coins.', lower_bound=0)
 
     batch_size: int = flag(64, 'Images per step.', lower_bound=1)
     reference_steps: int = flag(10_000, 'Steps of dense training.', lower_bound=1)
     surgery_steps: int = flag(16_000, 'Steps of surgery.', lower_bound=1)
     finetuning_steps: int = flag(
-        10_000, 'Steps of training with frozen masks after surgery.', lower_bound=0
+        10_000,
+        'Steps of training with frozen masks after surgery; 0 leaves the phase out.',
+        lower_bound=0,
     )
-    record_every: int = flag(500, 'Steps per record.', lower_bound=1)
-    checkpoint_every: int = flag(2_000, 'Steps per checkpoint.', lower_bound=1)
+    record_every: int = flag(
+        500,
+        'Steps from one record of loss, validation error and kept connections to the next.',
+        lower_bound=1,
+    )
+    checkpoint_every: int = flag(
+        2_000,
+        'Steps from one checkpoint to the next; a multiple of --record_every.',
+        lower_bound=1,
+    )
     on_divergence: str = flag(
         'stop',
         'Where training breaks down: stop, or rollback to the last checkpoint and go on with half '
@@ -79,69 +75,131 @@ class Config:
     )
 
     reference_learning_rate: str = flag(
-        'inv:0.01,1e-4,0.75', "Caffe's policy and its numbers for dense training."
+        'inv:0.01,1e-4,0.75',
+        'Learning rate of dense training: fixed:BASE, exp:BASE,GAMMA, inv:BASE,GAMMA,POWER, '
+        'poly:BASE,POWER or step:BASE,GAMMA,STEPS, as in Caffe.',
     )
-    learning_rate: str = flag('inv:0.01,1e-4,0.75', 'The same for surgery.')
-    finetuning_learning_rate: str = flag('poly:0.05,1', 'The same for fine-tuning.')
-    reference_weight_decay: float = flag(5e-4, 'Weight decay of dense training.')
-    weight_decay: float = flag(5e-4, 'Weight decay of surgery, on all dense weights.')
-    finetuning_weight_decay: float = flag(0.0, 'Weight decay of fine-tuning.')
-    momentum: float = flag(0.9, 'Momentum.')
+    learning_rate: str = flag(
+        'inv:0.01,1e-4,0.75',
+        'Learning rate of surgery, in the form of --reference_learning_rate.',
+    )
+    finetuning_learning_rate: str = flag(
+        'poly:0.05,1', 'Learning rate of fine-tuning, in the form of --reference_learning_rate.'
+    )
+    reference_weight_decay: float = flag(
+        5e-4, f'Weight decay of dense training, {_ADDED_TO_THE_GRADIENT}.'
+    )
+    weight_decay: float = flag(
+        5e-4, f'Weight decay of surgery, on all dense weights, {_ADDED_TO_THE_GRADIENT}.'
+    )
+    finetuning_weight_decay: float = flag(
+        0.0, f'Weight decay of fine-tuning, {_ADDED_TO_THE_GRADIENT}.'
+    )
+    momentum: float = flag(
+        0.9, 'Momentum: share of the last update that goes into the next, in [0, 1).'
+    )
     bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.')
     decay_biases: bool = flag(True, 'Whether weight decay is for biases too.')
 
     compression: float | None = flag(
-        None, 'All parameters / kept parameters to reach; the layers share by themselves.'
+        None,
+        f'All parameters / kept parameters to reach; the layers share by themselves. {_ONE_OF}',
     )
-    density: float | None = flag(None, 'The same, as kept / all parameters.')
+    density: float | None = flag(None, f'Kept parameters / all parameters to reach. {_ONE_OF}')
     layer_density: str = flag(
-        '', 'Kept / all to reach, of what takes part in a layer, as LAYER:NUMBER,…'
+        '',
+        'Kept / all to reach, of what takes part in a layer, as LAYER:NUMBER,…; layers not named '
+        f'stay dense. {_ONE_OF}',
     )
-    c_rate: str = flag('', 'c of the thresholds mean + c · std, of han c · std, as LAYER:NUMBER,…')
+    c_rate: str = flag(
+        '',
+        'c of the thresholds mean + c · std, of --pruner=han c · std, in standard deviations, as '
+        f'LAYER:NUMBER,…; layers not named stay dense. {_ONE_OF}',
+    )
     refresh_statistics: int = flag(
-        0, 'Steps from one reading of mean and std to the next; 0 reads them once.', lower_bound=0
+        0,
+        'Steps from one reading of mean and std, for --c_rate, to the next; 0 reads them once.',
+        lower_bound=0,
     )
-    score: str = flag('norm', 'How layers share one density.', choices=('norm', 'rms', 'erk'))
-    ramp: str = flag('log', 'How densities fall under surgery: log, or poly:POWER.')
+    score: str = flag(
+        'norm',
+        "How layers share --compression or --density: by each weight's share of its layer's norm, "
+        'of its root mean square (rms), or by kernel axes (erk).',
+        choices=('norm', 'rms', 'erk'),
+    )
+    ramp: str = flag(
+        'log', 'How the density falls under surgery: log (by equal factors) or poly:POWER.'
+    )
     ramp_start: str = flag(
         '0%',
-        'Step, or share of the surgery steps, at which they begin to; the first round. With '
-        '--layer_density also as LAYER:STEP,…',
+        'Step, or share of the surgery steps, at which the density begins to fall, or the first '
+        'round is; with --layer_density also LAYER:STEP,…',
     )
     ramp_end: str = flag(
-        '80%', 'Step or share at which they are reached; the last round. Also as LAYER:STEP,…'
+        '80%',
+        'Step, or share of the surgery steps, at which the density is reached, or the last round '
+        'is; with --layer_density also LAYER:STEP,…',
     )
     refresh_every: int = flag(
         500,
         'Steps from one choice of thresholds by density to the next, and from one round of '
-        'gradual, set and rigl to the next.',
+        '--pruner=gradual, set and rigl to the next.',
         lower_bound=1,
     )
-    start: str = flag('0', 'First step, or share, with mask updates, as LAYER:STEP,…')
-    stop: str = flag('100%', 'First step, or share, without mask updates, as LAYER:STEP,…')
-    hysteresis: float = flag(0.1, 'Half the relative width of the band between thresholds.')
-    update_gamma: float = flag(1e-4, 'Decay of the update probability, per step.')
-    update_power: float = flag(0.0, 'Power of the update probability; 0 updates at every step.')
+    start: str = flag(
+        '0', 'First step, or share of the surgery steps, with mask updates, as LAYER:STEP,…'
+    )
+    stop: str = flag(
+        '100%', 'First step, or share of the surgery steps, without mask updates, as LAYER:STEP,…'
+    )
+    hysteresis: float = flag(
+        0.1,
+        'Half the relative width of the band between thresholds: 0.1 puts them at 0.9·t and 1.1·t.',
+    )
+    update_gamma: float = flag(
+        1e-4,
+        'γ of the update probability (1 + γ·step)^−power, per step; not read where '
+        '--update_power=0.',
+    )
+    update_power: float = flag(
+        0.0,
+        'Power of the update probability (1 + γ·step)^−power; at 0 masks are updated at every '
+        'step.',
+    )
     prune_biases: bool = flag(True, 'Whether biases take part in surgery.')
 
-    pruner: str = flag('surgery', 'What prunes in the place of surgery.', choices=PRUNERS)
+    pruner: str = flag(
+        'surgery',
+        'What prunes: surgery; han, the rounds of Han et al. by --c_rate; iterative, as many '
+        'rounds by density; one_shot, in one step; gradual, by the cubic ramp of Zhu and Gupta; '
+        'set or rigl, in one step, after which connections are exchanged.',
+        choices=PRUNERS,
+    )
     importance: str = flag(
         'magnitude',
         'What says how much a connection matters: |w|, |w · gradient| or nothing.',
         choices=('magnitude', 'taylor', 'chance'),
     )
     splicing: bool = flag(True, 'Whether surgery lets pruned connections return.')
-    rounds: int = flag(5, 'Rounds of han and iterative.', lower_bound=1, upper_bound=1_000)
-    drop: float = flag(0.3, 'Share of the connections that set and rigl exchange in a round.')
-    dropout: float = flag(0.0, 'Rate of dropout behind all fully connected layers but the last.')
+    rounds: int = flag(5, 'Rounds of --pruner=han and iterative.', lower_bound=1, upper_bound=1_000)
+    drop: float = flag(
+        0.3,
+        "Share of each layer's kept connections that --pruner=set and rigl exchange in a round.",
+    )
+    dropout: float = flag(
+        0.0, 'Share of the units dropped behind all fully connected layers but the last.'
+    )
     pruned_dropout: str = flag(
         'scaled',
-        'That rate once pruning begins: kept, dropped, or scaled with the root of the density.',
+        'What becomes of --dropout once pruning begins: kept, dropped, or scaled with the root of '
+        'the density.',
         choices=('kept', 'dropped', 'scaled'),
     )
     cut: float = flag(0.0, 'Share of the kept connections that is cut at random, once.')
-    cut_at: str = flag('50%', 'Step or share at which it is cut.')
-    count_returns: bool = flag(False, 'Whether to tell what becomes of connections that return.')
+    cut_at: str = flag('50%', 'Step, or share of the surgery steps, at which --cut happens.')
+    count_returns: bool = flag(
+        False, 'Whether the summary tells what becomes of connections that return.'
+    )
 
     def __post_init__(self):
         if self.resume and self.overwrite:
@@ -165,6 +223,7 @@ class Config:
         for name in ('cut', 'dropout', 'drop'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
+        self._check_pruner()
         self._check_unread()
         if self.count_returns and self.on_divergence == 'rollback':
             raise ValueError(
@@ -183,14 +242,23 @@ class Config:
                 raise ValueError(f'--{name}: {error}') from error
         check_finite(self)
 
-    def _check_unread(self):
-        """Refuses flags that this run would not look at, and rules that its pruner cannot have."""
+    def _check_pruner(self):
+        """Refuses what the pruner cannot prune by."""
         if self.pruner != 'surgery' and bool(self.c_rate) != (self.pruner == 'han'):
             wanted = '--c_rate' if self.pruner == 'han' else 'a density or a compression'
             raise ValueError(f'--pruner={self.pruner} must go with {wanted}')
+        is_known = self.importance == 'magnitude' or self.refresh_statistics or not self.c_rate
+        if self.pruner == 'surgery' and not is_known:
+            raise ValueError(
+                f'--importance={self.importance} is not known at the start: with --c_rate it must '
+                'go with --refresh_statistics'
+            )
+
+    def _check_unread(self):
+        """Refuses flags that nothing would read beside the others, as another pruner would."""
         surgery = self.pruner == 'surgery'
         is_read = {
-            **dict.fromkeys(_OF_SURGERY, surgery),
+            **dict.fromkeys(_SURGERY_FLAGS, surgery),
             'importance': self.pruner not in REGROWING,
             'rounds': self.pruner in ('han', 'iterative'),
             'drop': self.pruner in REGROWING,
@@ -205,137 +273,15 @@ class Config:
                     f'--{field.name}={value} has no meaning beside the other flags, '
                     f'--pruner={self.pruner} among them'
                 )
-        is_known = self.importance == 'magnitude' or self.refresh_statistics or not self.c_rate
-        if surgery and not is_known:
-            raise ValueError(
-                f'--importance={self.importance} is not known at the start: with --c_rate it must '
-                'go with --refresh_statistics'
-            )
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide a run's numbers: all but places and switches."""
         return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in _NOT_OF_THE_RUN
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata.get('decides', True)
         }
-
-
-def check_finite(config: Any) -> None:
-    """Refuses numbers that cannot be computed with: no lower or upper bound keeps nan out.
-
-    Args:
-      config: a dataclass of flags.
-
-    Raises:
-      ValueError: if one of them is.
-    """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f'--{field.name}={value} must be finite')
-
-
-_NOT_OF_THE_RUN = {
-    *('data_dir', 'manual_dir', 'workdir', 'resume', 'overwrite', 'tensorboard'),
-    *('trials', 'study', 'storage', 'mesh', 'distributed', 'workers'),
-}
-
-
-def define(
-    config_type: type[C], defaults: Mapping[str, Any], flag_values: absl_flags.FlagValues
-) -> None:
-    """Defines every flag of a configuration.
-
-    Args:
-      config_type: `Config`, or one of those of the other commands.
-      defaults: the fields that are no flags, and those with other defaults in this script.
-      flag_values: where the flags go.
-
-    Raises:
-      ValueError: if a default is for no field.
-    """
-    fields = dataclasses.fields(config_type)
-    if unknown := sorted(defaults.keys() - {field.name for field in fields}):
-        raise ValueError(f'defaults names {unknown}, which are no fields of {config_type}')
-    for field in filter(is_flag, fields):
-        options = dict(field.metadata)
-        default, text = defaults.get(field.name, field.default), options.pop('help')
-        if 'choices' in options:
-            definition, options['enum_values'] = absl_flags.DEFINE_enum, options.pop('choices')
-        else:
-            definition = _DEFINITIONS.get(field.type, absl_flags.DEFINE_string)
-        definition(field.name, default, help=text, flag_values=flag_values, **options)
-
-
-def to_config(
-    config_type: type[C],
-    defaults: Mapping[str, Any],
-    flag_values: absl_flags.FlagValues,
-    arguments: Sequence[str],
-) -> C:
-    """Turns parsed flags into the configuration.
-
-    Args:
-      config_type: as for `define`.
-      defaults: as for `define`.
-      flag_values: the parsed flags.
-      arguments: what the parser left over, the program's name first.
-
-    Returns:
-      The configuration.
-
-    Raises:
-      ValueError: if an argument is no flag, or flags contradict each other.
-    """
-    if arguments[1:]:
-        raise ValueError(f'every argument must be a --flag=value, but got {list(arguments[1:])}')
-    flags = filter(is_flag, dataclasses.fields(config_type))
-    return config_type(
-        **{**defaults, **{flag.name: flag_values[flag.name].value for flag in flags}}
-    )
-
-
-def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: type[C] = Config):
-    """Runs an entry script: defines the flags, parses the command line, acts.
-
-    Args:
-      defaults: as for `define`.
-      action: called with the configuration. An error of the kinds it documents ends the program
-        with its message and exit status 1, without a traceback.
-      config_type: as for `define`.
-    """
-    define(config_type, defaults, absl_flags.FLAGS)
-    for field in filter(is_flag, dataclasses.fields(config_type)):
-        # --help lists the flags of the script alone, so they must count as its own.
-        absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], absl_flags.FLAGS[field.name])
-
-    def main(arguments):
-        if not absl_flags.FLAGS['verbosity'].present:
-            # At level INFO, orbax and TFDS tell of every file they touch.
-            logging.set_verbosity(logging.WARNING)
-        try:
-            action(to_config(config_type, defaults, absl_flags.FLAGS, arguments))
-        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-            logging.debug('where it came from:', exc_info=True)  # with --verbosity=1
-            raise SystemExit(f'{type(error).__name__}: {error}') from error
-
-    app.run(main)
-
-
-_DEFINITIONS = {
-    bool: absl_flags.DEFINE_bool,
-    int: absl_flags.DEFINE_integer,
-    float: absl_flags.DEFINE_float,
-    float | None: absl_flags.DEFINE_float,
-    tuple[str, ...]: absl_flags.DEFINE_multi_string,
-}
 
 
 def _same(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
-
-
-def is_flag(field: dataclasses.Field) -> bool:
-    """Says whether a field of a configuration is a flag."""
-    return 'help' in field.metadata

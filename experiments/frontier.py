@@ -10,9 +10,9 @@ may share a workdir, and one with all seeds and --resume joins their tables.
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import flags, plots, sweep, sweep_report
-from experiments.commands import FrontierConfig
+from experiments import command_line, plots, sweep, sweep_report
 from experiments.flags import Config
+from experiments.sweep_flags import FrontierConfig
 
 COLUMNS = (
     *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -21,11 +21,11 @@ COLUMNS = (
 )
 
 
-def do_sweep(config: FrontierConfig) -> list[dict[str, Any]]:
+def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
     """Does every run, writes `frontier.csv`, `.md`, `.png` and `.html`, and prints the table.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       One row for each run, of the columns of `frontier.csv`; the last line on standard output is
@@ -53,4 +53,4 @@ def _to_rows(runs: Sequence[Config], summaries: sweep.Summaries) -> list[dict[st
 
 
 if __name__ == '__main__':
-    flags.launch({}, do_sweep, FrontierConfig)
+    command_line.launch({}, frontier, FrontierConfig)

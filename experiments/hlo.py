@@ -53,7 +53,7 @@ class Instruction(NamedTuple):
 Computation = dict[str, Instruction]
 
 
-class Program(NamedTuple):
+class CompiledText(NamedTuple):
     """A compiled program."""
 
     computations: dict[str, Computation]
@@ -74,7 +74,7 @@ class Program(NamedTuple):
         return [self.computations[name] for name in names]
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> CompiledText:
     """Reads a program.
 
     Args:
@@ -103,10 +103,10 @@ def parse(text: str) -> Program:
             current[name] = Instruction(name, arrays, operation, operands, rest, bool(root))
     if not entry:
         raise ValueError(f'text must be of a compiled program, but has no ENTRY: {text[:80]!r}')
-    return Program(computations, entry)
+    return CompiledText(computations, entry)
 
 
-def masks_as_floats(program: Program, shapes: Iterable[Sequence[int]]) -> list[str]:
+def masks_as_floats(program: CompiledText, shapes: Iterable[Sequence[int]]) -> list[str]:
     """Finds float arrays of a mask's size that are the mask converted, and held in memory.
 
     Args:
@@ -125,7 +125,7 @@ def masks_as_floats(program: Program, shapes: Iterable[Sequence[int]]) -> list[s
     ]
 
 
-def masked_weights(program: Program, shapes: Iterable[Sequence[int]]) -> list[Instruction]:
+def masked_weights(program: CompiledText, shapes: Iterable[Sequence[int]]) -> list[Instruction]:
     """Finds the copies W⊙T: float arrays of a mask's size computed from a mask and held in memory.
 
     Args:
@@ -146,7 +146,7 @@ def masked_weights(program: Program, shapes: Iterable[Sequence[int]]) -> list[In
     ]
 
 
-def copied_parameters(program: Program) -> dict[str, int]:
+def copied_parameters(program: CompiledText) -> dict[str, int]:
     """Counts what a program copies of its own arguments, because it writes over them.
 
     Args:
@@ -163,7 +163,7 @@ def copied_parameters(program: Program) -> dict[str, int]:
     return dict(copied)
 
 
-def most_at_once(program: Program, names: Collection[str]) -> int:
+def most_at_once(program: CompiledText, names: Collection[str]) -> int:
     """Counts how many bytes some arrays of the entry take at most at one time.
 
     Args:
@@ -202,7 +202,7 @@ def _holds(line: Instruction, dtypes: Collection[str], sizes: Collection[int]) -
     return any(array.dtype in dtypes and array.size in sizes for array in line.arrays)
 
 
-def _is_converted(program: Program, computation: Computation, line: Instruction) -> bool:
+def _is_converted(program: CompiledText, computation: Computation, line: Instruction) -> bool:
     """Says whether values are converted masks and nothing else, also where a fusion does that."""
     if line.operation in _SAME_VALUES:
         return _is_converted(program, computation, computation[line.operands[0]])

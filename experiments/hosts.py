@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 R = TypeVar('R')
 
-_SILENCE = 30  # seconds without a sign of life after which a process counts as gone
+_HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a process counts as gone
 
 
 def parse_distributed(text: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def parse_distributed(text: str) -> dict[str, Any]:
     return {'coordinator_address': address, 'num_processes': processes, 'process_id': process}
 
 
-def joined(action: Callable[[Any], R]) -> Callable[[Any], R]:
+def with_processes(action: Callable[[Any], R]) -> Callable[[Any], R]:
     """Lets an action be done by many processes together, where its configuration says so.
 
     Args:
@@ -65,8 +65,8 @@ def joined(action: Callable[[Any], R]) -> Callable[[Any], R]:
             return action(config)
         jax.distributed.initialize(
             **parse_distributed(config.distributed),
-            heartbeat_timeout_seconds=_SILENCE,
-            shutdown_timeout_seconds=_SILENCE,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
         try:
             return action(config)

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 
+from experiments.command_line import flag
 from experiments.crops import CROPS
-from experiments.flags import Config, flag
+from experiments.flags import Config
 from experiments.hosts import parse_distributed
 from experiments.meshes import parse_mesh
 
@@ -13,18 +14,23 @@ from experiments.meshes import parse_mesh
 class ImageConfig(Config):
     """What a run on streamed images does: the flags of every run, and these."""
 
-    dataset: str = flag('imagenet2012', 'Image classification set of TFDS.')
+    dataset: str = flag(
+        'imagenet2012',
+        'Image classification set of TFDS; imagenet2012 needs --manual_dir until it is prepared.',
+    )
     image_size: int = flag(224, 'Height and width of the images, in pixels.', lower_bound=1)
     crop: str = flag(
         'caffe',
-        'caffe: warped to 256/227 of the size, a random part of it, mirrored or not; '
-        'random_resized: a random part of 8 to 100 %, mirrored or not; whole: all of it.',
+        'caffe: warped to 256/227 of --image_size, a random part of that, mirrored or not; '
+        'random_resized: a random part of 8 to 100 % of the image, mirrored or not; whole: all.',
         choices=CROPS,
     )
-    width: float = flag(1.0, 'Channels and hidden units / those of the paper.', lower_bound=0.0)
+    width: float = flag(
+        1.0, "Channels and hidden units, in shares of the paper's.", lower_bound=0.0
+    )
     compute_dtype: str = flag(
         'float32',
-        'What the network computes in; weights and masks stay as they are.',
+        'What the network computes in; weights stay float32, masks bool.',
         choices=('float32', 'bfloat16'),
     )
     accumulate: int = flag(
@@ -33,17 +39,22 @@ class ImageConfig(Config):
         lower_bound=1,
     )
     workers: int = flag(
-        0, 'Processes that decode images; 0 decodes in threads of this one.', lower_bound=0
+        0,
+        'Processes of each host that decode images; 0 decodes in threads of the run itself.',
+        decides=False,
+        lower_bound=0,
     )
     mesh: str = flag(
         '',
         'Devices along each axis, as data:4,model:2: batches are split over data, fully connected '
         'layers over model. By default all devices share the batch.',
+        decides=False,
     )
     distributed: str = flag(
         '',
         'How processes find each other: auto under SLURM, Kubernetes, Open MPI or on Cloud TPU, or '
         'HOST:PORT,PROCESSES,PROCESS. By default there is one process.',
+        decides=False,
     )
 
     def __post_init__(self):

@@ -6,11 +6,8 @@ All ways take turns in one process, and each row's ratio is against the fastest 
 same run. `fc:9216x4096:0.037` is one layer, AlexNet's largest, with random weights.
 """
 
-import contextlib
-import dataclasses
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnxruntime
-import threadpoolctl
 
 from dns_jax import native
 from dns_jax.chain import Chain, Dense, Weighted, Weights, trace_shapes
@@ -36,9 +32,9 @@ from dns_jax.runners import (
     time_in_turns,
 )
 from dns_jax.steps import make_scipy, plan_steps
-from experiments import flags, latency_report, models
+from experiments import command_line, latency_report, models, progress, timing
 from experiments.artefacts import Model, load_model
-from experiments.commands import LatencyConfig
+from experiments.tool_flags import LatencyConfig
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -61,16 +57,18 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
     """
     if config.output:  # asked for at once, not after minutes
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    with _one_core():
+    with timing.on_one_core() as cores:
+        if cores > 1:
+            raise RuntimeError('timing on one core needs os.sched_setaffinity, which is not here')
         model = load_model(config.model)
         result = {
             'model': model.name,
-            'command': ' '.join(['python -m experiments.latency', *_flags(config)]),
-            'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}',
+            'command': ' '.join(['python -m experiments.latency', *timing.given_flags(config)]),
+            'device': timing.describe_device(),
             'batches': {},
             **_measure_machine(),
         }
-        for batch in config.sizes():
+        for batch in progress.bar(config.sizes(), 'every way', unit=' batches'):
             result['batches'][str(batch)] = _measure_batch(model, batch, config.turns)
         result['layers'] = _describe_layers(model)
         if config.break_even:
@@ -80,28 +78,6 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
     if config.output:
         write_whole(Path(config.output), json.dumps(result, indent=2) + '\n')
     return result
-
-
-def _flags(config: LatencyConfig) -> list[str]:
-    return [
-        f'--{field.name}={getattr(config, field.name)}'
-        for field in dataclasses.fields(config)
-        if field.name != 'output' and getattr(config, field.name) != field.default
-    ]
-
-
-@contextlib.contextmanager
-def _one_core():
-    """Keeps this thread, and every one that it starts, on one core: also those of JAX, if new."""
-    if not hasattr(os, 'sched_setaffinity'):
-        raise RuntimeError('timing on one core needs os.sched_setaffinity, which is not here')
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        with threadpoolctl.threadpool_limits(1):
-            yield
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
@@ -247,7 +223,7 @@ def _find_break_even(config: LatencyConfig) -> dict[str, dict[str, float]]:
     """
     shape = config.model.rpartition(':')[0]
     ratios: dict[str, dict[str, list[float]]] = {}
-    for density in _DENSITIES:
+    for density in progress.bar(_DENSITIES, 'break-even', unit=' densities'):
         model = load_model(f'{shape}:{density}')
         arguments = model.chain, model.params, model.input_shape
         for batch in config.sizes():
@@ -287,4 +263,4 @@ def _crossing(ratios: list[float]) -> float:
 
 
 if __name__ == '__main__':
-    flags.launch({}, measure, LatencyConfig)
+    command_line.launch({}, measure, LatencyConfig)

@@ -3,7 +3,8 @@
 python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300_mnist.flags
 """
 
-from experiments import flags
+from experiments import command_line
+from experiments.flags import Config
 from experiments.run import run
 
 DEFAULTS = {
@@ -13,4 +14,4 @@ DEFAULTS = {
 }
 
 if __name__ == '__main__':
-    flags.launch(DEFAULTS, run)
+    command_line.launch(DEFAULTS, run, Config)

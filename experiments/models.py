@@ -36,7 +36,7 @@ _VGG_BLOCKS = (
     (3, 512),
 )  # convolutions, and features of each
 
-_THIN = 32  # columns of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
+_FEWEST_COLUMNS = 32  # of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
 
 
 DropoutRates = Mapping[str, jax.Array]
@@ -203,12 +203,18 @@ class Input(NamedTuple):
     scale: float
     size: int  # of a side of the image as a rule, in pixels
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one image."""
+        return self.size, self.size, len(self.mean)
+
 
 NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5, 'alexnet': AlexNet, 'vgg16': VGG16}
 
+MNIST_INPUT = Input((0.0,), 1 / 256, 28)
 INPUTS = {
-    'lenet300': Input((0.0,), 1 / 256, 28),
-    'lenet5': Input((0.0,), 1 / 256, 28),
+    'lenet300': MNIST_INPUT,
+    'lenet5': MNIST_INPUT,
     'alexnet': Input((122.679, 116.669, 104.007), 1.0, 227),
     'vgg16': Input((123.68, 116.779, 103.939), 1.0, 224),
 }
@@ -221,6 +227,17 @@ CHAINS = {
         *(Flatten(), Dense('fc1'), Relu(), Dense('fc2')),
     ),
 }
+
+
+def shapes(network: nn.Module, image_shape: Sequence[int]) -> Any:
+    """Returns the shapes of a network's parameters, by layer, without making them.
+
+    Args:
+      network: a linen module.
+      image_shape: height, width and channels of one example.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), images)['params']
 
 
 def positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
@@ -314,7 +331,7 @@ def convolution_by_products(
         )
     rows, columns, channels, features = kernel.shape
     height, width = images.shape[1] - rows + 1, images.shape[2] - columns + 1
-    together = rows if columns * channels < _THIN else 1
+    together = rows if columns * channels < _FEWEST_COLUMNS else 1
     # (batch, image height − together + 1, width, together · columns · channels)
     patches = jnp.concatenate(
         [

@@ -4,13 +4,16 @@ Plain `matplotlib.figure.Figure` objects: nothing here touches pyplot, so that a
 written from any thread, without a display and from within a notebook.
 """
 
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
+from dns_jax.files import write_whole
 from experiments import published
 from experiments.workdir import PHASES
 
@@ -64,15 +67,33 @@ def binned_counts(records: Records, event: str, width: int = 1000) -> tuple[np.n
     return borders, np.diff(np.interp(borders, steps, totals))
 
 
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Writes a figure as PNG.
+
+    Args:
+      figure: what is drawn.
+      path: of the file.
+      **options: of `Figure.savefig`.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format='png', **options)
+    write_whole(path, picture.getvalue())
+
+
+def style(axes: Any) -> None:
+    """Gives axes the grid and the open frame that all pictures have."""
+    axes.grid(color=GREY)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+
+
 def _new_figure(title: str, rows: int = 1) -> tuple[Figure, Any]:
     """A figure with `rows` axes above each other, which share the axis of steps."""
     figure = Figure(figsize=(6.4, 1.2 + 2.4 * rows), dpi=150, layout='constrained')
     panels = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
     panels[0].set_title(title)
     for axes in panels:
-        axes.grid(color=GREY)
-        axes.set_axisbelow(True)
-        axes.spines[['top', 'right']].set_visible(False)
+        style(axes)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
     return figure, panels
@@ -281,9 +302,7 @@ def _new_frontier() -> tuple[Figure, Any]:
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout='constrained')
     axes = figure.subplots()
     axes.set_title('Error and compression')
-    axes.grid(color=GREY)
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
+    style(axes)
     return figure, axes
 
 

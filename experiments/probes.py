@@ -28,7 +28,7 @@ def cut(
     def update_fn(updates, state, params: Any = None):
         count = optax.tree.get(state, 'count')
         updates, state = pruner.update(updates, state, params)
-        # No step has the count of such a number, so no coin is thrown with this key.
+        # Above every count of steps, so no coin is thrown with this key.
         key = jax.random.fold_in(optax.tree.get(state, 'key'), 2**31 + 100)
 
         def cut_some(masks):
@@ -65,7 +65,7 @@ def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransfo
     def init_fn(params):
         state = pruner.init(params)
         masks = optax.tree.get(state, 'masks')
-        # Two trees: a loop may take over their memory.
+        # Two trees, as no array can be donated twice.
         return ReturnsState(state, *(jax.tree.map(jnp.zeros_like, masks) for _ in range(2)))
 
     def update_fn(updates, state, params=None):
@@ -96,7 +96,7 @@ def get_returns(opt_state: optax.OptState) -> ReturnsState | None:
 
 
 def remove_others(masks: dns_jax.Masks, returned: dns_jax.Masks, seed: int) -> dns_jax.Masks:
-    """Removes, in the place of kept connections that returned, as many that never went.
+    """Prunes, for every kept connection that returned, one kept connection that never left.
 
     Args:
       masks: the masks T.

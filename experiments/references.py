@@ -18,10 +18,10 @@ from experiments import meshes
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 from experiments.train import TrainState
-from experiments.workdir import read_flags
+from experiments.workdir import CHECKPOINTS_FOLDER, read_flags
 
 # Their first layers; Caffe shows these networks blue, green and red, in this order.
-_OF_COLOURS = {'alexnet': 'conv1', 'vgg16': 'conv1_1'}
+_COLOUR_LAYERS = {'alexnet': 'conv1', 'vgg16': 'conv1_1'}
 
 
 def read(config: Config, like: TrainState) -> dns_jax.Params:
@@ -48,7 +48,7 @@ def read(config: Config, like: TrainState) -> dns_jax.Params:
 
 
 def _of_run(folder: Path, config: Config, like: TrainState) -> dns_jax.Params:
-    checkpoints_folder = folder / 'checkpoints' / 'reference'
+    checkpoints_folder = folder / CHECKPOINTS_FOLDER / 'reference'
     if not checkpoints_folder.is_dir():
         raise FileNotFoundError(f'--reference={folder} has no {checkpoints_folder}')
     flags, own = read_flags(folder), config.identity()
@@ -103,14 +103,14 @@ def write_caffemodel(
         _swap_colours(network, params),
         masks,
         sorted(params),
-        str if network in _OF_COLOURS else lambda name: re.sub(r'^fc(?=\d)', 'ip', name),
+        str if network in _COLOUR_LAYERS else lambda name: re.sub(r'^fc(?=\d)', 'ip', name),
     )
     caffe_writer.write_caffemodel(path, layers, network)
 
 
 def _swap_colours(network: str, tree: Any) -> Any:
     """Turns the first layer's colours from blue, green and red to red, green and blue, or back."""
-    first = _OF_COLOURS.get(network)
+    first = _COLOUR_LAYERS.get(network)
     if first is None or np.ndim(tree[first]['kernel']) != 4:  # a mask may have no axes
         return tree
     return {**tree, first: {**tree[first], 'kernel': tree[first]['kernel'][:, :, ::-1]}}

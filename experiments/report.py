@@ -18,7 +18,7 @@ from experiments.models import NETWORK_NAMES
 from experiments.pages import Bar, Section, render
 from experiments.summaries import LAYER_COUNTS, Summary, check_summary
 from experiments.tables import Rows, Table, to_text
-from experiments.workdir import read_records
+from experiments.workdir import REPORT_FILE, SUMMARY_FILE, read_records
 
 RESULT_HEADER = ('network', 'parameters → kept', 'error: reference → after surgery', 'compression')
 LAYER_HEADER = (
@@ -132,8 +132,9 @@ def page(summary: Summary, figures: Sequence[Figure] = ()) -> str:
     _, parameters, errors, compression = _result_cells(summary)
     return render(
         _title(summary),
-        f'{summary["steps"]:,} steps of surgery; {summary["seconds"]:,.0f} s in all phases. Errors '
-        f'are on the test set; the validation error after surgery is {_validation_error(summary)}.',
+        f'{summary["steps"]:,} steps of surgery; {summary["seconds"]:,.0f} s since the program was '
+        'last started. Errors are on the test set; the validation error after surgery is '
+        f'{_validation_error(summary)}.',
         [
             (compression, 'compression'),
             (errors, 'error: reference → after surgery'),
@@ -190,7 +191,7 @@ def write(
     pixels = []
     if first_layer_mask is not None:
         pixels.append(plots.first_layer_figure(first_layer_mask))
-    paths = [workdir / 'summary.json', workdir / 'report.html']
+    paths = [workdir / SUMMARY_FILE, workdir / REPORT_FILE]
     write_whole(paths[0], json.dumps(summary, indent=2) + '\n')
     records = read_records(workdir)
     if not records:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import optax
 
 import dns_jax
 from dns_jax import importance, pruners, training
-from experiments import probes
+from experiments import divergence, probes
 from experiments.flags import REGROWING, Config
 from experiments.parsers import parse_step, parse_table
 
@@ -21,6 +21,7 @@ def make_optimizer(
     pruner: optax.GradientTransformation,
     learning_rate: dns_jax.Schedule,
     weight_decay: float,
+    setbacks: Sequence[bool] = (),
 ) -> optax.GradientTransformation:
     """Chains a pruner and Caffe's SGD.
 
@@ -30,6 +31,7 @@ def make_optimizer(
       pruner: of the phase.
       learning_rate: of the phase.
       weight_decay: of the phase.
+      setbacks: of the phase, as of `divergence.after_setbacks`.
 
     Returns:
       The optimizer of the phase.
@@ -38,7 +40,8 @@ def make_optimizer(
         learning_rate, config.momentum, weight_decay, config.bias_scale, config.decay_biases
     )
     chain = training.train_kept if config.pruner in REGROWING else optax.chain
-    return chain(pruner, sgd)
+    # Before they are chained: under set and rigl what is pruned is zeroed after the rate is halved.
+    return chain(*divergence.after_setbacks(pruner, sgd, setbacks))
 
 
 def make_pruner(
@@ -57,15 +60,17 @@ def make_pruner(
     Raises:
       ValueError: if a pattern matches no layer, or a number is out of range.
     """
-    takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
-    options = {'takes_part': takes_part, 'importance': getattr(importance, config.importance)}
+    options = {
+        'takes_part': takes_part(config),
+        'importance': getattr(importance, config.importance),
+    }
     if config.pruner == 'surgery':
         rules = make_rules(config, params)
         pruner = dns_jax.surgery(rules, key, splicing=config.splicing, **options)
     else:
         pruner = _make_baseline(config, params, key, options)
     if config.cut:
-        step = _parse_steps(config, 'cut_at')
+        step = _step_of_flag(config, 'cut_at')
         if not 0 <= step < config.surgery_steps:
             raise ValueError(
                 f'--cut_at={config.cut_at} must be one of the {config.surgery_steps} steps'
@@ -76,7 +81,7 @@ def make_pruner(
 
 
 def _make_baseline(config, params, key, options) -> optax.GradientTransformation:
-    start, end = _ramps(config, '*')['*']
+    start, end = _ramp_steps(config, ['*'])['*']
     if end >= config.surgery_steps:
         raise ValueError(
             f'--ramp_end={config.ramp_end} must come before the end of the '
@@ -117,18 +122,9 @@ def _make_baseline(config, params, key, options) -> optax.GradientTransformation
     return pruners.iterative(densities, rounds, key, divide, **options)
 
 
-def frozen(surgery: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Makes a transformation with the state of another that leaves it as it is.
-
-    Args:
-      surgery: holds the masks in its state.
-
-    Returns:
-      A transformation whose masks stay those of the state.
-    """
-    return optax.GradientTransformation(
-        surgery.init, lambda updates, state, params=None: (updates, state)
-    )
+def takes_part(config: Config) -> Callable[[str, jax.Array], bool]:
+    """Says which leaves surgery is done on, as a predicate of path and leaf."""
+    return dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
 
 
 def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
@@ -150,20 +146,25 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
         thresholds = {
             layer: dns_jax.mean_std(rate, config.hysteresis) for layer, rate in rates.items()
         }
-        return _rules(config, thresholds, config.refresh_statistics)
+        return _with_updates(config, thresholds, config.refresh_statistics)
     if config.layer_density:
         densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
-        ramps = _ramps(config, densities)
-        thresholds = {
-            layer: dns_jax.layer_density(_ramp(config, density, *ramps[layer]), config.hysteresis)
+        ramps = _ramp_steps(config, densities)
+        schedules = {
+            layer: _density_schedule(config, density, *ramps[layer])
             for layer, density in densities.items()
         }
+        thresholds = {
+            layer: dns_jax.layer_density(schedule, config.hysteresis)
+            for layer, schedule in schedules.items()
+        }
     else:
-        ramps = _ramps(config, '*')
-        ramp = _ramp(config, _density_of_participants(config, params), *ramps['*'])
-        thresholds = {'*': dns_jax.global_density(ramp, config.score, config.hysteresis)}
+        ramps = _ramp_steps(config, ['*'])
+        density = _density_of_participants(config, params)
+        schedule = _density_schedule(config, density, *ramps['*'])
+        thresholds = {'*': dns_jax.global_density(schedule, config.score, config.hysteresis)}
     reached = {layer: end for layer, (_, end) in ramps.items()}
-    return _rules(config, thresholds, config.refresh_every, reached)
+    return _with_updates(config, thresholds, config.refresh_every, reached)
 
 
 def _by_layer(
@@ -177,7 +178,7 @@ def _by_layer(
     return {layer: value for layer, (_, value) in matches.items()}
 
 
-def _rules(config, thresholds, refresh_every, reached=None) -> dict[str, dns_jax.Rule]:
+def _with_updates(config, thresholds, refresh_every, reached=None) -> dict[str, dns_jax.Rule]:
     """Makes rules of thresholds; `reached` says when those by density are at the end of a ramp."""
 
     def step(text):
@@ -208,19 +209,19 @@ def _rules(config, thresholds, refresh_every, reached=None) -> dict[str, dns_jax
     return rules
 
 
-def _parse_steps(config: Config, flag: str) -> int:
+def _step_of_flag(config: Config, flag: str) -> int:
     try:
         return parse_step(getattr(config, flag), config.surgery_steps)
     except ValueError as error:
         raise ValueError(f'--{flag}: {error}') from error
 
 
-def _ramps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
+def _ramp_steps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Reads the first and the last step of each layer's ramp, from tables or one for all."""
     starts, ends = (
         _by_layer(config, flag, layers, lambda text: parse_step(text, config.surgery_steps))
         if ':' in getattr(config, flag)
-        else dict.fromkeys(layers, _parse_steps(config, flag))
+        else dict.fromkeys(layers, _step_of_flag(config, flag))
         for flag in ('ramp_start', 'ramp_end')
     )
     for layer in layers:
@@ -233,7 +234,7 @@ def _ramps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {layer: (starts.get(layer, 0), ends[layer]) for layer in layers}
 
 
-def _ramp(config: Config, density: float, start: int, end: int) -> dns_jax.Schedule:
+def _density_schedule(config: Config, density: float, start: int, end: int) -> dns_jax.Schedule:
     if not 0 < density <= 1:
         raise ValueError(f'--layer_density: a density must be in (0, 1], but is {density!r}')
     if config.ramp == 'log':
@@ -250,8 +251,7 @@ def _ramp(config: Config, density: float, start: int, end: int) -> dns_jax.Sched
 
 def _density_of_participants(config: Config, params: dns_jax.Params) -> float:
     """The density of what takes part with which the whole network reaches the one wanted."""
-    takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
-    groups = dns_jax.group_by_layer(params, takes_part=takes_part).values()
+    groups = dns_jax.group_by_layer(params, takes_part=takes_part(config)).values()
     part = sum(leaf.size for leaves in groups for leaf in leaves)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     # Rounded down: a network as small as asked for, or smaller.

@@ -19,16 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from tqdm import tqdm
 
 import dns_jax
-from experiments import divergence, hosts, probes, report, train
+from experiments import divergence, hosts, probes, progress, report, train
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
-from experiments.rules import frozen, make_optimizer
+from experiments.rules import make_optimizer
 from experiments.trainer import Trainer
-from experiments.workdir import PHASES
+from experiments.workdir import CHECKPOINTS_FOLDER, PHASES
 
 
 class Stopped(RuntimeError):
@@ -71,7 +70,8 @@ def run_together(
       on_record: called with each record once it is written; what it raises ends the runs.
 
     Returns:
-      The summary of each run, as written to its folder.
+      The summary of each run, as written to its folder. Its `seconds` and `pruning_seconds` are
+      those of this call: of all runs together, and after --resume of what was left to do.
 
     Raises:
       As `run` does.
@@ -82,7 +82,7 @@ def run_together(
         dense = train_references(trainers, stopping)
         trained = time.perf_counter()
         operated = train_surgery(trainers, dense, stopping)
-        # Before fine-tuning takes the memory of the states over.
+        # Before fine-tuning, which donates the states.
         returns = [probes.get_returns(state.opt_state) for state in operated]
         finals = finetune(trainers, operated, stopping)
     now = time.perf_counter()
@@ -102,7 +102,8 @@ def train_references(trainers: Sequence[Trainer], stopping: list[int]) -> list[d
         return given
     steps = trainers[0].config.reference_steps
     phases = [Phase('reference', trainer, trainer.dense_state(), steps) for trainer in trainers]
-    return [state.params for state in _train(phases, trainers[0].reference_optimizer, stopping)]
+    states = _train(phases, trainers[0].make_reference_optimizer, stopping)
+    return [state.params for state in states]
 
 
 def train_surgery(
@@ -111,13 +112,14 @@ def train_surgery(
     """Operates on the network of each run, from its dense weights."""
     phases = []
     for trainer, params in zip(trainers, dense, strict=True):
-        for warning in trainer.foresee(params):
+        for warning in trainer.find_emptied_layers(params):
             logging.warning('%s', warning)
-        # A copy: the loop takes over the memory of its state, and the reference is still needed.
-        state = train.TrainState(jax.tree.map(jnp.copy, params), trainer.optimizer.init(params))
+        # A copy: the loop donates its state, and the reference is still needed.
+        params = jax.tree.map(jnp.copy, params)
+        state = train.TrainState(params, trainer.make_optimizer().init(params))
         state = trainer.feed.place(state)
         phases.append(Phase('surgery', trainer, state, trainer.config.surgery_steps))
-    return _train(phases, trainers[0].optimizer, stopping)
+    return _train(phases, trainers[0].make_optimizer, stopping)
 
 
 def finetune(
@@ -128,18 +130,21 @@ def finetune(
     steps = config.finetuning_steps
     if not steps:
         return list(states)
-    optimizer = make_optimizer(
+    make = functools.partial(
+        make_optimizer,
         config,
-        frozen(trainers[0].pruner),
+        divergence.frozen(trainers[0].pruner),
         parse_learning_rate(config.finetuning_learning_rate, steps),
         config.finetuning_weight_decay,
     )
     phases = []
     for trainer, state in zip(trainers, states, strict=True):
-        start = optax.tree.set(optimizer.init(state.params), masks=state.masks)
+        # The optimizer is the first run's; masks and key are each run's own.
+        own = {name: optax.tree.get(state.opt_state, name) for name in ('masks', 'key')}
+        start = optax.tree.set(make().init(state.params), **own)
         state = trainer.feed.place(train.TrainState(state.params, start))
         phases.append(Phase('finetuning', trainer, state, steps))
-    return _train(phases, optimizer, stopping)
+    return _train(phases, make, stopping)
 
 
 class Phase:
@@ -147,7 +152,7 @@ class Phase:
 
     def __init__(self, name: str, trainer: Trainer, state: train.TrainState, steps: int):
         self.name, self.trainer, self.state, self.steps = name, trainer, state, steps
-        self.folder = trainer.folder / 'checkpoints' / name
+        self.folder = trainer.folder / CHECKPOINTS_FOLDER / name
         self.checkpoints = Checkpoints(self.folder)
         self.done, self.progress = 0, {}
         self.setbacks: tuple[bool, ...] = ()  # for each, whether surgery had emptied a layer
@@ -160,7 +165,7 @@ class Phase:
                 self.save()
         self._kept = _count_kept(self.state.masks)
 
-    def next_count(self) -> int:
+    def steps_of_next_call(self) -> int:
         """Says how many steps to take in one call: of a record, as many in each."""
         record_every, most = self.trainer.config.record_every, self.trainer.feed.steps_per_call
         # Every length is compiled: of one length, if that makes no more than twice as many calls.
@@ -236,7 +241,9 @@ class Phase:
 
 
 def _train(
-    phases: Sequence[Phase], optimizer: optax.GradientTransformation, stopping: list[int]
+    phases: Sequence[Phase],
+    make_optimizer: Callable[..., optax.GradientTransformation],
+    stopping: list[int],
 ) -> list[train.TrainState]:
     """Takes the same phase of some runs to its end, side by side where they are at one step."""
     first = phases[0]
@@ -246,10 +253,10 @@ def _train(
     def compile_calls(setbacks: tuple[bool, ...]) -> Callable[..., Any]:
         step = train.make_step(
             trainer.network,
-            divergence.calmed(optimizer, setbacks),
+            make_optimizer(setbacks=setbacks),
+            trainer.inputs,
             trainer.dropout(name),
             trainer.feed.accumulate,
-            trainer.inputs,
         )
         return trainer.feed.compile(step, tuple(phase.state for phase in phases))
 
@@ -257,14 +264,13 @@ def _train(
     with contextlib.ExitStack() as stack:
         for phase in phases:
             stack.enter_context(phase.checkpoints)
-        hidden = None if hosts.is_first() else True  # None hides it where there is no terminal
-        bar = tqdm(total=steps, initial=first.done, desc=name, unit='step', disable=hidden)
+        bar = progress.bar(total=steps, initial=first.done, desc=name, unit=' steps')
         stack.enter_context(bar)
         while not stop and (done := min(phase.done for phase in phases)) < steps:
             # After a setback, or a kill between two saves, those behind catch up first.
             behind = [phase for phase in phases if phase.done == done]
             group = [phase for phase in behind if phase.setbacks == behind[0].setbacks]
-            count = behind[0].next_count()
+            count = behind[0].steps_of_next_call()
             batches = tuple(phase.batches(count) for phase in group)
             states = tuple(phase.state for phase in group)
             results = compile_calls(group[0].setbacks)(states, batches)
@@ -273,7 +279,8 @@ def _train(
             bar.update(first.done - bar.n)
             bar.set_postfix(first.progress)
             stop = hosts.highest(stopping[0] if stopping else 0)
-            for phase in group:
+            # On a signal also those that wait for others to catch up.
+            for phase in phases if stop else group:
                 if stop or phase.done == steps or not phase.done % trainer.config.checkpoint_every:
                     phase.save()
     if stop:

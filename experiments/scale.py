@@ -3,16 +3,14 @@
 python -m experiments.scale
 
 Measures a training step of AlexNet, dense and under surgery, whose masks are updated at every step
-(σ = 1), its dearest; the memory that each plans; the same for fully connected networks of growing
-size; and how fast images are decoded. All programs take turns in one process: medians are reported,
-and ratios of neighbours in time. The page is written from the JSON by `experiments.scale_report`.
+(σ = 1), the most it can cost; the memory that each plans; the same for fully connected networks of
+growing size; and how fast images are decoded. All programs take turns in one process: medians are
+reported, and ratios within a round. `experiments.scale_report` writes the page from the JSON.
 """
 
 import dataclasses
-import io
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ import jax
 import numpy as np
 
 from dns_jax.files import write_whole
-from experiments import flags, scale_programs, scale_report
-from experiments.commands import ScaleConfig
-from experiments.scale_programs import Program, plan
+from experiments import command_line, plots, progress, scale_programs, scale_report, timing
+from experiments.scale_programs import RunningStep, plan
+from experiments.tool_flags import ScaleConfig
 
 _TIMED = 0.1  # seconds that a timed call of a small program takes at least
 _MOST_STEPS = 50  # in such a call
@@ -60,33 +58,34 @@ def measure(config: ScaleConfig) -> dict[str, Any]:
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)  # asked for at once, not after minutes
     machine = _MACHINES[jax.default_backend() == 'cpu']
+    words = [*_environment(), 'python -m experiments.scale', *timing.given_flags(config)]
     result = {
-        'command': ' '.join([*_environment(), 'python -m experiments.scale', *_flags(config)]),
-        'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}',
+        'command': ' '.join(words),
+        'device': timing.describe_device(),
         'cores': os.cpu_count(),
         'dtype': config.compute_dtype,
         'machine': scale_programs.measure_machine(
             config.compute_dtype, machine.side, machine.floats
         ),
     }
-    _say('the step')
-    result |= {'step': _measure_step(config, machine), 'sizes': []}
-    for weights in config.timed_weights():
-        _say(f'{weights:,.0f} weights')
-        result['sizes'].append(_measure_size(config, weights, is_run=True))
-    for weights in config.planned_weights():
-        _say(f'{weights:,.0f} weights, planned')
-        result['sizes'].append(_measure_size(config, weights, is_run=False))
-    if config.images:
-        _say('the input')
-        result['input'] = _measure_input(config)
+    sizes = [(weights, True) for weights in config.timed_weights()]
+    sizes += [(weights, False) for weights in config.planned_weights()]
+    parts = 1 + len(sizes) + bool(config.images)
+    with progress.bar(total=parts, desc='measuring', unit=' parts') as bar:
+        bar.set_postfix_str('the step')
+        result |= {'step': _measure_step(config, machine), 'sizes': []}
+        for weights, is_run in sizes:
+            bar.update()
+            bar.set_postfix_str(f'{weights:,.0f} weights{"" if is_run else ", planned"}')
+            result['sizes'].append(_measure_size(config, weights, is_run))
+        if config.images:
+            bar.update()
+            bar.set_postfix_str('the input')
+            result['input'] = _measure_input(config)
+        bar.update()
     _write(result, output)
     print(scale_report.page(result, output.name))
     return result
-
-
-def _say(what: str) -> None:
-    print(f'measuring {what}', file=sys.stderr, flush=True)
 
 
 def _environment() -> list[str]:
@@ -94,14 +93,6 @@ def _environment() -> list[str]:
         f'{name}={os.environ[name]}'
         for name in ('GLIBC_TUNABLES', 'XLA_FLAGS')
         if os.environ.get(name)
-    ]
-
-
-def _flags(config: ScaleConfig) -> list[str]:
-    return [
-        f'--{field.name}={getattr(config, field.name)}'
-        for field in dataclasses.fields(config)
-        if field.name != 'output' and getattr(config, field.name) != field.default
     ]
 
 
@@ -113,7 +104,7 @@ def _measure_step(config: ScaleConfig, machine: Machine) -> dict[str, Any]:
         config.compute_dtype,
         config.batch_size or machine.batch_size,
     )
-    plans = {kind: plan(task, kind, config.options()) for kind in scale_programs.KINDS}
+    plans = {kind: plan(task, kind, config.options()) for kind in timing.KINDS}
     row = {
         'network': config.network,
         'width': config.width,
@@ -124,7 +115,7 @@ def _measure_step(config: ScaleConfig, machine: Machine) -> dict[str, Any]:
         'memory': {kind: scale_programs.describe_memory(plans[kind]) for kind in plans},
         'xla': {kind: scale_programs.count_by_xla(plans[kind]) for kind in plans},
     }
-    times = _time_in_turns({kind: Program(planned) for kind, planned in plans.items()}, config)
+    times = _time_in_turns({kind: RunningStep(planned) for kind, planned in plans.items()}, config)
     refresh = 1e3 * float(np.median(np.subtract(times['density'], times['surgery'])))
     return {**row, **_describe_times(times), 'refresh_ms': refresh}
 
@@ -141,12 +132,12 @@ def _measure_size(config: ScaleConfig, weights: float, is_run: bool) -> dict[str
         'xla': {kind: scale_programs.count_by_xla(plans[kind]) for kind in plans},
     }
     if is_run:
-        programs = {kind: Program(planned) for kind, planned in plans.items()}
+        programs = {kind: RunningStep(planned) for kind, planned in plans.items()}
         row |= _describe_times(_time_in_turns(programs, config))
     return row
 
 
-def _time_in_turns(programs: dict[str, Program], config: ScaleConfig) -> dict[str, list[float]]:
+def _time_in_turns(programs: dict[str, RunningStep], config: ScaleConfig) -> dict[str, list[float]]:
     """Times all programs in every round, in one order and then in the other.
 
     Returns:
@@ -182,11 +173,9 @@ def _measure_input(config: ScaleConfig) -> dict[str, Any]:
 
 def _write(result: dict[str, Any], output: Path) -> None:
     write_whole(output.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
-    content = io.BytesIO()
-    scale_report.figure(result).savefig(content, format='png')
-    write_whole(output.with_suffix('.png'), content.getvalue())
+    plots.save(scale_report.figure(result), output.with_suffix('.png'))
     write_whole(output.with_suffix('.md'), scale_report.page(result, output.name))
 
 
 if __name__ == '__main__':
-    flags.launch({}, measure, ScaleConfig)
+    command_line.launch({}, measure, ScaleConfig)

@@ -5,21 +5,21 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments import streams
+from experiments import streams, timing
 
 _SIZE = (500, 375)  # width and height in pixels, the most common of ImageNet's
 _CLASSES = 10
 _QUALITY = 92  # files have some 80 KB with it, as ImageNet's have
 _BATCH = 32
-_BEFORE = 6  # batches until all that decodes is under way
-_LEAST = 20  # batches that are timed
+_WARM_UP_BATCHES = 6  # batches until all that decodes is under way
+_TIMED_BATCHES = 20  # batches that are timed
 
 
 class MadeUpPhotographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -55,7 +55,7 @@ def measure_input(images: int, size: int, workers: Sequence[int]) -> dict[str, A
     """Times training batches: by threads on one core, then by processes on all cores.
 
     Args:
-      images: how many to make, at least 20.
+      images: how many to make, at least `tool_flags.FEWEST_IMAGES`.
       size: height and width that they are cropped to as Caffe does, pixels.
       workers: numbers of processes that decode; 0 is for threads of this one, on one core.
 
@@ -77,11 +77,11 @@ def measure_input(images: int, size: int, workers: Sequence[int]) -> dict[str, A
 
 def _measure_row(name: str, folder: str, size: int, workers: int) -> dict[str, Any]:
     train = streams.open_streams(name, size, 'caffe', folder, workers=workers).train
-    count = max(_LEAST, len(train) // _BATCH)
-    own = contextlib.nullcontext(os.cpu_count() or 1) if workers else _on_one_core()
+    count = max(_TIMED_BATCHES, len(train) // _BATCH)
+    own = contextlib.nullcontext(os.cpu_count() or 1) if workers else timing.on_one_core()
     # Batches never end, so as many lie ready after the last as after the first.
     with own as cores, contextlib.closing(_endless(train)) as batches:
-        for _ in itertools.islice(batches, _BEFORE):
+        for _ in itertools.islice(batches, _WARM_UP_BATCHES):
             pass
         started = time.perf_counter()
         for _ in itertools.islice(batches, count):
@@ -97,24 +97,6 @@ def _measure_row(name: str, folder: str, size: int, workers: int) -> dict[str, A
 
 def _endless(train: streams.StreamedSplit) -> Generator[Any]:
     yield from train.train_batches([0], _BATCH, 0)
-
-
-@contextlib.contextmanager
-def _on_one_core() -> Iterator[int]:
-    """Keeps this thread and those that it starts on one core, where the system can do that.
-
-    Yields:
-      The number of cores they have.
-    """
-    if not hasattr(os, 'sched_setaffinity'):
-        yield os.cpu_count() or 1
-        return
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        yield 1
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def make_photograph(random: np.random.Generator, size: tuple[int, int]) -> Image.Image:

@@ -3,7 +3,6 @@
 They are compiled from shapes alone, so that a network need not fit into memory to be planned.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,17 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-import dns_jax
-from experiments import hlo, models, train
+from experiments import hlo, models, timing, train
 
-KINDS = {
-    'dense': None,
-    'surgery': dns_jax.mean_std(c_rate=1.0),
-    'density': dns_jax.global_density(0.02),
-}
-_PIXELS = 28  # of a side of the image that a fully connected network takes
+_INPUT = models.MNIST_INPUT  # what a fully connected network takes
 
 
 class FullyConnected(nn.Module):
@@ -52,7 +44,7 @@ class Task(NamedTuple):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one image."""
-        return self.inputs.size, self.inputs.size, len(self.inputs.mean)
+        return self.inputs.image_shape
 
 
 def image_task(name: str, width: float, dtype: str, batch_size: int) -> Task:
@@ -82,13 +74,13 @@ def sized_task(weights: float, dtype: str, batch_size: int) -> Task:
     Returns:
       The task.
     """
-    beside = _PIXELS**2 + 10 + 2  # weights and biases that go with one unit, but for the square
+    beside = _INPUT.size**2 + 10 + 2  # weights and biases that go with one unit, but for the square
     units = max(1, round((math.sqrt(beside**2 + 4 * weights) - beside) / 2))
     network = FullyConnected(units, jnp.dtype(dtype))
-    return Task(network, models.INPUTS['lenet300'], 10, batch_size)
+    return Task(network, _INPUT, 10, batch_size)
 
 
-class Planned(NamedTuple):
+class CompiledStep(NamedTuple):
     """A compiled step, and what its state is made by."""
 
     compiled: jax.stages.Compiled
@@ -96,43 +88,35 @@ class Planned(NamedTuple):
     task: Task
 
 
-def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> Planned:
-    """Compiles the training step of a network, which takes its state's memory over.
+def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> CompiledStep:
+    """Compiles the training step of a network, which donates its state.
 
     Args:
       task: the network and its batches.
-      kind: 'dense', without masks; 'surgery', with thresholds from the start and masks updated at
-        every step; or 'density', with thresholds also refreshed at every step.
+      kind: of `timing.KINDS`; thresholds by density are refreshed at every step.
       options: of XLA.
 
     Returns:
       The step.
     """
-    rules, thresholds = {}, KINDS[kind]
-    if thresholds:
-        refresh_every = 1 if kind == 'density' else 0
-        rules['*'] = dns_jax.Rule(thresholds, dns_jax.update_probability(power=0), refresh_every)
-    optimizer = optax.chain(
-        dns_jax.surgery(rules, jax.random.key(0)),
-        dns_jax.caffe_sgd(dns_jax.caffe_inv(0.01, 1e-4, 0.75)),
-    )
+    optimizer = timing.make_optimizer(kind, refresh_every=1)
 
     def init() -> train.TrainState:
         images = jnp.zeros((1, *task.image_shape))
         params = task.network.init(jax.random.key(0), images)['params']
         return train.TrainState(params, optimizer.init(params))
 
-    step = train.make_step(task.network, optimizer, inputs=task.inputs)
+    step = train.make_step(task.network, optimizer, task.inputs)
     images = jax.ShapeDtypeStruct((task.batch_size, *task.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((task.batch_size,), jnp.int32)
     lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(init), images, labels)
-    return Planned(lowered.compile(dict(options) if options else None), init, task)
+    return CompiledStep(lowered.compile(dict(options) if options else None), init, task)
 
 
-class Program:
+class RunningStep:
     """A step that runs on and on, on one batch of noise."""
 
-    def __init__(self, planned: Planned):
+    def __init__(self, planned: CompiledStep):
         task, random = planned.task, np.random.default_rng(0)
         shape = (task.batch_size, *task.image_shape)
         self._batch = (
@@ -166,7 +150,7 @@ class Program:
 
 def count_weights(task: Task) -> int:
     """Counts the parameters of a network."""
-    return sum(leaf.size for leaf in jax.tree.leaves(_shapes(task)))
+    return sum(leaf.size for leaf in jax.tree.leaves(models.shapes(task.network, task.image_shape)))
 
 
 def count_flop(task: Task) -> dict[str, int]:
@@ -181,14 +165,14 @@ def count_flop(task: Task) -> dict[str, int]:
     Returns:
       `{multiply_adds, flop}`: of one image forward, and of a step.
     """
-    params = _shapes(task)
+    params = models.shapes(task.network, task.image_shape)
     places = models.positions(task.network, task.image_shape)
     products = {name: params[name]['kernel'].size * places.get(name, 1) for name in sorted(params)}
     total, first = sum(products.values()), next(iter(products.values()))
     return {'multiply_adds': total, 'flop': 2 * task.batch_size * (3 * total - first)}
 
 
-def describe_memory(planned: Planned) -> dict[str, Any]:
+def describe_memory(planned: CompiledStep) -> dict[str, Any]:
     """Says what memory a step needs, as XLA plans it.
 
     Args:
@@ -225,7 +209,7 @@ def describe_memory(planned: Planned) -> dict[str, Any]:
     }
 
 
-def count_by_xla(planned: Planned) -> dict[str, float]:
+def count_by_xla(planned: CompiledStep) -> dict[str, float]:
     """Returns XLA's own counts, `{flop, bytes}`: all operations, and all that they read and write.
 
     Args:
@@ -265,9 +249,3 @@ def measure_machine(dtype: str, side: int, floats: int) -> dict[str, float]:
         'flop_per_s': 2 * side**3 / float(np.median(product_times)),
         'bytes_per_s': 8 * floats / float(np.median(pass_times)),
     }
-
-
-@functools.cache
-def _shapes(task: Task) -> Any:
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    return jax.eval_shape(task.network.init, jax.random.key(0), images)['params']

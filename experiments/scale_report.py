@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from experiments.models import NETWORK_NAMES
-from experiments.plots import BLACK, BLUE, ORANGE
+from experiments.plots import BLACK, BLUE, ORANGE, style
 from experiments.tables import table
 
 Result = Mapping[str, Any]
@@ -20,11 +20,11 @@ _KINDS = {
 }
 # Bytes per weight that a step must at least move: float32 weights, momenta and gradients, masks of
 # one byte.
-_OF_UPDATE = {
+_UPDATE_BYTES = {
     'gradient, momentum and weight read': 12,
     'momentum and weight written': 8,
 }
-_OF_SURGERY = {
+_SURGERY_BYTES = {
     'weight and mask read for W⊙T': 5,
     'W⊙T written': 4,
     'weight and mask read for the new mask': 5,
@@ -58,10 +58,11 @@ def page(result: Result, name: str) -> str:
         '# What surgery costs at scale',
         f'`{result["command"]}`, {result["device"]}, {result["cores"]} cores, computed in '
         f'{result["dtype"]}; all numbers are in `{name}.json`, and `experiments/scale_report.py` '
-        'writes this page from it. Times are medians of single steps, ratios of neighbours in '
-        'time. Surgery updates its masks at every step (σ = 1), its dearest. In the same process, '
-        f'a product of two large matrices reaches {machine["flop_per_s"] / 1e9:,.0f} GFLOP/s, and '
-        f'a pass over memory {machine["bytes_per_s"] / 1e9:,.1f} GB/s, read and written.',
+        'writes this page from it. Times are medians of single steps, ratios are within a '
+        'round. Surgery updates its masks at every step (σ = 1), the most it can cost. In the same '
+        'process, a product of two large matrices reaches '
+        f'{machine["flop_per_s"] / 1e9:,.0f} GFLOP/s, and a pass over memory '
+        f'{machine["bytes_per_s"] / 1e9:,.1f} GB/s, read and written.',
         '## The step',
         *_step(result),
         '## Memory',
@@ -187,12 +188,12 @@ def _slope(timed: Sequence[Mapping[str, Any]], machine: Mapping[str, float]) -> 
     last = timed[-1]
     picoseconds = {kind: 1e9 * last['ms'][kind] / last['weights'] for kind in slopes}
     flop = last['flop'] / last['weights']
-    update, surgery = sum(_OF_UPDATE.values()), sum(_OF_SURGERY.values())
+    update, surgery = sum(_UPDATE_BYTES.values()), sum(_SURGERY_BYTES.values())
     by_xla = {kind: last['xla'][kind]['bytes'] / last['weights'] for kind in slopes}
     byte, operation = 1e12 / machine['bytes_per_s'], 1e12 / machine['flop_per_s']
     said = {
         title: '; '.join(f'{what} {count}' for what, count in parts.items())
-        for title, parts in (('update', _OF_UPDATE), ('surgery', _OF_SURGERY))
+        for title, parts in (('update', _UPDATE_BYTES), ('surgery', _SURGERY_BYTES))
     }
 
     def ratio(batches: float) -> float:
@@ -263,9 +264,7 @@ def figure(result: Result) -> Figure:
     ratios.axhline(step['bar'], color=ORANGE, linestyle='--', label=f'wanted of {name} at most')
     for axes in (times, ratios):
         axes.set_xscale('log')
-        axes.grid(color='0.9')
-        axes.set_axisbelow(True)
-        axes.spines[['top', 'right']].set_visible(False)
+        style(axes)
     if timed:
         times.set_yscale('log')
     times.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))

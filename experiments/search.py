@@ -23,23 +23,32 @@ from typing import Any
 import jax
 
 from dns_jax.files import write_whole
-from experiments import flags, run
-from experiments.commands import SearchConfig
+from experiments import command_line, models, progress, run
 from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.rules import make_rules
-from experiments.space import choice_at, make_ranges, make_run, shapes
+from experiments.space import choice_at, make_ranges, make_run
+from experiments.sweep_flags import SearchConfig
+from experiments.trainer import Trainer
+from experiments.workdir import CHECKPOINTS_FOLDER
 
 try:
     import optuna
     from optuna.trial import TrialState
 
-    from experiments import study as studies
+    from experiments import studies
 except ImportError as error:  # an extra
     _missing = error
 else:
     _missing = None
 
+# What the dense network depends on, and where it is kept.
+_REFERENCE_FLAGS = (
+    *('network', 'dataset', 'data_dir', 'manual_dir', 'train_on_all', 'tensorboard', 'seed'),
+    *('batch_size', 'reference_steps', 'record_every', 'checkpoint_every'),
+    *('reference_learning_rate', 'reference_weight_decay', 'momentum', 'bias_scale'),
+    *('decay_biases', 'dropout'),
+)
 # Shares of a trial's steps between which a trial may be given up: before, the errors of harsh
 # trials still fall fast; after, little is left to save.
 _WATCHED = (0.4, 0.8)
@@ -49,7 +58,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
     """Takes part in a study until it has all its trials, then writes and prints what it found.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       The best trial; the last line on standard output is the same as one JSON object. The folder
@@ -65,7 +74,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
     """
     if _missing:
         raise ValueError('experiments.search needs Optuna, the extra `search`') from _missing
-    params = shapes(config.network)
+    network = models.NETWORKS[config.network]()
+    params = models.shapes(network, models.MNIST_INPUT.image_shape)
     for share in (0.0, 1.0):  # flags that fit no run are refused before there is a trial
         make_rules(make_run(config, choice_at(config, share)), params)
     if config.storage:
@@ -77,16 +87,27 @@ def search(config: SearchConfig) -> dict[str, Any]:
             with _one_at_a_time(folder / 'lock', stopping):
                 study = studies.open_study(url, config)
                 reference = config.reference or _train_reference(config, stopping)
-            while len(_finished(study)) < config.trials:
-                if stopping:
-                    raise run.Stopped
-                study.optimize(
-                    lambda trial: _operate(trial, config, reference, stopping), n_trials=1
-                )
+            _do_trials(study, config, reference, stopping)
         except run.Stopped as error:
             name = signal.Signals(stopping[0]).name
             raise run.Stopped(f'{name}: the same command goes on with the study') from error
         return _conclude(config, study, sum(leaf.size for leaf in jax.tree.leaves(params)))
+
+
+def _do_trials(
+    study: 'optuna.Study', config: SearchConfig, reference: str, stopping: list[int]
+) -> None:
+    with progress.bar(total=config.trials, desc=config.study, unit=' trials') as bar:
+        while True:
+            done = len(_finished(study))  # other workers finish some too
+            bar.update(done - bar.n)
+            if best := studies.find_best(studies.trials(study, TrialState.COMPLETE)):
+                bar.set_postfix(best=best.number, kept=f'{best.values[0]:,.0f}')
+            if done >= config.trials:
+                return
+            if stopping:
+                raise run.Stopped
+            study.optimize(lambda trial: _operate(trial, config, reference, stopping), n_trials=1)
 
 
 def _operate(
@@ -116,29 +137,28 @@ def _operate(
         _report(trial, config, record, bound)
 
     started = time.perf_counter()
-    trainer = run.Trainer(own, on_record)
+    trainer = Trainer(own, on_record)
     (dense,) = run.train_references([trainer], stopping)
     reference_error = trainer.error(dense, trainer.dataset.validation)
     bound = reference_error + config.tolerance
     try:
         run.finetune([trainer], run.train_surgery([trainer], [dense], stopping), stopping)
     except (optuna.TrialPruned, Diverged) as reason:
-        print(f'trial {trial.number}: given up, {reason}', flush=True)
+        progress.say(f'trial {trial.number}: given up, {reason}')
         if isinstance(reason, Diverged):
             trial.set_constraint('validation error', 100.0)
         raise optuna.TrialPruned from reason
     finally:
-        shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     kept, error = sum(records[-1]['kept'].values()), records[-1]['validation_error']
     # Rounded: 2.02 + 0.1 is not quite 2.12.
     trial.set_constraint('validation error', round(error - bound, 9))
     trial.set_user_attr('validation_error', error)
     trial.set_user_attr('reference_validation_error', reference_error)
     trial.set_user_attr('seconds', round(time.perf_counter() - started, 1))
-    print(
+    progress.say(
         f'trial {trial.number}: kept {kept:,}, validation error {error:.2f} % '
-        f'({bound:.2f} % is allowed)',
-        flush=True,
+        f'({bound:.2f} % is allowed)'
     )
     return kept
 
@@ -160,8 +180,10 @@ def _report(
 def _train_reference(config: SearchConfig, stopping: list[int]) -> str:
     """Trains the network that all trials start from, goes on with it, or finds it finished."""
     folder = str(Path(config.workdir) / 'reference')
-    own = dataclasses.replace(make_run(config, choice_at(config, 0.5)), workdir=folder, resume=True)
-    run.train_references([run.Trainer(own)], stopping)
+    # Without what is searched: another study in the folder may start from the same network.
+    fields = {name: getattr(config, name) for name in _REFERENCE_FLAGS}
+    own = Config(**fields, density=1.0, workdir=folder, resume=True)
+    run.train_references([Trainer(own)], stopping)
     return folder
 
 
@@ -252,4 +274,4 @@ def _finished(study: 'optuna.Study') -> list['optuna.trial.FrozenTrial']:
 
 
 if __name__ == '__main__':
-    flags.launch({}, search, SearchConfig)
+    command_line.launch({}, search, SearchConfig)

@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from experiments import models
-from experiments.commands import SearchConfig
 from experiments.flags import Config
 from experiments.parsers import parse_step, parse_table
+from experiments.sweep_flags import SearchConfig, to_run
 
 _SPACES = {  # low, high, and whether on a logarithmic scale
     'compression': (20.0, 1000.0, True),
@@ -29,7 +26,7 @@ def make_ranges(config: SearchConfig) -> dict[str, tuple[float, float, bool]]:
     """
     names = [config.space]
     if config.space != 'compression':
-        names = [f'{config.space} {layer}' for layer in shapes(config.network)]
+        names = [f'{config.space} {layer}' for layer in _layers(config)]
     ranges = dict.fromkeys(names, _SPACES[config.space])
     if config.space != 'c_rate':  # which has no ramp
         ranges['ramp'] = (0.4, 0.9, False)
@@ -69,9 +66,9 @@ def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
         chosen['compression'] = float(f'{choice["compression"]:.4g}')
     else:
         chosen[config.space] = ','.join(
-            f'{layer}:{choice[f"{config.space} {layer}"]:.4g}' for layer in shapes(config.network)
+            f'{layer}:{choice[f"{config.space} {layer}"]:.4g}' for layer in _layers(config)
         )
-    return config.to_run(**chosen)
+    return to_run(config, **chosen)
 
 
 def _updates(config: SearchConfig) -> tuple[int, int]:
@@ -84,7 +81,6 @@ def _updates(config: SearchConfig) -> tuple[int, int]:
         raise ValueError(f'--ramp_start or --stop: {error}') from error
 
 
-def shapes(network: str) -> Any:
-    """Returns the shapes of a network's parameters, by layer, without making them."""
-    images, key = jnp.zeros((1, 28, 28, 1)), jax.random.key(0)
-    return jax.eval_shape(lambda: models.NETWORKS[network]().init(key, images))['params']
+def _layers(config: SearchConfig) -> list[str]:
+    network = models.NETWORKS[config.network]()
+    return list(models.shapes(network, models.MNIST_INPUT.image_shape))

@@ -4,6 +4,7 @@ Which images, crops and mirrorings a training batch holds depends on the seed, t
 the batch's number alone: training may stop and go on anywhere, on as many hosts and workers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -258,8 +259,12 @@ def _leave_signals_to_the_run(worker: int, workers: int) -> None:
 
 def _raise_limit_of_open_files() -> None:
     """Asks for as many open files as may be: every reader keeps each file of its set open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS says that there is no limit, and takes no more than this.
+    wanted = max(now, 10_240) if most == resource.RLIM_INFINITY else most
+    if now != resource.RLIM_INFINITY:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _draw_seed(index: int, generator: np.random.Generator) -> tuple[int, int]:

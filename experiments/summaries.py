@@ -52,6 +52,27 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
+def read_whole_summary(path: Path) -> dict[str, Any]:
+    """Reads a `summary.json` that must hold all that a report shows.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      What it holds.
+
+    Raises:
+      ValueError: if it is damaged, or `check_summary` finds something.
+      OSError: if it is missing or cannot be read.
+    """
+    summary = read_summary(path)
+    try:
+        check_summary(summary)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return summary
+
+
 def check_summary(summary: Summary) -> None:
     """Checks that a summary holds all that a report shows.
 

@@ -1,8 +1,6 @@
 """Many runs: which are finished, which go side by side, what is written of them."""
 
-import csv
 import dataclasses
-import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -13,13 +11,14 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from dns_jax.files import write_whole
-from experiments import sweep_report
-from experiments.commands import FrontierConfig
+from experiments import plots, progress, sweep_report
 from experiments.divergence import Diverged
 from experiments.flags import Config
 from experiments.run import run_together
 from experiments.summaries import read_summary
-from experiments.tables import Table, to_text
+from experiments.sweep_flags import FrontierConfig
+from experiments.tables import Table, to_text, write_csv
+from experiments.workdir import SUMMARY_FILE
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
@@ -45,13 +44,17 @@ def run_all(
     """
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
     broken: set[str | None] = set()  # folders
+    batches = []
     for _, group in itertools.groupby(runs, _without_seed):
         left = [run for run in group if run not in summaries]
-        for begin in range(0, len(left), side_by_side):
-            batch = left[begin : begin + side_by_side]
+        batches += [left[at : at + side_by_side] for at in range(0, len(left), side_by_side)]
+    with progress.bar(total=len(runs), initial=len(summaries), desc='sweep', unit=' runs') as bar:
+        for batch in batches:
+            bar.set_postfix_str(', '.join(Path(run.workdir).name for run in batch))
             found = _run_batch(batch, broken)
             broken |= {run.workdir for run in batch if run not in found}
             summaries |= found
+            bar.update(len(batch))
             if found:
                 on_batch(summaries)
     if not summaries:
@@ -105,17 +108,12 @@ def report_all(
     path = Path(config.workdir) / name
 
     def write(summaries):
-        rows, text, picture = to_rows(summaries), io.StringIO(), io.BytesIO()
-        columns = dict.fromkeys(column for row in rows for column in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+        rows = to_rows(summaries)
         tables, figure = to_tables(rows), to_figure(rows)
-        figure.savefig(picture, format='png')
         page = sweep_report.page(name.capitalize(), rows, tables, figure, config.identity())
-        write_whole(path.with_suffix('.csv'), text.getvalue())
+        write_csv(path.with_suffix('.csv'), rows)
         write_whole(path.with_suffix('.md'), to_text(tables) + '\n')
-        write_whole(path.with_suffix('.png'), picture.getvalue())
+        plots.save(figure, path.with_suffix('.png'))
         write_whole(path.with_suffix('.html'), page)
         return rows
 
@@ -133,6 +131,6 @@ def _without_seed(run: Config) -> dict[str, Any]:
 
 def _finished(run: Config) -> Mapping[str, Any] | None:
     """Reads the summary of a run that was finished with these flags, so as not to repeat it."""
-    path = Path(run.workdir) / 'summary.json'
+    path = Path(run.workdir) / SUMMARY_FILE
     summary = read_summary(path) if path.exists() else {}
     return summary if summary.get('flags') == run.identity() else None

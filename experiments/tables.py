@@ -1,8 +1,13 @@
 """Tables of text, and numbers over seeds, for the terminal, for Markdown and for pages."""
 
+import csv
+import io
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from dns_jax.files import write_whole
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -30,6 +35,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ['-' * (widths[0] + 2), *('-' * (width + 1) + ':' for width in widths[1:])]
     lines.insert(1, f'|{"|".join(rule)}|')
     return '\n'.join(lines)
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Writes rows as CSV; the columns are all that a row has."""
+    text = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def middle_and_range(rows: Rows, name: str, form: str, unit: str = '') -> str:

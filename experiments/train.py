@@ -17,7 +17,6 @@ import optax
 import dns_jax
 from experiments import models
 
-INPUT_SCALE = models.INPUTS['lenet5'].scale
 _AHEAD = 2  # steps handed to the device before the one that is waited for
 
 
@@ -65,19 +64,19 @@ TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.A
 def make_step(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
+    inputs: models.Input,
     dropout: Dropout | None = None,
     accumulate: int = 1,
-    inputs: models.Input = models.INPUTS['lenet5'],
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
     Args:
       network: maps images to logits.
       optimizer: a chain with `dns_jax.surgery` in it.
+      inputs: what the network takes.
       dropout: of the phase.
       accumulate: parts of one size that a batch is taken in, one after the other: memory is
         needed for the images of one, and the gradient is the mean of theirs.
-      inputs: what the network takes.
 
     Returns:
       A function of the state, images (batch, height, width, channels) uint8 and labels (batch,)
@@ -139,8 +138,8 @@ def _in_parts(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[.
     return mean
 
 
-def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
-    """Makes the compiled call that runs many steps; it takes the state's memory over.
+def make_run_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
+    """Makes the compiled call that runs many steps; it donates the state.
 
     Args:
       step: from `make_step`.
@@ -162,7 +161,7 @@ def make_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
     return run_chunk
 
 
-def make_chunks(
+def make_run_chunks(
     step: TrainStep,
 ) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
     """Makes the compiled call that runs many steps of several networks, each on its own batches.
@@ -171,10 +170,10 @@ def make_chunks(
       step: from `make_step`.
 
     Returns:
-      As `make_chunk` does, but for tuples of states and of indices; the result is a tuple of
+      As `make_run_chunk` does, but for tuples of states and of indices; the result is a tuple of
       pairs. Several networks are vmapped into one program; they must be at the same step.
     """
-    run_chunk = make_chunk(step)
+    run_chunk = make_run_chunk(step)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run_vmapped(states, images, labels, indices):
@@ -206,7 +205,7 @@ def make_chunks(
     return run_chunks
 
 
-def make_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., Any]:
+def make_run_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., Any]:
     """Makes the function that runs many steps on batches from a stream, one compiled call each.
 
     Args:
@@ -214,7 +213,7 @@ def make_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., Any]
       like: a state whose leaves lie where those of all states are to lie.
 
     Returns:
-      A function of the state, whose memory it takes over, and batches (images, labels) that
+      A function of the state, which it donates, and batches (images, labels) that
       returns the new state and a `Chunk`.
     """
     stay = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -238,37 +237,8 @@ def make_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., Any]
     return run_chunk
 
 
-def batch_indices(
-    seed: tuple[int, ...], examples: int, batch_size: int, start: int, steps: int
-) -> np.ndarray:
-    """Chooses the images of some steps: one shuffled epoch after the other, without gaps.
-
-    A pure function of its arguments, so that a resumed run sees the same batches.
-
-    Args:
-      seed: of the shuffles, one number or more.
-      examples: images in the training split.
-      batch_size: images per step.
-      start: the first step.
-      steps: how many steps.
-
-    Returns:
-      Indices into the split, (steps, batch_size) int32.
-    """
-    first, last = start * batch_size, (start + steps) * batch_size
-    epochs = range(first // examples, (last - 1) // examples + 1)
-    order = np.concatenate([_shuffled_epoch(seed, examples, epoch) for epoch in epochs])
-    offset = epochs[0] * examples
-    return order[first - offset : last - offset].reshape(steps, batch_size)
-
-
-@functools.lru_cache(maxsize=4)
-def _shuffled_epoch(seed: tuple[int, ...], examples: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([*seed, epoch]).permutation(examples).astype(np.int32)
-
-
 def make_error(
-    network: nn.Module, inputs: models.Input = models.INPUTS['lenet5']
+    network: nn.Module, inputs: models.Input
 ) -> Callable[[dns_jax.Params, Images], float]:
     """Makes the function that measures the classification error.
 
@@ -293,7 +263,7 @@ def make_error(
 
 
 def make_loss(
-    network: nn.Module, inputs: models.Input = models.INPUTS['lenet5']
+    network: nn.Module, inputs: models.Input
 ) -> Callable[[dns_jax.Params, Images], float]:
     """Makes the function that measures the cross-entropy.
 

@@ -4,6 +4,7 @@ Numbers that choices are made on come from the validation split; the test split 
 the end.
 """
 
+import functools
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,8 @@ from experiments import divergence, hosts, meshes, models, probes, references, r
 from experiments.feeds import open_feed
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
-from experiments.rules import make_optimizer, make_pruner, make_rules
-from experiments.workdir import PHASES, Records, claim
+from experiments.rules import make_optimizer, make_pruner, make_rules, takes_part
+from experiments.workdir import NETWORK_FILE, PHASES, Records, claim
 
 
 class Trainer:
@@ -43,20 +44,22 @@ class Trainer:
         self.config, self.on_record = config, on_record
         self.feed = open_feed(config)
         self.dataset, self.network = self.feed.dataset, self.feed.network
-        self.inputs = models.INPUTS.get(config.network, models.INPUTS['lenet5'])
+        self.inputs = models.INPUTS.get(config.network, models.MNIST_INPUT)
         image_shape = self.feed.image_shape
         weights_key, coins_key = jax.random.split(jax.random.key(config.seed))
         self.initial = self.network.init(weights_key, jnp.zeros((1, *image_shape)))['params']
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.initial))
         self.positions = models.positions(self.network, image_shape)
-        self.reference_optimizer = make_optimizer(
+        self.make_reference_optimizer = functools.partial(
+            make_optimizer,
             config,
             dns_jax.surgery({}, coins_key),
             parse_learning_rate(config.reference_learning_rate, config.reference_steps),
             config.reference_weight_decay,
         )
         self.pruner = make_pruner(config, self.initial, coins_key)
-        self.optimizer = make_optimizer(
+        self.make_optimizer = functools.partial(
+            make_optimizer,
             config,
             self.pruner,
             parse_learning_rate(config.learning_rate, config.surgery_steps),
@@ -82,7 +85,7 @@ class Trainer:
             return None
         layers = dns_jax.group_by_layer(self.initial)
         dense: dict[str, Any] = dict.fromkeys(layers, jnp.float32(config.dropout))
-        # No step has the count of such a number.
+        # Above every count of steps, so no coin is thrown with this key.
         number = 2**31 + PHASES.index(phase)
         if config.pruned_dropout == 'kept':
             return train.Dropout(lambda masks: dense, number)
@@ -91,14 +94,15 @@ class Trainer:
             lambda masks: dense | training.scale_dropout(config.dropout, masks), number
         )
 
-    def foresee(self, dense: dns_jax.Params) -> list[str]:
+    def find_emptied_layers(self, dense: dns_jax.Params) -> list[str]:
         """Says which layers surgery would leave nothing of, where that can be known."""
         config = self.config
         if config.pruner != 'surgery' or config.importance != 'magnitude':
             return []
-        takes_part = dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
         rules = make_rules(config, self.initial)
-        return divergence.foresee(rules, dense, config.surgery_steps, takes_part)
+        return divergence.find_emptied_layers(
+            rules, dense, config.surgery_steps, takes_part(config)
+        )
 
     def finish(
         self,
@@ -121,7 +125,7 @@ class Trainer:
         inputs = {'input_scale': repr(self.inputs.scale)}
         if any(self.inputs.mean):
             inputs['input_mean'] = ','.join(map(repr, self.inputs.mean))
-        path = self.folder / 'pruned.safetensors'
+        path = self.folder / NETWORK_FILE
         save_sparse(path, params, masks, {'network': self.config.network, **inputs})
         first_layer = masks.get('fc1', {}).get('kernel')
         sees_pixels = self.config.network == 'lenet300' and np.ndim(first_layer)
@@ -179,7 +183,8 @@ class Trainer:
     def dense_state(self) -> train.TrainState:
         """Makes the state at the start of dense training."""
         params = jax.tree.map(jnp.copy, self.initial)
-        return self.feed.place(train.TrainState(params, self.reference_optimizer.init(params)))
+        optimizer = self.make_reference_optimizer()
+        return self.feed.place(train.TrainState(params, optimizer.init(params)))
 
     def record(
         self, phase: str, step: int, state: train.TrainState, chunk: train.Chunk

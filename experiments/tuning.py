@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import dns_jax
 from dns_jax.layers import leaf_path, parent
 from dns_jax.sharing import SharedNetwork, expand, round_codebooks
-from experiments.data import Split
-from experiments.train import INPUT_SCALE, batch_indices
+from experiments import progress
+from experiments.data import Split, batch_indices
+from experiments.models import MNIST_INPUT
 
 _CHUNK = 200  # steps of one compiled call
 
@@ -67,7 +67,7 @@ def finetune(
     images, labels = jax.device_put((split.images, split.labels))
 
     def loss_fn(variables, images, labels):
-        scaled = images.astype(jnp.float32) * INPUT_SCALE
+        scaled = images.astype(jnp.float32) * MNIST_INPUT.scale
         logits = jnp.asarray(network.apply({'params': _expand(shared, *variables)}, scaled))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -82,10 +82,12 @@ def finetune(
         return jax.lax.scan(body, state, indices)[0]
 
     state = variables, optimizer.init(variables)
-    for start in tqdm(range(0, steps, _CHUNK), 'Fine-tuning', unit_scale=_CHUNK, disable=None):
-        amount = min(_CHUNK, steps - start)
-        indices = batch_indices((seed,), len(split.labels), batch_size, start, amount)
-        state = run_chunk(state, images, labels, indices)
+    with progress.bar(total=steps, desc='tuning', unit=' steps') as bar:
+        for start in range(0, steps, _CHUNK):
+            amount = min(_CHUNK, steps - start)
+            indices = batch_indices((seed,), len(split.labels), batch_size, start, amount)
+            state = jax.block_until_ready(run_chunk(state, images, labels, indices))
+            bar.update(amount)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])):
         raise FloatingPointError(
             f'learning_rate={learning_rate} left weights or centroids that are not finite'

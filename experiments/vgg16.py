@@ -3,7 +3,7 @@
 python -m experiments.vgg16 --flagfile=experiments/flagfiles/vgg16_imagenet.flags
 """
 
-from experiments import flags, hosts
+from experiments import command_line, hosts
 from experiments.image_flags import ImageConfig
 from experiments.run import run
 
@@ -23,4 +23,4 @@ DEFAULTS = {
 }
 
 if __name__ == '__main__':
-    flags.launch(DEFAULTS, hosts.joined(run), ImageConfig)
+    command_line.launch(DEFAULTS, hosts.with_processes(run), ImageConfig)

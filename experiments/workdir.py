@@ -17,6 +17,10 @@ from experiments.flags import Config
 
 FLAGS_FILE = 'flags.json'
 METRICS_FILE = 'metrics.jsonl'
+SUMMARY_FILE = 'summary.json'
+REPORT_FILE = 'report.html'
+NETWORK_FILE = 'pruned.safetensors'
+CHECKPOINTS_FOLDER = 'checkpoints'
 LOCK_FILE = '.lock'
 _locks: dict[tuple[int, int], int] = {}  # of this process: descriptors by file, never closed
 PHASES = ('reference', 'surgery', 'finetuning')
@@ -201,9 +205,9 @@ def read_flags(folder: Path) -> Mapping[str, Any]:
 
 def _delete_run(folder: Path) -> None:
     """Deletes what a run writes, the flags last, so that a torn deletion can be repeated."""
-    for name in ('checkpoints', 'tensorboard'):
+    for name in (CHECKPOINTS_FOLDER, 'tensorboard'):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS_FILE, 'pruned.safetensors', 'summary.json', 'report.html', FLAGS_FILE):
+    for name in (METRICS_FILE, NETWORK_FILE, SUMMARY_FILE, REPORT_FILE, FLAGS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

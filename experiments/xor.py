@@ -7,8 +7,6 @@ of Han et al. under several c: how often is XOR still solved, and with how many 
 the smallest network of surgery, pictures show its connections over time. Needs no data.
 """
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -23,10 +21,10 @@ import optax
 import dns_jax
 from dns_jax import pruners
 from dns_jax.files import write_whole
-from experiments import flags, probes, xor_plots
-from experiments.commands import XorConfig
+from experiments import command_line, plots, probes, progress, xor_plots
 from experiments.models import Xor
-from experiments.tables import middle_and_range, table
+from experiments.tables import middle_and_range, table, write_csv
+from experiments.tool_flags import XorConfig
 from experiments.train import TrainState
 
 _POINTS = 10_000  # to train with, and as many to test
@@ -73,7 +71,7 @@ def make_points(key: jax.Array, count: int, noise: float) -> Points:
     return Points(places, corners[:, 0] != corners[:, 1])
 
 
-def train(
+def train_networks(
     pruner: optax.GradientTransformation,
     params: dns_jax.Params,
     keys: jax.Array,
@@ -160,7 +158,7 @@ def solve(config: XorConfig) -> dict[str, Any]:
     """Does all networks, writes the tables and pictures, and prints the result.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       What is printed as the last line, as JSON.
@@ -179,24 +177,24 @@ def solve(config: XorConfig) -> dict[str, Any]:
 
     steps = config.steps // _RECORDS * _RECORDS
     nothing = dns_jax.surgery({}, jax.random.key(0))
-    dense = train(nothing, params, reference_keys, points, steps)
+    dense = train_networks(nothing, params, reference_keys, points, steps)
     reference_errors = measure_error(dense, test)
     params = jax.tree.map(lambda leaves: leaves[:, -1], dense.params)
 
     rows, courses = [], {}
-    for method, c_rates in _C_RATES.items():
-        for c_rate in c_rates:
-            pruner = make_pruner(method, c_rate, steps)
-            course = train(pruner, params, pruning_keys, points, steps)
-            courses[method, c_rate] = course
-            columns = (
-                *(reference_errors, measure_error(course, test)),
-                *(count_kept(course), count_returned(course)),
-            )
-            rows += [
-                dict(zip(COLUMNS, (method, c_rate, seed, *numbers), strict=True))
-                for seed, numbers in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True))
-            ]
+    pairs = [(method, c_rate) for method, c_rates in _C_RATES.items() for c_rate in c_rates]
+    for method, c_rate in progress.bar(pairs, 'pruning', unit=' trainings'):
+        pruner = make_pruner(method, c_rate, steps)
+        course = train_networks(pruner, params, pruning_keys, points, steps)
+        courses[method, c_rate] = course
+        columns = (
+            *(reference_errors, measure_error(course, test)),
+            *(count_kept(course), count_returned(course)),
+        )
+        rows += [
+            dict(zip(COLUMNS, (method, c_rate, seed, *numbers), strict=True))
+            for seed, numbers in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True))
+        ]
     result = summarise(rows, config)
     _write(folder, rows, result)
     _draw(folder, rows, courses, config.solved, steps)
@@ -228,7 +226,9 @@ def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, An
     for method, c_rates in _C_RATES.items():
         for c_rate in c_rates:
             own = [row for row in solved if (row['method'], row['c_rate']) == (method, c_rate)]
-            cells = [middle_and_range(own, name, '.0f') if own else '' for name in COLUMNS[-2:]]
+            cells = [
+                middle_and_range(own, name, '.0f') if own else '' for name in ('kept', 'returned')
+            ]
             still = sum(row['reference_error'] <= config.solved for row in own)
             counts = (f'{len(own)} of {config.seeds}', f'{still} of {len(references)}')
             lines.append((method, f'{c_rate:g}', *counts, *cells))
@@ -249,15 +249,9 @@ def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, An
 
 
 def _write(folder, rows, result) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(folder / 'xor.csv', text.getvalue())
+    write_csv(folder / 'xor.csv', rows)
     write_whole(folder / 'xor.md', result['table'] + '\n')
-    picture = io.BytesIO()
-    xor_plots.smallest_figure(result['smallest']).savefig(picture, format='png')
-    write_whole(folder / 'smallest.png', picture.getvalue())
+    plots.save(xor_plots.smallest_figure(result['smallest']), folder / 'smallest.png')
 
 
 def _draw(folder, rows, courses, solved, steps) -> None:
@@ -271,11 +265,9 @@ def _draw(folder, rows, courses, solved, steps) -> None:
     course = jax.tree.map(
         lambda leaves: np.asarray(leaves[best['seed']]), courses['surgery', best['c_rate']]
     )
-    picture = io.BytesIO()
-    xor_plots.course_figure(course, steps).savefig(picture, format='png')
-    write_whole(folder / 'course.png', picture.getvalue())
+    plots.save(xor_plots.course_figure(course, steps), folder / 'course.png')
     write_whole(folder / 'course.gif', xor_plots.animate(course, steps))
 
 
 if __name__ == '__main__':
-    flags.launch({}, solve, XorConfig)
+    command_line.launch({}, solve, XorConfig)

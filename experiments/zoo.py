@@ -10,9 +10,10 @@ import jax
 
 from dns_jax.files import write_whole
 from dns_jax.sparse import load_sparse
-from experiments import flags, report
-from experiments.commands import ZooConfig
-from experiments.summaries import check_summary, read_summary
+from experiments import command_line, report
+from experiments.summaries import read_whole_summary
+from experiments.tool_flags import ZooConfig
+from experiments.workdir import NETWORK_FILE, SUMMARY_FILE
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 
@@ -21,7 +22,7 @@ def publish(config: ZooConfig) -> list[Path]:
     """Writes `NAME.safetensors`, `NAME.json`, the run's summary, and `NAME.md`, its card.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       The paths of the three.
@@ -31,17 +32,13 @@ def publish(config: ZooConfig) -> list[Path]:
       OSError: if the run is not finished, or the zoo cannot be written.
     """
     run = Path(config.workdir)
-    summary = read_summary(run / 'summary.json')
-    try:
-        check_summary(summary)
-    except ValueError as error:
-        raise ValueError(f'{run / "summary.json"}: {error}') from error
-    # Where another run lay says nothing of the network; whose file it began with does.
+    summary = read_whole_summary(run / SUMMARY_FILE)
+    # Folders of this machine mean nothing to others; the name of a Caffe file does.
     reference = Path(str(summary.get('flags', {}).pop('reference', None) or ''))
     if reference.suffix == '.caffemodel':
         summary['flags']['reference'] = reference.name
     card = report.card(summary)
-    network = load_sparse(run / 'pruned.safetensors')
+    network = load_sparse(run / NETWORK_FILE)
     kept = sum(int(mask.sum()) for mask in jax.tree.leaves(network.masks))
     if kept != summary['kept']:
         raise ValueError(
@@ -50,7 +47,7 @@ def publish(config: ZooConfig) -> list[Path]:
         )
     FOLDER.mkdir(exist_ok=True)
     paths = [FOLDER / f'{config.name}.{end}' for end in ('safetensors', 'json', 'md')]
-    write_whole(paths[0], (run / 'pruned.safetensors').read_bytes())
+    write_whole(paths[0], (run / NETWORK_FILE).read_bytes())
     write_whole(paths[1], json.dumps(summary, indent=2) + '\n')
     write_whole(paths[2], card)
     print(json.dumps([str(path) for path in paths]))
@@ -58,4 +55,4 @@ def publish(config: ZooConfig) -> list[Path]:
 
 
 if __name__ == '__main__':
-    flags.launch({}, publish, ZooConfig)
+    command_line.launch({}, publish, ZooConfig)

@@ -29,10 +29,10 @@ from dns_jax.sharing import share_weights
 from dns_jax.sparse import load_sparse, save_sparse
 from experiments import hlo, report, results, sweep_report, zoo
 from experiments.artefacts import load_model
-from experiments.commands import ZooConfig
 from experiments.compare import COLUMNS as COMPARE_COLUMNS
 from experiments.frontier import COLUMNS as FRONTIER_COLUMNS
 from experiments.summaries import LAYER_COUNTS, SUMMARY_KEYS
+from experiments.tool_flags import ZooConfig
 from experiments.workdir import read_flags, read_records
 
 MOST = 10**5  # parameters that a network is allowed to have

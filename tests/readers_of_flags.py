@@ -9,8 +9,9 @@ import jax
 from absl import flags as absl_flags
 from reader import Reader, to_text, write_new
 
-from experiments import commands, space
-from experiments.flags import Config, define, is_flag, to_config
+from experiments import models, space, sweep_flags, tool_flags
+from experiments.command_line import define, is_flag, to_config
+from experiments.flags import Config
 from experiments.hosts import parse_distributed
 from experiments.image_flags import ImageConfig
 from experiments.meshes import parse_mesh
@@ -130,7 +131,7 @@ def flagfiles(folder):
 def rules(folder):
     """From the command line to what prunes."""
     del folder
-    params = space.shapes('lenet300')
+    params = models.shapes(models.NETWORKS['lenet300'](), models.MNIST_INPUT.image_shape)
     key = jax.random.key(0)
 
     def read(data):
@@ -152,11 +153,11 @@ def searches(folder):
     del folder
 
     def read(data):
-        config = parse(commands.SearchConfig, to_text(data).splitlines())
+        config = parse(sweep_flags.SearchConfig, to_text(data).splitlines())
         check_config(space.make_run(config, space.choice_at(config, 0.5)))
 
     seed = flagfile('search_lenet300_digits') + '\n--ramp_start=10%\n--stop=fc1:80%,*:90%'
-    return Reader((seed.encode(),), read, ERRORS, words=words(commands.SearchConfig))
+    return Reader((seed.encode(),), read, ERRORS, words=words(sweep_flags.SearchConfig))
 
 
 READERS = {
@@ -193,36 +194,38 @@ READERS = {
         '--c_rate=1\n--mesh=data:4,model:2\n--distributed=10.0.0.1:9999,2,0\n--width=0.5',
     ),
     'command lines of a frontier': command_lines(
-        commands.FrontierConfig,
+        sweep_flags.FrontierConfig,
         flagfile('frontier_lenet300'),
         '--seeds=2\n--seed=7',
         attacks=[ENDLESS],
     ),
     'command lines of a comparison': command_lines(
-        commands.CompareConfig,
+        sweep_flags.CompareConfig,
         flagfile('compare_digits'),
         flagfile('repair_lenet300'),
         attacks=[ENDLESS + b'\n--variant=a: --momentum=0.5', b'--variant=a: --momentum=nan'],
     ),
     'command lines of a search': searches,
-    'command lines of XOR': command_lines(commands.XorConfig, '--seeds=9\n--noise=0.2\n--solved=5'),
+    'command lines of XOR': command_lines(
+        tool_flags.XorConfig, '--seeds=9\n--noise=0.2\n--solved=5'
+    ),
     'command lines of the zoo': command_lines(
-        commands.ZooConfig, '--name=lenet5\n--workdir=runs/a'
+        tool_flags.ZooConfig, '--name=lenet5\n--workdir=runs/a'
     ),
     'command lines of the bench': command_lines(
-        commands.BenchConfig,
+        tool_flags.BenchConfig,
         '--rounds=4\n--peer_rounds=2',
         f'--peer=python\n--peer_script={__file__}',
     ),
     'command lines of scale': command_lines(
-        commands.ScaleConfig,
+        tool_flags.ScaleConfig,
         '--sizes=0.3,3\n--planned_sizes=1000\n--images=64\n--xla_options=a=true,b=1\n--width=0.5',
     ),
     'command lines of latency': command_lines(
-        commands.LatencyConfig, '--model=fc:800x500:0.007\n--batches=1,64\n--break_even'
+        tool_flags.LatencyConfig, '--model=fc:800x500:0.007\n--batches=1,64\n--break_even'
     ),
     'command lines of exports': command_lines(
-        commands.ExportConfig, flagfile('coded_lenet5'), '--format=sparse\n--batch=4'
+        tool_flags.ExportConfig, flagfile('coded_lenet5'), '--format=sparse\n--batch=4'
     ),
     'flagfiles': flagfiles,
     'rules of a run': rules,

@@ -27,11 +27,11 @@ from dns_jax.chain import (
 from dns_jax.codec import load_coded
 from dns_jax.runners import Choice, jax_runner, recorded_kinds
 from dns_jax.sparse import load_sparse, save_sparse
-from experiments import artefacts, latency_report, models
+from experiments import artefacts, latency_report, models, timing
 from experiments.artefacts import load_model
-from experiments.commands import ExportConfig, LatencyConfig
 from experiments.export import export
-from experiments.latency import _crossing, _one_core, measure
+from experiments.latency import _crossing, measure
+from experiments.tool_flags import ExportConfig, LatencyConfig
 from experiments.zoo import FOLDER
 
 ZOO = str(FOLDER / 'lenet300.safetensors')
@@ -377,7 +377,7 @@ def test_crossing_is_where_the_ratio_is_1():
 
 def test_one_core():
     before = os.sched_getaffinity(0)
-    with _one_core():
+    with timing.on_one_core():
         assert len(os.sched_getaffinity(0)) == 1
     assert os.sched_getaffinity(0) == before
 

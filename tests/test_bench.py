@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from experiments import bench
-from experiments.commands import BenchConfig
+from experiments.tool_flags import BenchConfig
 
 PEER = """
 import json
@@ -48,7 +48,7 @@ def test_bench_measures_and_prints(small, peer, capsys):
 
 def test_rounds_are_the_timed_calls(small, monkeypatch):
     calls = []
-    monkeypatch.setattr(bench.Program, 'milliseconds', lambda program: calls.append(1) or 1.0)
+    monkeypatch.setattr(bench.TimedCall, 'milliseconds', lambda program: calls.append(1) or 1.0)
     bench.measure(BenchConfig(rounds=5))
     assert len(calls) == 3 * (1 + 5)
 

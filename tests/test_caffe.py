@@ -444,5 +444,6 @@ def test_the_networks_of_the_authors_make_their_errors(network, file, error, tmp
     path = Path(folder) / f'caffe_{file}_original.caffemodel'
     params = to_linen(read_caffemodel(path), lambda name: name.replace('ip', 'fc')).params
     mnist = data.load('mnist', tmp_path_factory.mktemp('mnist'), mnist_folder)
-    measured = train.make_error(models.NETWORKS[network]())(params, mnist.test)
+    error_of = train.make_error(models.NETWORKS[network](), models.INPUTS[network])
+    measured = error_of(params, mnist.test)
     assert round(measured, 2) == error

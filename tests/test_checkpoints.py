@@ -202,7 +202,7 @@ def test_an_empty_directory_has_no_checkpoint(tmp_path):
 
 def test_a_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / 'file').write_text('text')
-    with pytest.raises(NotADirectoryError, match=r'file is a file; wanted a checkpoint directory'):
+    with pytest.raises(NotADirectoryError, match=r'file is a file; wanted a folder of checkpoints'):
         Checkpoints(tmp_path / 'file')
 
 

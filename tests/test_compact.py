@@ -12,7 +12,7 @@ from dns_jax.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, tr
 from dns_jax.compact import Shrunk, compact
 from dns_jax.sparse import load_sparse
 from experiments import data
-from experiments.train import INPUT_SCALE
+from experiments.models import MNIST_INPUT
 from experiments.zoo import FOLDER
 
 
@@ -58,7 +58,7 @@ def test_outputs_are_those_of_the_masked_network(network):
 def test_networks_of_the_zoo(name, chain, tmp_path):
     network = load_sparse(FOLDER / f'{name}.safetensors')
     small = compact(chain, network.params, network.masks, (28, 28, 1))
-    digits = data.load('digits', tmp_path).test.images[:2] * INPUT_SCALE
+    digits = data.load('digits', tmp_path).test.images[:2] * MNIST_INPUT.scale
     for image in [*np.random.default_rng(0).random((2, 28, 28, 1)), *digits]:
         np.testing.assert_allclose(
             forward(small.chain, small.params, image),

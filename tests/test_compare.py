@@ -10,7 +10,7 @@ import pytest
 import test_frontier
 
 from experiments import compare, data, plots, sweep, sweep_report
-from experiments.commands import CompareConfig
+from experiments.sweep_flags import CompareConfig
 from experiments.tables import to_text
 
 SHORT = {**test_frontier.SHORT, 'compressions': '30,60,120', 'side_by_side': 1}
@@ -191,7 +191,10 @@ def test_bad_variants(variants, message):
 def test_the_figure_shows_medians_and_ranges():
     errors = {('a', 50.0): (2.0, 1.8, 2.4), ('a', 100.0): (2.5, 2.6, 3.0), ('b', ''): (5.0,)}
     rows = [
-        {'variant': variant, 'target': target, 'compression': target or 60.0, 'test_error': error}
+        {
+            **{'network': 'lenet5', 'dataset': 'digits', 'variant': variant, 'target': target},
+            **{'compression': target or 60.0, 'test_error': error},
+        }
         for (variant, target), group in errors.items()
         for error in group
     ]

@@ -222,7 +222,7 @@ from experiments import hosts
 def refuse():
     raise ValueError('the folder is taken')
 
-act = hosts.joined(lambda config: hosts.on_first(refuse))
+act = hosts.with_processes(lambda config: hosts.on_first(refuse))
 act(types.SimpleNamespace(distributed=sys.argv[1]))
 """
 

@@ -9,7 +9,9 @@ import pytest
 import dns_jax
 from dns_jax import has_axes, is_kernel
 from experiments import divergence, train
-from experiments.divergence import Breakdown, calmed, find_breakdown, foresee
+from experiments.divergence import Breakdown, after_setbacks, find_breakdown, find_emptied_layers
+from experiments.flags import Config
+from experiments.rules import make_optimizer, make_pruner
 
 PARAMS = {
     'fc1': {'kernel': jnp.array([[0.1, -0.9], [0.4, 0.2]]), 'bias': jnp.array([0.0, 3.0])},
@@ -82,7 +84,7 @@ def rule(thresholds, refresh_every=0, stop=100):
 
 def test_a_threshold_above_all_weights_is_foreseen():
     rules = {'fc1': rule(dns_jax.mean_std(9.0)), 'fc2': rule(dns_jax.mean_std(0.0, 0.1))}
-    (found,) = foresee(rules, PARAMS, 100, has_axes)
+    (found,) = find_emptied_layers(rules, PARAMS, 100, has_axes)
     largest = np.abs([0.1, -0.9, 0.4, 0.2, 0.0, 3.0])
     low = 0.9 * (largest[largest > 0].mean() + 9 * largest[largest > 0].std())
     assert found.startswith(
@@ -95,19 +97,19 @@ def test_a_density_that_empties_a_layer_is_foreseen_at_the_step_that_asks_for_it
     ramp = dns_jax.polynomial_density(0.1, 0, 40)  # of eight connections, one
     by_density = rule(dns_jax.global_density(ramp), refresh_every=10)
     for steps, expected in ((50, 40), (100, 90)):
-        (found,) = foresee({'*': by_density}, PARAMS, steps, has_axes)
+        (found,) = find_emptied_layers({'*': by_density}, PARAMS, steps, has_axes)
         assert found.startswith('the threshold of fc')
         assert f' at step {expected}, ' in found
     stopped = by_density._replace(update_probability=dns_jax.update_probability(stop=11))
-    assert foresee({'*': stopped}, PARAMS, 100, has_axes) == []
+    assert find_emptied_layers({'*': stopped}, PARAMS, 100, has_axes) == []
 
 
 def test_what_takes_no_part_is_not_looked_at():
     params = {'fc1': {'kernel': jnp.zeros((2, 2)), 'bias': jnp.ones(2)}, 'fc2': PARAMS['fc2']}
     rules = {'*': rule(dns_jax.mean_std(0.0))}
-    assert foresee(rules, params, 10, has_axes) == []
-    assert foresee(rules, params, 10, is_kernel) == ['all weights of fc1 are zero']
-    assert foresee({'fc2': rules['*']}, params, 10, is_kernel) == []
+    assert find_emptied_layers(rules, params, 10, has_axes) == []
+    assert find_emptied_layers(rules, params, 10, is_kernel) == ['all weights of fc1 are zero']
+    assert find_emptied_layers({'fc2': rules['*']}, params, 10, is_kernel) == []
 
 
 def masks_of(state):
@@ -117,10 +119,12 @@ def masks_of(state):
 @pytest.mark.parametrize('setbacks', [(), (False,), (False, False), (True,), (False, True)])
 def test_after_setbacks_the_rate_is_halved_and_masks_may_stay(setbacks):
     surgery = dns_jax.surgery(rule(dns_jax.mean_std(0.0)), jax.random.key(0))
-    optimizer = optax.chain(surgery, dns_jax.caffe_sgd(lambda step: 0.1, 0.9, 1e-3))
+    sgd = dns_jax.caffe_sgd(lambda step: 0.1, 0.9, 1e-3)
+    optimizer = optax.chain(surgery, sgd)
     state = optimizer.init(PARAMS)
     plain, after = optimizer.update(PARAMS, state, PARAMS)
-    calm, calm_after = calmed(optimizer, setbacks).update(PARAMS, state, PARAMS)
+    calmed = optax.chain(*after_setbacks(surgery, sgd, setbacks))
+    calm, calm_after = calmed.update(PARAMS, state, PARAMS)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(calm), strict=True):
         np.testing.assert_array_equal(one * 0.5 ** len(setbacks), other)
     changed = any(not leaf.all() for leaf in jax.tree.leaves(masks_of(after)))
@@ -128,6 +132,21 @@ def test_after_setbacks_the_rate_is_halved_and_masks_may_stay(setbacks):
     expected = state if any(setbacks) else after
     jax.tree.map(np.testing.assert_array_equal, masks_of(calm_after), masks_of(expected))
     assert jax.tree.structure(calm_after) == jax.tree.structure(after)
+
+
+@pytest.mark.parametrize('setbacks', [(False,), (True, False)])
+def test_after_setbacks_what_set_prunes_is_zero(setbacks):
+    config = Config('tiny', pruner='set', compression=2.0, surgery_steps=4, refresh_every=1)
+    pruner = make_pruner(config, PARAMS, jax.random.key(0))
+    optimizer = make_optimizer(config, pruner, lambda step: 0.1, 0.0, setbacks)
+    # As where training goes on from a checkpoint.
+    params, state = PARAMS, make_optimizer(config, pruner, lambda step: 0.1, 0.0).init(PARAMS)
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        pruned = dns_jax.apply_masks(params, masks_of(state))
+        jax.tree.map(np.testing.assert_array_equal, params, pruned)
+    assert 0 < sum(jnp.count_nonzero(leaf) for leaf in jax.tree.leaves(params)) < 8
 
 
 def test_there_is_an_end_to_going_back():

@@ -368,6 +368,25 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
     assert outcome(tmp_path / 'run') == (''.join(surgery), network)
 
 
+def test_a_signal_saves_runs_that_wait_for_one_behind(make_config, tmp_path, monkeypatch, warnings):
+    """Of two side by side the first goes back at its third step; then a signal comes."""
+    fields = {'record_every': 1, 'checkpoint_every': 10, 'on_divergence': 'rollback'}
+    configs = [make_config(tmp_path / f'{seed}', seed=seed, **fields) for seed in (0, 1)]
+    stopping, looks = [], []
+
+    def find_breakdown(chunk, kept, params):
+        looks.append(chunk)
+        if len(looks) == 7:
+            stopping.append(signal.SIGTERM)
+        return divergence.Breakdown(1, 'played', False) if len(looks) == 5 else None
+
+    monkeypatch.setattr(divergence, 'find_breakdown', find_breakdown)
+    with pytest.raises(run.Stopped):
+        run.train_references([run.Trainer(config) for config in configs], stopping)
+    assert max(steps_of(tmp_path / '0', 'reference')) == 1
+    assert max(steps_of(tmp_path / '1', 'reference')) == 3
+
+
 def test_a_run_goes_back_only_so_often(make_config, tmp_path, warnings):
     fields = TOO_FAST | {'weight_decay': 1e30, 'on_divergence': 'rollback'}
     with pytest.raises(divergence.Diverged, match='; the run had gone back 3 times'):

@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 from tiny import Tiny
 
 from experiments import alexnet, data, feeds, models, rules, run, streams, vgg16
-from experiments.flags import define, to_config
+from experiments.command_line import define, to_config
 from experiments.image_flags import ImageConfig
 
 SIZE = 8  # pixels

@@ -16,16 +16,19 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import alexnet, data, flags, lenet5, lenet300, models, rules, run, vgg16
-from experiments.commands import (
-    BenchConfig,
-    CompareConfig,
-    ExportConfig,
-    FrontierConfig,
-    SearchConfig,
-)
-from experiments.flags import Config, define, to_config
+from experiments.command_line import define, is_flag, to_config
+from experiments.flags import Config
 from experiments.image_flags import ImageConfig
 from experiments.parsers import parse_learning_rate, parse_step, parse_table
+from experiments.sweep_flags import CompareConfig, FrontierConfig, SearchConfig
+from experiments.tool_flags import (
+    BenchConfig,
+    ExportConfig,
+    LatencyConfig,
+    ScaleConfig,
+    XorConfig,
+    ZooConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {'lenet300': lenet300, 'lenet5': lenet5}
@@ -286,6 +289,22 @@ def test_dropout_in_surgery(make_config, dropout):
     assert (weights[dropout, '1'] == weights['kept', '1']) == (dropout == 'kept')
 
 
+def final_states(configs):
+    trainers = [run.Trainer(config) for config in configs]
+    with jax.disable_jit():
+        references = run.train_references(trainers, [])
+        return run.finetune(trainers, run.train_surgery(trainers, references, []), [])
+
+
+def test_side_by_side_each_run_drops_out_what_it_does_alone(make_config):
+    seeds = [{**BY_DENSITY, 'dropout': 0.5, 'finetuning_steps': 3, 'seed': seed} for seed in (0, 1)]
+    together = final_states([make_config(**fields) for fields in seeds])
+    for state, fields in zip(together, seeds, strict=True):
+        (alone,) = final_states([make_config(**fields)])
+        for one, other in zip(*map(jax.tree.leaves, (state.params, alone.params)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_density_is_the_inverse_of_compression(make_config, plain_by_density):
     fields = {**BY_DENSITY, 'compression': None, 'density': 0.25}
     assert outcome(make_config(**fields)) == plain_by_density[1]
@@ -402,7 +421,7 @@ def test_resume_and_overwrite_do_what_they_say(make_config, plain):
         outcome(config)
     # Both phases are done, so that there is nothing left to train, and no record to write.
     assert outcome(dataclasses.replace(config, resume=True)) == first
-    foreign, own = (Path(config.workdir) / name for name in ('thesis.txt', 'plots/density.png'))
+    foreign, own = (Path(config.workdir) / name for name in ('thesis.txt', 'tensorboard/old'))
     own.parent.mkdir()
     for path in (foreign, own):
         path.touch()
@@ -425,6 +444,20 @@ def test_identity_is_all_but_places_and_switches():
     left_out = PLACES_AND_SWITCHES - {'dataset', 'reference', 'on_divergence'}
     assert sorted(config.identity()) == sorted({'network', *FIELDS} - left_out)
     assert json.loads(json.dumps(config.identity())) == config.identity()
+
+
+def test_identity_leaves_places_and_switches_of_every_command_out():
+    left_out = PLACES_AND_SWITCHES - {'dataset', 'reference', 'on_divergence'}
+    others = {'mesh', 'distributed', 'workers', 'trials', 'study', 'storage'}
+    for config_type, given in (
+        (ImageConfig, {'network': 'alexnet', 'c_rate': '1'}),
+        (FrontierConfig, {}),
+        (CompareConfig, {'variant': ('a: --nosplicing',)}),
+        (SearchConfig, {}),
+    ):
+        identity = config_type(**given).identity()
+        names = {field.name for field in dataclasses.fields(config_type)}
+        assert names - identity.keys() == names & (left_out | others)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -662,6 +695,47 @@ def test_help_lists_every_flag():
     assert lenet5.__doc__.splitlines()[0] in answer.stdout
 
 
+CONFIGS = (
+    *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig),
+    *(BenchConfig, ExportConfig, LatencyConfig, ScaleConfig, XorConfig, ZooConfig),
+)
+TEXTS = {
+    f'{config_type.__name__}.{field.name}': (field, field.metadata['help'])
+    for config_type in CONFIGS
+    for field in dataclasses.fields(config_type)
+    if is_flag(field)
+}
+
+
+def test_every_entry_script_has_its_help_looked_at():
+    scripts = (ROOT / 'experiments').glob('*.py')
+    launched = re.findall(r'\.launch\(.*, (\w+)\)', '\n'.join(path.read_text() for path in scripts))
+    assert {*launched} == {config_type.__name__ for config_type in CONFIGS}
+
+
+@pytest.mark.parametrize(('field', 'text'), TEXTS.values(), ids=TEXTS)
+def test_the_help_of_a_flag_stands_alone(field, text):
+    """Flags are listed by the alphabet, so no text may lean on that of a neighbour."""
+    assert text.endswith(('.', '…'))
+    assert not re.search(r'\b(the same|that rate|these|those|this one|also as)\b', text.lower())
+    assert not re.match(r'(it|they|them|its|their)\b', text.lower())
+    if field.default in (None, ''):
+        assert re.search('(?i)by default|must be given', text)
+
+
+UNITS = (
+    r'steps?|share|parts?|percent\w*|images?|pixels|parameters|standard deviations?|trials?|'
+    r'calls?|turns|rounds|runs?|seeds|networks|examples|processes|learning rate|channels|'
+    r'weight decay|power|0\.9·t'
+)
+
+
+@pytest.mark.parametrize(('field', 'text'), TEXTS.values(), ids=TEXTS)
+def test_the_help_of_a_number_names_its_unit(field, text):
+    if field.type in (int, float, float | None):
+        assert re.search(rf'(?i)\b({UNITS})', text)
+
+
 def test_the_script_ends_with_one_message_and_no_traceback():
     answer = main('extra')
     assert answer.returncode == 1
@@ -686,8 +760,8 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
         rf'python -m experiments\.(\w+) .*--flagfile=\S*{re.escape(path.name)}.*', head
     )
     assert command, 'the head names the command'
-    assert re.search(r'(?i)\btime\b|\bminutes?\b|\bseconds?\b', head), 'the head names the run time'
-    assert re.search(r'(?i)expected|result', head), 'the head names the result to expect'
+    for label in ('Command: ', r'Time\b.*: ', r'Expected result\b'):
+        assert re.search(rf'^# {label}', head, re.MULTILINE), f'the head lacks the label {label}'
     given = re.findall(r'--(?!flagfile)\S+', command[0])
     if command[1] in SCRIPTS:
         config = parse(f'--flagfile={path}', *given, defaults=SCRIPTS[command[1]].DEFAULTS)

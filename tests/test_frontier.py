@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import data, frontier, plots, published, run, sweep, sweep_report
-from experiments.commands import FrontierConfig
 from experiments.divergence import Diverged
 from experiments.flags import Config
+from experiments.sweep_flags import FrontierConfig
 from experiments.tables import to_text
 
 SHORT = {
@@ -40,7 +40,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def rows(config):
-    return frontier.do_sweep(config)
+    return frontier.frontier(config)
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_side_by_side_each_seed_is_about_the_run_alone(config, rows, tmp_path):
     first = dataclasses.replace(
         config, workdir=str(tmp_path), compressions='5', seeds=1, seed=1, side_by_side=1
     )
-    (alone,) = frontier.do_sweep(first)
+    (alone,) = frontier.frontier(first)
     assert alone['kept'] == rows[1]['kept']
     assert alone['reference_error'] == pytest.approx(rows[1]['reference_error'], abs=0.6)
     assert alone['test_error'] == pytest.approx(rows[1]['test_error'], abs=2)
@@ -83,10 +83,10 @@ def test_side_by_side_each_seed_is_about_the_run_alone(config, rows, tmp_path):
 def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
     # With other seeds before: what another process did in the workdir is joined.
     monkeypatch.setattr(sweep, 'run_together', None)
-    second = frontier.do_sweep(dataclasses.replace(config, resume=True, seed=1, seeds=1))
+    second = frontier.frontier(dataclasses.replace(config, resume=True, seed=1, seeds=1))
     assert second == [row for row in rows if row['seed'] == 1]
     capsys.readouterr()
-    assert frontier.do_sweep(dataclasses.replace(config, resume=True)) == rows
+    assert frontier.frontier(dataclasses.replace(config, resume=True)) == rows
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == rows
     assert '\n'.join(table).startswith(to_text(sweep_report.frontier_tables(rows)))
@@ -122,7 +122,7 @@ def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, ro
 @pytest.mark.slow
 def test_a_run_with_other_flags_is_not_taken_for_finished(config, rows):
     with pytest.raises(ValueError, match=r'holds a run with other flags: momentum was 0\.9'):
-        frontier.do_sweep(dataclasses.replace(config, resume=True, momentum=0.8))
+        frontier.frontier(dataclasses.replace(config, resume=True, momentum=0.8))
 
 
 def test_runs_are_those_of_the_flags():

@@ -149,27 +149,39 @@ def test_there_are_entry_scripts():
 
 # Those that do not start an experiment have work of their own.
 TOOLS = {
-    'alexnet': {'flags', 'hosts', 'image_flags', 'run'},
-    'bench': {'commands', 'flags', 'models', 'train'},
-    'compare': {'commands', 'flags', 'parsers', 'plots', 'sweep', 'sweep_report', 'workdir'},
-    'export': {
-        *('artefacts', 'commands', 'data', 'flags', 'models', 'references', 'tables', 'train'),
-        'tuning',
+    'alexnet': {'command_line', 'hosts', 'image_flags', 'run'},
+    'bench': {'command_line', 'models', 'progress', 'timing', 'tool_flags', 'train'},
+    'compare': {
+        *('command_line', 'flags', 'parsers', 'plots', 'sweep', 'sweep_flags', 'sweep_report'),
+        'workdir',
     },
-    'frontier': {'commands', 'flags', 'plots', 'sweep', 'sweep_report'},
-    'latency': {'artefacts', 'commands', 'flags', 'latency_report', 'models'},
+    'export': {
+        *('artefacts', 'command_line', 'data', 'models', 'references', 'tables', 'tool_flags'),
+        *('train', 'tuning'),
+    },
+    'frontier': {'command_line', 'flags', 'plots', 'sweep', 'sweep_flags', 'sweep_report'},
+    'latency': {
+        *('artefacts', 'command_line', 'latency_report', 'models', 'progress', 'timing'),
+        'tool_flags',
+    },
     'results': {'summaries', 'sweep_report', 'tables'},
-    'scale': {*('commands', 'flags', 'models', 'scale_input', 'scale_programs', 'scale_report')},
+    'scale': {
+        *('command_line', 'models', 'progress', 'scale_input', 'scale_programs', 'scale_report'),
+        *('plots', 'timing', 'tool_flags'),
+    },
     'search': None,  # an experiment of its own, with modules of its own
-    'vgg16': {'flags', 'hosts', 'image_flags', 'run'},
-    'xor': {'commands', 'flags', 'models', 'probes', 'tables', 'train', 'xor_plots'},
-    'zoo': {'commands', 'flags', 'report', 'summaries'},
+    'vgg16': {'command_line', 'hosts', 'image_flags', 'run'},
+    'xor': {
+        *('command_line', 'models', 'plots', 'probes', 'progress', 'tables', 'tool_flags', 'train'),
+        'xor_plots',
+    },
+    'zoo': {'command_line', 'report', 'summaries', 'tool_flags', 'workdir'},
 }
 
 
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.stem)
 def test_entry_scripts_only_parse_and_delegate(path):
-    allowed = TOOLS.get(path.stem, {'flags', 'hosts', 'image_flags', 'run'})
+    allowed = TOOLS.get(path.stem, {'command_line', 'flags', 'run'})
     assert allowed is None or siblings(path, 'experiments') <= allowed
     assert path.stem in TOOLS or len(path.read_text(encoding='utf-8').splitlines()) < 60
     for other in EXPERIMENTS:

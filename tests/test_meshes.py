@@ -110,9 +110,9 @@ def train_on(batches):
         state = jax.device_put(state, meshes.shardings(mesh, params, state))
         rates = dict.fromkeys(('fc6', 'fc7'), jnp.float32(0.5))
         dropping = train.Dropout(lambda masks: rates, 2**31) if dropout else None
-        step = train.make_step(network, optimizer, dropping, accumulate, models.INPUTS['alexnet'])
+        step = train.make_step(network, optimizer, models.INPUTS['alexnet'], dropping, accumulate)
         placed = [meshes.place_batch(mesh, batch, BATCH) for batch in batches[:steps]]
-        return train.make_streamed_chunk(step, state)(state, placed)
+        return train.make_run_streamed_chunk(step, state)(state, placed)
 
     return train_on
 
@@ -193,7 +193,7 @@ def test_a_streamed_chunk_compiles_once(batches):
     state = train.TrainState(params, make_optimizer().init(params))
     mesh = meshes.make_mesh('data:2', BATCH)
     state = jax.device_put(state, meshes.shardings(mesh, params, state))
-    run_chunk = train.make_streamed_chunk(step, state)
+    run_chunk = train.make_run_streamed_chunk(step, state)
     placed = [meshes.place_batch(mesh, batch, BATCH) for batch in batches[:4]]
     for part in (placed[:2], placed[2:]):
         state, chunk = run_chunk(state, part)

@@ -18,7 +18,7 @@ from experiments import (
     sweep_report,
     tables,
 )
-from experiments.flags import define, to_config
+from experiments.command_line import define, to_config
 from experiments.image_flags import ImageConfig
 
 ROOT = Path(__file__).parents[1]

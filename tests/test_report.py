@@ -357,7 +357,7 @@ def test_write(workdir):
         'ip1 430,560 3,986 0.93 108× 400,000 3,950 1,722,240 23,916',
         '--seed=3 --c_rate=fc1:2 Environment',
         'the validation error after surgery is 1.05 %.',
-        '3,000 steps of surgery; 1,312 s in all phases.',
+        '3,000 steps of surgery; 1,312 s since the program was last started.',
         'commit: abc1234 jax: 0.10.2',
     ):
         assert part in text

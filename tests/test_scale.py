@@ -8,7 +8,7 @@ import pytest
 
 import dns_jax
 from experiments import hlo, scale, scale_input, scale_programs, scale_report
-from experiments.commands import ScaleConfig
+from experiments.tool_flags import ScaleConfig
 
 SMALL = {'width': 0.02, 'batch_size': 2, 'rounds': 2, 'sizes': '0.002,0.004', 'images': 0}
 

@@ -26,11 +26,12 @@ from absl import flags as absl_flags
 from optuna.trial import TrialState
 from PIL import Image
 
-from experiments import data, lenet300, models, run, search, space, study
-from experiments.commands import SearchConfig
+from experiments import data, lenet300, models, run, search, space, studies
+from experiments.command_line import define, to_config
 from experiments.divergence import Diverged
-from experiments.flags import Config, define, to_config
+from experiments.flags import Config
 from experiments.parsers import parse_table
+from experiments.sweep_flags import SearchConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACES = ('compression', 'layer_density', 'c_rate')
@@ -152,7 +153,7 @@ def make_played(make_config, monkeypatch):
 
     Its course is a function of the trial's run and of the step that returns the error.
     """
-    monkeypatch.setattr(run, 'Trainer', PlayedTrainer)
+    monkeypatch.setattr(search, 'Trainer', PlayedTrainer)
     monkeypatch.setattr(run, 'train_references', lambda trainers, stopping: [{}])
     monkeypatch.setattr(run, 'finetune', lambda trainers, states, stopping: states)
 
@@ -247,6 +248,18 @@ def test_a_study_of_other_flags_is_refused(make_played):
     other = dataclasses.replace(config, study='other', tolerance=900.0)
     assert search.search(other)['study'] == 'other'
     assert len(trials_of(other)) == len(trials_of(config)) == 1
+
+
+def test_studies_of_other_spaces_share_the_reference(make_config):
+    config = make_config(space='layer_density')
+    folder = Path(search._train_reference(config, []))
+    records = (folder / 'metrics.jsonl').read_text()
+    for fields in ({'space': 'c_rate'}, {'surgery_steps': 9, 'learning_rate': 'fixed:0.1'}):
+        other = dataclasses.replace(config, study='other', **fields)
+        assert search._train_reference(other, []) == str(folder)
+    assert (folder / 'metrics.jsonl').read_text() == records
+    with pytest.raises(ValueError, match=r'momentum was 0\.9, is 0\.5'):
+        search._train_reference(dataclasses.replace(config, momentum=0.5), [])
 
 
 def test_no_allowed_trial_is_an_error_and_leaves_no_flagfile(make_played):
@@ -445,12 +458,12 @@ def test_a_database_in_the_making_is_tried_again(make_config, monkeypatch, tmp_p
         make(*args, **kwargs)
 
     monkeypatch.setattr(optuna.storages.RDBStorage, '__init__', make_storage)
-    monkeypatch.setattr(study.time, 'sleep', pauses.append)
+    monkeypatch.setattr(studies.time, 'sleep', pauses.append)
     outcome = (
         contextlib.nullcontext() if failures == 2 else pytest.raises(sqlalchemy.exc.DBAPIError)
     )
     with outcome:
-        assert study.open_study(f'sqlite:///{tmp_path}/study.db', make_config()).trials == []
+        assert studies.open_study(f'sqlite:///{tmp_path}/study.db', make_config()).trials == []
     assert len(pauses) == 2
 
 
@@ -467,24 +480,24 @@ def trial_like(number=0, value=0.0, constraint=0.0, course=()):
 def test_the_best_is_the_smallest_allowed_and_of_these_the_first():
     rows = [(0, 5.0, 0.1), (1, 9.0, -3.0), (2, 7.0, 0.0), (3, 7.0, -1.0), (4, 8.0, -1.0)]
     trials = [trial_like(*row) for row in rows]
-    assert study.find_best(trials).number == 2
-    assert study.find_best(trials[::-1]).number == 2
-    assert study.find_best(trials[:1]) is None
-    assert study.find_best([]) is None
+    assert studies.find_best(trials).number == 2
+    assert studies.find_best(trials[::-1]).number == 2
+    assert studies.find_best(trials[:1]) is None
+    assert studies.find_best([]) is None
 
 
 def test_hopeless_is_what_would_have_to_recover_more_than_any():
     # From step 2 to their ends they fall by 4, 3, 1, −2 and −5 points.
     others = [trial_like(course=(9, 6 + fall, 7, 6)) for fall in (4, 3, 1, -2, -5)]
-    assert not study.is_hopeless(others, 2, 4.0)
-    assert study.is_hopeless(others, 2, 4.1)
-    assert not study.is_hopeless(others[:4], 2, 50.0)
-    assert not study.is_hopeless(others, 5, 50.0)
+    assert not studies.is_hopeless(others, 2, 4.0)
+    assert studies.is_hopeless(others, 2, 4.1)
+    assert not studies.is_hopeless(others[:4], 2, 50.0)
+    assert not studies.is_hopeless(others, 5, 50.0)
     # What is allowed already is never hopeless, even if all others got worse.
     worse = [trial_like(course=(1, 2))] * 5
-    assert not study.is_hopeless(worse, 1, 0.0)
-    assert not study.is_hopeless(worse, 1, -0.5)
-    assert study.is_hopeless(worse, 1, 0.1)
+    assert not studies.is_hopeless(worse, 1, 0.0)
+    assert not studies.is_hopeless(worse, 1, -0.5)
+    assert studies.is_hopeless(worse, 1, 0.1)
 
 
 def test_what_is_chosen():

@@ -168,6 +168,20 @@ def test_sets_of_many_files_may_be_opened(digits_dir):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.parametrize('error', [ValueError, OSError])
+def test_a_system_that_grants_no_more_open_files_is_let_be(monkeypatch, error):
+    asked = []
+
+    def refuse(kind, limits):
+        asked.append(limits)
+        raise error('not permitted')
+
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, 'setrlimit', refuse)
+    streams._raise_limit_of_open_files()
+    assert asked == [(10_240, resource.RLIM_INFINITY)]
+
+
 def test_evaluation_batches_are_padded():
     found = list(split_of(7).batches(3))
     assert [numbers(images) for images, _ in found] == [[0, 1, 2], [3, 4, 5], [6, 0, 0]]

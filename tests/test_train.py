@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dns_jax
-from experiments import train
+from experiments import data, models, train
 from experiments.data import Split
 
 EXAMPLES, BATCH, STEPS = 40, 8, 12
@@ -67,7 +67,7 @@ def assert_identical(one, other):
 def test_every_epoch_shows_each_image_once(batch_size):
     epochs = 3 * batch_size
     steps = epochs * EXAMPLES // batch_size
-    indices = train.batch_indices((5,), EXAMPLES, batch_size, 0, steps)
+    indices = data.batch_indices((5,), EXAMPLES, batch_size, 0, steps)
     assert (indices.shape, indices.dtype) == ((steps, batch_size), np.int32)
     orders = indices.reshape(epochs, EXAMPLES)
     np.testing.assert_array_equal(np.sort(orders), np.tile(np.arange(EXAMPLES), (epochs, 1)))
@@ -77,33 +77,33 @@ def test_every_epoch_shows_each_image_once(batch_size):
 @pytest.mark.parametrize('batch_size', [8, 7, 40, 64, 100])
 @pytest.mark.parametrize('cuts', [[1, 2, 3], [10], [5, 6], list(range(1, 20))])
 def test_the_batches_of_chunks_are_those_of_the_whole(batch_size, cuts):
-    whole = train.batch_indices((5,), EXAMPLES, batch_size, 0, 20)
+    whole = data.batch_indices((5,), EXAMPLES, batch_size, 0, 20)
     chunks = [
-        train.batch_indices((5,), EXAMPLES, batch_size, start, stop - start)
+        data.batch_indices((5,), EXAMPLES, batch_size, start, stop - start)
         for start, stop in zip([0, *cuts], [*cuts, 20], strict=True)
     ]
     np.testing.assert_array_equal(np.concatenate(chunks), whole)
 
 
 def test_batches_depend_on_the_seed_alone():
-    train._shuffled_epoch.cache_clear()
-    first = train.batch_indices((5,), EXAMPLES, BATCH, 3, 4)
+    data._shuffled_epoch.cache_clear()
+    first = data.batch_indices((5,), EXAMPLES, BATCH, 3, 4)
     np.random.seed(0)
-    train.batch_indices((6,), EXAMPLES, BATCH, 0, 30)
-    np.testing.assert_array_equal(train.batch_indices((5,), EXAMPLES, BATCH, 3, 4), first)
-    assert not np.array_equal(train.batch_indices((6,), EXAMPLES, BATCH, 3, 4), first)
+    data.batch_indices((6,), EXAMPLES, BATCH, 0, 30)
+    np.testing.assert_array_equal(data.batch_indices((5,), EXAMPLES, BATCH, 3, 4), first)
+    assert not np.array_equal(data.batch_indices((6,), EXAMPLES, BATCH, 3, 4), first)
 
 
 def test_a_far_step_needs_only_its_own_epochs():
-    indices = train.batch_indices((0,), 60_000, 64, 10**7, 2)
+    indices = data.batch_indices((0,), 60_000, 64, 10**7, 2)
     assert indices.shape == (2, 64)
 
 
 @pytest.fixture(scope='module')
 def stepwise(params, split):
     """The states before and after each of some steps, one compiled step at a time."""
-    step = jax.jit(train.make_step(Small(), make_optimizer()))
-    indices = train.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
+    step = jax.jit(train.make_step(Small(), make_optimizer(), models.MNIST_INPUT))
+    indices = data.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
     states, losses = [initial_state(params)], []
     for batch in indices:
         state, loss = step(states[-1], split.images[batch], split.labels[batch])
@@ -114,7 +114,7 @@ def stepwise(params, split):
 
 @pytest.fixture(scope='module')
 def run_chunk():
-    return train.make_chunk(train.make_step(Small(), make_optimizer()))
+    return train.make_run_chunk(train.make_step(Small(), make_optimizer(), models.MNIST_INPUT))
 
 
 def test_the_steps_change_all_there_is(stepwise):
@@ -151,7 +151,7 @@ def test_chunks_do_what_their_steps_do(params, split, run_chunk, stepwise, lengt
 
 
 def test_chunks_of_one_length_give_bit_for_bit_what_a_long_one_gives(params, split, run_chunk):
-    indices = train.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
+    indices = data.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
     whole, _ = run_chunk(initial_state(params), split.images, split.labels, indices)
     state = initial_state(params)
     for part in np.split(indices, 3):
@@ -181,7 +181,7 @@ def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
     masks = jax.tree.map(lambda leaf: jnp.abs(leaf) > jnp.abs(leaf).mean(), params)
     state = state._replace(opt_state=optax.tree.set(state.opt_state, masks=masks))
     images, labels = split.images[:BATCH], split.labels[:BATCH]
-    new, loss = train.make_step(Small(), optimizer)(state, images, labels)
+    new, loss = train.make_step(Small(), optimizer, models.MNIST_INPUT)(state, images, labels)
 
     dense = jax.tree.map(np.asarray, params)
     masked = jax.tree.map(lambda leaf, mask: leaf * np.asarray(mask), dense, masks)
@@ -204,7 +204,8 @@ def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
 
 def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
     """Each has weights, coins and batches of its own, and all the same number of steps done."""
-    run_chunks = train.make_chunks(train.make_step(Small(), make_optimizer()))
+    step = train.make_step(Small(), make_optimizer(), models.MNIST_INPUT)
+    run_chunks = train.make_run_chunks(step)
 
     def states():
         other = jax.tree.map(lambda leaf: 0.5 * leaf, params)
@@ -214,7 +215,7 @@ def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
                 opt_state=optax.tree.set(state.opt_state, key=jax.random.key(number))
             )
 
-    batches = tuple(train.batch_indices((seed,), len(split.labels), 8, 0, 6) for seed in (3, 4))
+    batches = tuple(data.batch_indices((seed,), len(split.labels), 8, 0, 6) for seed in (3, 4))
     together = run_chunks(tuple(states()), split.images, split.labels, batches)
     for (state, chunk), start, indices in zip(together, states(), batches, strict=True):
         alone, alone_chunk = run_chunk(start, split.images, split.labels, indices)
@@ -230,16 +231,16 @@ def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
 
 def test_one_trace_for_all_chunks_of_one_length(params, split):
     traces = []
-    step = train.make_step(Small(), make_optimizer())
+    step = train.make_step(Small(), make_optimizer(), models.MNIST_INPUT)
 
     def counted(*arguments):
         traces.append(arguments)
         return step(*arguments)
 
-    run_chunk = train.make_chunk(counted)
+    run_chunk = train.make_run_chunk(counted)
     state = initial_state(params)
     for start in range(0, STEPS, 4):
-        batches = train.batch_indices((0,), EXAMPLES, BATCH, start, 4)
+        batches = data.batch_indices((0,), EXAMPLES, BATCH, start, 4)
         state, _ = run_chunk(state, split.images, split.labels, batches)
     assert len(traces) == 1
     assert run_chunk._cache_size() == 1
@@ -247,7 +248,7 @@ def test_one_trace_for_all_chunks_of_one_length(params, split):
 
 def test_a_chunk_takes_over_the_memory_of_its_state(params, split, run_chunk):
     state = initial_state(params)
-    run_chunk(state, split.images, split.labels, train.batch_indices((0,), EXAMPLES, BATCH, 0, 4))
+    run_chunk(state, split.images, split.labels, data.batch_indices((0,), EXAMPLES, BATCH, 0, 4))
     assert state.params['fc1']['kernel'].is_deleted()
 
 
@@ -259,14 +260,14 @@ def test_error_is_the_share_of_wrong_images(params, examples):
     hidden = np.maximum(hidden @ weights['fc1']['kernel'] + weights['fc1']['bias'], 0)
     logits = hidden @ weights['fc2']['kernel'] + weights['fc2']['bias']
     expected = 100 * np.mean(logits.argmax(1) != part.labels)
-    assert train.make_error(Small())(params, part) == pytest.approx(expected)
+    assert train.make_error(Small(), models.MNIST_INPUT)(params, part) == pytest.approx(expected)
 
 
 def test_error_of_a_network_that_is_always_right(params):
     # A bias alone decides: class 3 for every image.
     silent = jax.tree.map(jnp.zeros_like, params)
     silent['fc2']['bias'] = jax.nn.one_hot(3, 10)
-    error = train.make_error(Small())
+    error = train.make_error(Small(), models.MNIST_INPUT)
     images = random_split(1_500).images
     assert error(silent, Split(images, np.full(1_500, 3, np.int32))) == 0
     assert error(silent, Split(images, np.full(1_500, 4, np.int32))) == 100

@@ -9,6 +9,7 @@ import pytest
 from dns_jax.codec import load_coded, save_coded
 from dns_jax.sharing import expand, round_codebooks, share_weights
 from experiments.data import Split
+from experiments.models import MNIST_INPUT
 from experiments.train import make_loss
 from experiments.tuning import finetune, nearest
 
@@ -54,7 +55,7 @@ def shared(params):
 
 def test_codebooks_learn_and_nothing_else_changes(split, params, shared):
     tuned = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
-    loss = make_loss(Small())
+    loss = make_loss(Small(), MNIST_INPUT)
     before, after = (loss(expand(*network[:3]), split) for network in (shared, tuned))
     assert after < 0.9 * before
     jax.tree.map(np.testing.assert_array_equal, tuned.assignments, shared.assignments)
@@ -75,7 +76,7 @@ def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, params, shared)
 
 
 def test_weights_that_choose_do_better(split, params, shared):
-    loss = make_loss(Small())
+    loss = make_loss(Small(), MNIST_INPUT)
     alone = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
     chosen = finetune(Small(), params, shared, split, tuned='weights', **OPTIONS)
     assert loss(expand(*chosen[:3]), split) < loss(expand(*alone[:3]), split)

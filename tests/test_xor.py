@@ -13,8 +13,8 @@ from PIL import Image
 
 import dns_jax
 from experiments import xor, xor_plots
-from experiments.commands import XorConfig
 from experiments.models import Xor
+from experiments.tool_flags import XorConfig
 
 KEY = jax.random.key(3)
 
@@ -43,7 +43,7 @@ def make_surgery():
 
 @pytest.fixture(scope='module')
 def course(params, points):
-    return xor.train(make_surgery(), params, jax.random.split(KEY, 3), points, 200)
+    return xor.train_networks(make_surgery(), params, jax.random.split(KEY, 3), points, 200)
 
 
 def test_points_lie_around_the_corners(points):
@@ -66,7 +66,7 @@ def test_the_network_is_that_of_the_paper(params):
 
 
 def test_side_by_side_each_network_is_the_one_alone(course, params, points):
-    alone = xor.train(
+    alone = xor.train_networks(
         make_surgery(),
         jax.tree.map(lambda leaf: leaf[1:2], params),
         jax.random.split(KEY, 3)[1:2],
@@ -84,7 +84,7 @@ def test_side_by_side_each_network_is_the_one_alone(course, params, points):
 
 def test_a_dense_network_learns_xor(params, points):
     nothing = dns_jax.surgery({}, KEY)
-    dense = xor.train(nothing, params, jax.random.split(KEY, 3), points, 3_000)
+    dense = xor.train_networks(nothing, params, jax.random.split(KEY, 3), points, 3_000)
     before = xor.measure_error(jax.tree.map(lambda leaves: leaves[:, :1], dense), points)
     after = xor.measure_error(dense, points)
     assert before.min() > 20
@@ -114,7 +114,7 @@ def test_error_and_counts_are_those_of_the_end(course, points):
 
 def test_the_rounds_of_han_never_splice(params, points):
     pruner = xor.make_pruner('Han et al.', 0.3, 200)
-    han = xor.train(pruner, params, jax.random.split(KEY, 3), points, 200)
+    han = xor.train_networks(pruner, params, jax.random.split(KEY, 3), points, 200)
     assert (xor.count_returned(han) == 0).all()
     for leaf in jax.tree.leaves(han.masks):
         kept = np.array(leaf).reshape(3, 101, -1).sum(-1)

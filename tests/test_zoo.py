@@ -14,7 +14,7 @@ from dns_jax.entropy import Encoder, encode_mask
 from dns_jax.sharing import expand
 from dns_jax.sparse import load_sparse, save_sparse
 from experiments import data, models, report, train, zoo
-from experiments.commands import ZooConfig
+from experiments.tool_flags import ZooConfig
 
 ZOO = sorted((Path(__file__).parents[1] / 'zoo').glob('*.safetensors'))
 
@@ -30,7 +30,7 @@ def test_a_card_is_that_of_its_network(path):
     }
     assert kept == {layer: size['kept'] for layer, size in summary['per_layer'].items()}
     assert network.metadata['network'] == summary['network']
-    assert float(network.metadata['input_scale']) == train.INPUT_SCALE
+    assert float(network.metadata['input_scale']) == models.MNIST_INPUT.scale
     shapes = jax.eval_shape(
         lambda: models.NETWORKS[summary['network']]().init(
             jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32)
@@ -51,7 +51,7 @@ def test_a_network_makes_the_errors_of_its_card(path, tmp_path_factory):
     summary = json.loads(path.with_suffix('.json').read_text())
     network = load_sparse(path)
     mnist = data.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
-    error = train.make_error(models.NETWORKS[network.metadata['network']]())
+    error = train.make_error(models.NETWORKS[network.metadata['network']](), models.MNIST_INPUT)
     assert error(network.params, mnist.test) == pytest.approx(summary['test_error'], abs=0.011)
 
 
@@ -80,7 +80,7 @@ def test_a_coded_network_errs_little_more(path, tmp_path_factory):
     summary = json.loads(path.with_suffix('.json').read_text())
     coded = load_coded(path.with_suffix('.dns'))
     mnist = data.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
-    error = train.make_error(models.NETWORKS[coded.metadata['network']]())
+    error = train.make_error(models.NETWORKS[coded.metadata['network']](), models.MNIST_INPUT)
     assert error(expand(*coded[:3]), mnist.test) <= summary['test_error'] + 0.05 + 0.001
 
 

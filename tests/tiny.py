@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from experiments import flags, hosts, models
+from experiments import command_line, hosts, models
+from experiments.flags import Config
 from experiments.image_flags import ImageConfig
 from experiments.run import run
 
@@ -28,7 +29,7 @@ def run_tiny(fields, errors):
     """Does a run of the network in a process that a test starts and ends."""
     models.NETWORKS['tiny'] = Tiny
     try:
-        run(flags.Config(network='tiny', **fields))
+        run(Config(network='tiny', **fields))
     except Exception as error:
         errors.write_text(f'{type(error).__name__}: {error}')
         raise SystemExit(1) from error
@@ -36,4 +37,4 @@ def run_tiny(fields, errors):
 
 if __name__ == '__main__':
     models.NETWORKS['tiny'] = Tiny
-    flags.launch({'network': 'tiny'}, hosts.joined(run), ImageConfig)
+    command_line.launch({'network': 'tiny'}, hosts.with_processes(run), ImageConfig)

@@ -4,7 +4,6 @@ Whoever imports this needs Optuna, the extra `search`.
 """
 
 import contextlib
-import io
 import re
 import time
 import warnings
@@ -20,11 +19,11 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawing
 from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
 
-from dns_jax.files import write_whole
-from experiments.commands import SearchConfig
+from experiments import plots
+from experiments.sweep_flags import SearchConfig
 
 _HEARTBEAT = 60  # seconds; a trial that misses two was killed
-_JUDGES = 5  # completed trials before any is given up
+_FEWEST_COMPLETED = 5  # completed trials before any is given up
 
 
 def check_storage(url: str) -> None:
@@ -145,7 +144,7 @@ def is_hopeless(completed: Sequence[FrozenTrial], step: int, excess: float) -> b
         for other in completed
         if step in other.intermediate_values
     ]
-    return len(falls) >= _JUDGES and excess > max(0.0, *falls)
+    return len(falls) >= _FEWEST_COMPLETED and excess > max(0.0, *falls)
 
 
 def find_best(completed: Sequence[FrozenTrial]) -> FrozenTrial | None:
@@ -181,7 +180,5 @@ def draw(folder: Path, completed: Sequence[FrozenTrial], allowed: float) -> None
         axes['pareto'].set_xscale('log')
         axes['pareto'].legend()
         for name, of_picture in axes.items():
-            picture = io.BytesIO()
-            of_picture.figure.savefig(picture, format='png', bbox_inches='tight')
+            plots.save(of_picture.figure, folder / f'{name}.png', bbox_inches='tight')
             plt.close(of_picture.figure)
-            write_whole(folder / f'{name}.png', picture.getvalue())

@@ -1,0 +1,35 @@
+"""How far a long command is, for who watches: bars on standard error."""
+
+from typing import Any
+
+from absl import logging
+from tqdm import tqdm
+
+from experiments import hosts
+
+
+def bar(*arguments: Any, **options: Any) -> tqdm:
+    """Makes a progress bar; with others around it, it goes when it is done.
+
+    Args:
+      *arguments: of tqdm: what to go through, if anything.
+      **options: of tqdm, such as `total`, `desc` and `unit`.
+
+    Returns:
+      The bar: on standard error where that is a terminal, in the first process alone, and unless
+      --verbosity leaves warnings out.
+    """
+    is_wanted = hosts.is_first() and logging.get_verbosity() >= logging.WARNING
+    # None is for tqdm to look whether there is a terminal.
+    hidden = None if is_wanted else True
+    return tqdm(*arguments, **options, leave=None, dynamic_ncols=True, disable=hidden)
+
+
+def say(line: str) -> None:
+    """Prints a line on standard output, above the bars.
+
+    Args:
+      line: without its end.
+    """
+    with tqdm.external_write_mode():
+        print(line, flush=True)
