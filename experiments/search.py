@@ -30,7 +30,7 @@ from experiments.rules import make_rules
 from experiments.space import choice_at, make_ranges, make_run
 from experiments.sweep_flags import SearchConfig
 from experiments.trainer import Trainer
-from experiments.workdir import CHECKPOINTS_FOLDER
+from experiments.workdir import CHECKPOINTS_FOLDER, release
 
 try:
     import optuna
@@ -150,6 +150,7 @@ def _operate(
         raise optuna.TrialPruned from reason
     finally:
         shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+        release(folder)
     kept, error = sum(records[-1]['kept'].values()), records[-1]['validation_error']
     # Rounded: 2.02 + 0.1 is not quite 2.12.
     trial.set_constraint('validation error', round(error - bound, 9))
@@ -184,6 +185,7 @@ def _train_reference(config: SearchConfig, stopping: list[int]) -> str:
     fields = {name: getattr(config, name) for name in _REFERENCE_FLAGS}
     own = Config(**fields, density=1.0, workdir=folder, resume=True)
     run.train_references([Trainer(own)], stopping)
+    release(Path(folder))  # to the next worker, which finds it finished
     return folder
 
 

@@ -22,7 +22,7 @@ REPORT_FILE = 'report.html'
 NETWORK_FILE = 'pruned.safetensors'
 CHECKPOINTS_FOLDER = 'checkpoints'
 LOCK_FILE = '.lock'
-_locks: dict[tuple[int, int], int] = {}  # of this process: descriptors by file, never closed
+_locks: dict[tuple[int, int], int] = {}  # of this process: descriptors by file
 PHASES = ('reference', 'surgery', 'finetuning')
 
 
@@ -34,7 +34,7 @@ def claim(config: Config) -> Path:
 
     Returns:
       The folder, with this run's `flags.json` in it. Other processes are kept out for as long as
-      this one lives.
+      this one lives, or until `release`.
 
     Raises:
       ValueError: if the folder holds a run and neither --resume nor --overwrite is given, holds
@@ -61,10 +61,17 @@ def claim(config: Config) -> Path:
     return folder
 
 
+def release(folder: Path) -> None:
+    """Lets other processes have a folder, if this one has claimed it."""
+    path = folder / LOCK_FILE
+    if path.exists() and _identify(path) in _locks:
+        os.close(_locks.pop(_identify(path)))
+
+
 def _lock(folder: Path) -> None:
     """Keeps other processes out; such a lock ends when any descriptor of its file is closed."""
     path = folder / LOCK_FILE
-    if path.exists() and (path.stat().st_dev, path.stat().st_ino) in _locks:
+    if path.exists() and _identify(path) in _locks:
         return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -72,7 +79,12 @@ def _lock(folder: Path) -> None:
     except OSError:
         os.close(descriptor)
         raise
-    _locks[os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino] = descriptor
+    _locks[_identify(path)] = descriptor
+
+
+def _identify(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _check_claim(config: Config, folder: Path) -> None:

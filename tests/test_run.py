@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import data, report, run, trainer
 from experiments.divergence import Diverged
@@ -133,7 +132,7 @@ def test_a_run_ends_well_and_says_its_result_on_stdout_alone(whole):
     summary = json.loads(last)
     assert summary == json.loads((folder / 'summary.json').read_text())
     assert '\n'.join(tables).startswith(report.format_table(summary))
-    assert str(folder / 'report.md') in tables[-1]
+    assert tables[-1] == f'Report: {folder / "report.html"}'
     assert len(answer.stdout.splitlines()) == len(report.format_table(summary).splitlines()) + 3
     # No progress bar where nobody watches.
     assert answer.stderr == ''
@@ -204,15 +203,13 @@ def test_the_records_tell_every_change_of_the_masks(whole):
 
 
 def test_the_report_and_its_pictures_are_there(whole):
-    text = (whole[0] / 'report.md').read_text()
-    pictures = re.findall(r'\]\((plots/\w+\.png)\)', text)
-    assert sorted(Path(picture).stem for picture in pictures) == [
-        *('density', 'first_layer', 'surgery', 'training'),
+    text = (whole[0] / 'report.html').read_text()
+    assert re.findall(r'alt="([^";]+)', text)[:3] == [
+        'Validation error and loss',
+        'Connections kept in each layer',
+        'Connections pruned and spliced per 1,000 steps',
     ]
-    for picture in pictures:
-        with Image.open(whole[0] / picture) as image:
-            image.load()
-            assert min(image.size) > 300
+    assert text.count('<img ') == 4
 
 
 def test_the_newest_checkpoints_are_kept(whole):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
 
 from dns_jax.files import write_whole
 from experiments.flags import Config
-from experiments.workdir import FLAGS_FILE, LOCK_FILE, METRICS_FILE, Records, claim
+from experiments.workdir import FLAGS_FILE, LOCK_FILE, METRICS_FILE, Records, claim, release
 
 
 def config(folder, **fields):
@@ -261,3 +262,20 @@ def test_overwrite_leaves_the_flags_of_another_program(tmp_path):
     with pytest.raises(ValueError, match=r'flags\.json is damaged: it holds no flags of a run'):
         claim(Config(network='lenet5', c_rate='1', workdir=str(tmp_path), overwrite=True))
     assert (tmp_path / 'flags.json').read_text() == '{"other": 1}'
+
+
+def test_a_folder_that_is_released_may_be_claimed_by_another_process(tmp_path):
+    wanted = config(tmp_path / 'run', resume=True)
+    folder = claim(wanted)
+    code = (
+        'import os, sys\n'
+        'file = os.open(sys.argv[1], os.O_RDWR)\n'
+        'try: os.lockf(file, os.F_TLOCK, 0)\n'
+        'except OSError: sys.exit(7)\n'
+    )
+    ask = [sys.executable, '-c', code, folder / LOCK_FILE]
+    assert subprocess.run(ask, check=False).returncode == 7
+    release(folder)
+    assert subprocess.run(ask, check=False).returncode == 0
+    assert claim(wanted) == folder
+    assert subprocess.run(ask, check=False).returncode == 7
