@@ -90,7 +90,11 @@ UNSAFE_MODULES = {
     *('joblib', 'jsonpickle'),
 }
 UNSAFE_CALLS = {'eval', 'exec', '__import__', 'torch.load', 'pd.read_pickle'}
-MAY_RUN_CODE = {'tests/test_libraries.py', 'tests/test_readme.py'}  # the examples of our pages
+MAY_RUN_CODE = {
+    'tests/test_docs.py',
+    'tests/test_libraries.py',
+    'tests/test_readme.py',
+}  # the examples of our pages
 
 
 def unsafe(path):
