@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-matrix coverage mutants lint docs links bench results
+.PHONY: demo test notebooks test-all test-matrix coverage mutants lint docs links bench results
 
 demo: $(BIN)/ready
 	$(BIN)/python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_digits.flags
@@ -13,6 +13,10 @@ test: export JAX_COMPILATION_CACHE_DIR = $(abspath $(BIN:/bin=)/compiled)
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: $(BIN)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+# All of them run, a minute and a half in all.
+notebooks: $(BIN)/ready
+	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
 
 # With those that take long, compiled as users do; writes the table of what works.
 test-all: $(BIN)/ready

@@ -268,6 +268,7 @@ def small_disk(tmp_path):
         subprocess.run(['umount', str(folder)], check=False)
 
 
+@pytest.mark.slow
 def test_a_full_disk(start, whole, tmp_path, compat, request):
     compat('faults', 'full disk', 'an error that says so; goes on from the last good checkpoint')
     disk, remount = request.getfixturevalue('small_disk')

@@ -296,6 +296,7 @@ def final_states(configs):
         return run.finetune(trainers, run.train_surgery(trainers, references, []), [])
 
 
+@pytest.mark.slow
 def test_side_by_side_each_run_drops_out_what_it_does_alone(make_config):
     seeds = [{**BY_DENSITY, 'dropout': 0.5, 'finetuning_steps': 3, 'seed': seed} for seed in (0, 1)]
     together = final_states([make_config(**fields) for fields in seeds])

@@ -28,6 +28,7 @@ def test_outputs_are_stripped(path):
             assert cell.execution_count is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_in_two_minutes(path, monkeypatch):
     monkeypatch.setenv('PYTHONWARNINGS', 'ignore')  # of Jupyter's own parts
