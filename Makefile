@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test notebooks test-all test-matrix coverage mutants lint docs links bench results
+.PHONY: demo test test-all test-matrix coverage mutants lint docs links bench results
 
 demo: $(BIN)/ready
 	$(BIN)/python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_digits.flags
@@ -13,10 +13,6 @@ test: export JAX_COMPILATION_CACHE_DIR = $(abspath $(BIN:/bin=)/compiled)
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: $(BIN)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
-
-# All of them run, a minute and a half in all.
-notebooks: $(BIN)/ready
-	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
 
 # With those that take long, compiled as users do; writes the table of what works.
 test-all: $(BIN)/ready
@@ -50,9 +46,11 @@ lint: $(BIN)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Into docs/_build/html; a warning, or a link to nowhere within, is an error.
+# Into docs/_build/html, with the notebooks run; a warning, an error in one, or a link to nowhere within
+# ends it.
 docs: $(BIN)/ready
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . docs/_build/html
+	@echo docs/_build/html/docs/index.html
 
 # Links to other sites, for which it needs the network.
 links: $(BIN)/ready

@@ -58,12 +58,12 @@ def check_float32(path: str, weights: np.ndarray) -> None:
       >>> check_float32('fc1/bias', np.array([1.0, np.inf], np.float32))
       Traceback (most recent call last):
         ...
-      ValueError: params['fc1/bias'] has a kept weight that is not finite
+      ValueError: params['fc1/bias'] has a weight that is not finite
     """
     if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.dtype.itemsize > 4:
         raise TypeError(f'params[{path!r}] must be floats that fit float32, not {weights.dtype}')
     if not np.isfinite(weights).all():
-        raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
+        raise ValueError(f'params[{path!r}] has a weight that is not finite')
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:

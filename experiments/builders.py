@@ -123,6 +123,11 @@ def _builder_class(name: str) -> Any:
 
 
 def _download_and_prepare(builder: Any, manual_dir: str | os.PathLike[str] | None) -> None:
+    # Brings JAX, which processes that decode images later on need not wait for.
+    from experiments import progress
+
+    if not progress.are_wanted():
+        tfds.disable_progress_bar()
     if manual_dir is not None:
         manual_dir = pathlib.Path(manual_dir).expanduser()
     config = tfds.download.DownloadConfig(

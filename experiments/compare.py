@@ -42,6 +42,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     return sweep.report_all(
         config,
         'compare',
+        'Comparison',
         lambda summaries: _to_rows(runs, summaries),
         sweep_report.compare_tables,
         plots.compare_figure,

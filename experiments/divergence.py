@@ -21,6 +21,11 @@ MOST_SETBACKS = 3  # in one phase; a run that needs more has flags that do not f
 class Diverged(RuntimeError):
     """Training broke down, and the run was not to go back, or had gone back too often."""
 
+    def __init__(self, message: str, phase: str):
+        """Takes what is to be said, and the phase that it happened in."""
+        super().__init__(message)
+        self.phase = phase
+
 
 class Breakdown(NamedTuple):
     """Where training broke down, and how."""
@@ -122,21 +127,19 @@ def frozen(pruner: optax.GradientTransformation) -> optax.GradientTransformation
 def find_emptied_layers(
     rules: Mapping[str, dns_jax.Rule],
     params: dns_jax.Params,
-    steps: int,
     takes_part: Callable[[str, jax.Array], bool],
 ) -> list[str]:
-    """Says which layers surgery would leave nothing of, were the weights to stay as they are.
+    """Says which layers the first thresholds would leave nothing of; later ones are not known.
 
     Args:
       rules: by pattern, of the weights' magnitude.
       params: the weights that surgery begins with.
-      steps: of surgery.
       takes_part: which leaves take part.
 
     Returns:
-      A sentence for each layer of which nothing is left by the first thresholds or by the last.
+      A sentence for each such layer.
     """
-    found = {}
+    found = []
     layers = dns_jax.group_by_layer(params, takes_part=takes_part)
     patterns = {
         layer: pattern for layer, (pattern, _) in dns_jax.match_patterns(rules, layers).items()
@@ -144,24 +147,13 @@ def find_emptied_layers(
     for pattern, rule in rules.items():
         weights = {layer: layers[layer] for layer in layers if patterns.get(layer) == pattern}
         masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), weights)
-        for count in (0, _last_refresh(rule, steps)):
-            bands = rule.thresholds(weights, masks, jnp.int32(count))
-            for layer, (low, _) in bands.items():
-                largest = max(float(jnp.abs(leaf).max()) for leaf in weights[layer])
-                if largest < float(low):
-                    found.setdefault(
-                        layer,
-                        f'the threshold of {layer} at step {count}, {float(low):.4g}, lies above '
-                        f'all its weights, the largest being {largest:.4g}: surgery would leave '
-                        'nothing of it',
-                    )
-                elif not largest:
-                    found.setdefault(layer, f'all weights of {layer} are zero')
-    return list(found.values())
-
-
-def _last_refresh(rule: dns_jax.Rule, steps: int) -> int:
-    """Finds the last step at which a rule is asked for thresholds."""
-    counts = np.arange(0, steps, rule.refresh_every or steps)
-    updating = np.asarray(jax.vmap(rule.update_probability)(jnp.asarray(counts))) > 0
-    return int(counts[updating].max(initial=0))
+        for layer, (low, _) in rule.thresholds(weights, masks, jnp.int32(0)).items():
+            largest = max(float(jnp.abs(leaf).max()) for leaf in weights[layer])
+            if largest < float(low):
+                found.append(
+                    f'the threshold of {layer}, {float(low):.4g}, lies above all its weights, the '
+                    f'largest being {largest:.4g}: surgery would leave nothing of it'
+                )
+            elif not largest:
+                found.append(f'all weights of {layer} are zero')
+    return found

@@ -38,6 +38,7 @@ def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
     return sweep.report_all(
         config,
         'frontier',
+        'Frontier',
         lambda summaries: _to_rows(runs, summaries),
         sweep_report.frontier_tables,
         plots.frontier_figure,

@@ -84,9 +84,9 @@ def _to_source(figure: Figure) -> str:
 
 
 def _describe(figure: Figure) -> str:
-    """Says what a figure shows: its title, its axes and the entries of its legend."""
-    axes = figure.axes[0]
-    parts = [axes.get_title(), f'{axes.get_ylabel()} over {figure.axes[-1].get_xlabel()}']
+    """Says what a figure shows: its title, what its axes are and the entries of its legend."""
+    labels = [text for axes in figure.axes for text in (axes.get_ylabel(), axes.get_xlabel())]
+    parts = [figure.axes[0].get_title(), ', '.join(filter(None, labels))]
     for legend in figure.legends:
         parts.append(', '.join(text.get_text() for text in legend.get_texts()))
     return '; '.join(filter(None, parts))

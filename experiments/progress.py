@@ -1,5 +1,6 @@
 """How far a long command is, for who watches: bars on standard error."""
 
+import sys
 from typing import Any
 
 from absl import logging
@@ -19,10 +20,13 @@ def bar(*arguments: Any, **options: Any) -> tqdm:
       The bar: on standard error where that is a terminal, in the first process alone, and unless
       --verbosity leaves warnings out.
     """
-    is_wanted = hosts.is_first() and logging.get_verbosity() >= logging.WARNING
-    # None is for tqdm to look whether there is a terminal.
-    hidden = None if is_wanted else True
-    return tqdm(*arguments, **options, leave=None, dynamic_ncols=True, disable=hidden)
+    return tqdm(*arguments, **options, leave=None, dynamic_ncols=True, disable=not are_wanted())
+
+
+def are_wanted() -> bool:
+    """Says whether bars are shown, which libraries with bars of their own have to be told."""
+    is_heard = logging.get_verbosity() >= logging.WARNING
+    return hosts.is_first() and is_heard and sys.stderr.isatty()
 
 
 def say(line: str) -> None:

@@ -28,9 +28,9 @@ LAYER_HEADER = (
     'kept %',
     'compression',
     'multiply-adds',
-    'kept',
+    'of these kept',
     'bytes',
-    'kept',
+    'bytes kept',
 )
 
 

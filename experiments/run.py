@@ -38,7 +38,7 @@ def run(config: Config) -> dict[str, Any]:
     """Does all that a configuration asks for and prints the result.
 
     Args:
-      config: from `experiments.flags`.
+      config: from the command line.
 
     Returns:
       The summary, as written to `summary.json`; the last line on standard output is the same as
@@ -214,10 +214,11 @@ class Phase:
         """Goes back to the last good checkpoint, or ends the run."""
         message = self._explain(state, breakdown)
         if self.trainer.config.on_divergence == 'stop':
-            raise divergence.Diverged(message)
+            raise divergence.Diverged(message, self.name)
         setbacks = *self.setbacks, breakdown.emptied
         if len(setbacks) > divergence.MOST_SETBACKS:
-            raise divergence.Diverged(f'{message}; the run had gone back {len(setbacks) - 1} times')
+            times = len(setbacks) - 1
+            raise divergence.Diverged(f'{message}; the run had gone back {times} times', self.name)
         self.state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
         )

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ Summaries = Mapping[Config, Mapping[str, Any]]
 
 def run_all(
     runs: Sequence[Config], side_by_side: int, on_batch: Callable[[Summaries], Any]
-) -> Summaries:
+) -> tuple[Summaries, dict[str, str]]:
     """Does every run, those that differ in seed and places alone side by side.
 
     Args:
@@ -36,14 +36,16 @@ def run_all(
         looked at while it goes on.
 
     Returns:
-      The summary of each run, but for those that broke down, and those whose reference did.
+      The summary of each run that came to its end, and of the others, by folder, why they did not:
+      they broke down, or their reference did.
 
     Raises:
-      RuntimeError: if all of them broke down.
+      RuntimeError: if none came to its end.
       As `experiments.run.run` does.
     """
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
-    broken: set[str | None] = set()  # folders
+    left_out: dict[str, str] = {}
+    without_reference = set()  # folders
     batches = []
     for _, group in itertools.groupby(runs, _without_seed):
         left = [run for run in group if run not in summaries]
@@ -51,41 +53,47 @@ def run_all(
     with progress.bar(total=len(runs), initial=len(summaries), desc='sweep', unit=' runs') as bar:
         for batch in batches:
             bar.set_postfix_str(', '.join(Path(run.workdir).name for run in batch))
-            found = _run_batch(batch, broken)
-            broken |= {run.workdir for run in batch if run not in found}
+            able = [run for run in batch if run.reference not in without_reference]
+            found, broken = _run_batch(able) if able else ({}, {})
+            for run, error in broken.items():
+                left_out[run.workdir] = f'{error}'
+                if error.phase == 'reference':
+                    without_reference.add(run.workdir)
+            for run in batch:
+                if run not in able:
+                    left_out[run.workdir] = f'the reference of {run.reference} broke down'
             summaries |= found
             bar.update(len(batch))
             if found:
                 on_batch(summaries)
+    for folder, reason in left_out.items():
+        logging.warning('%s is left out: %s', folder, reason)
     if not summaries:
-        raise RuntimeError(f'none of {len(runs)} runs came to its end; the warnings say why')
-    return summaries
+        raise RuntimeError(f'none of {len(runs)} runs came to its end: {left_out}')
+    return summaries, left_out
 
 
-def _run_batch(batch: Sequence[Config], broken: Set[str | None]) -> Summaries:
-    """Does some runs side by side; one that breaks down is left out, or whose reference did."""
+def _run_batch(batch: Sequence[Config]) -> tuple[Summaries, Mapping[Config, Diverged]]:
+    """Does some runs side by side; gives the summaries, and the errors of those that break down."""
     try:
-        return dict(zip(batch, run_together(batch), strict=True))
-    except (Diverged, FileNotFoundError) as error:
-        is_known = any(run.reference in broken for run in batch)
-        if isinstance(error, FileNotFoundError) and not is_known:
-            raise
+        return dict(zip(batch, run_together(batch), strict=True)), {}
+    except Diverged as error:
         if len(batch) == 1:
-            logging.warning('%s is left out: %s', batch[0].workdir, error)
-            return {}
-    # One by one, so that the others come to their end.
-    alone = [
-        _run_batch([dataclasses.replace(run, resume=True, overwrite=False)], broken)
-        for run in batch
-    ]
-    return {
-        run: next(iter(found.values())) for run, found in zip(batch, alone, strict=True) if found
-    }
+            return {}, {batch[0]: error}
+    # One by one, so that the others come to their end: all have begun, so each goes on.
+    summaries, broken = {}, {}
+    for run in batch:
+        own, errors = _run_batch([dataclasses.replace(run, resume=True, overwrite=False)])
+        # Their keys are the runs continued.
+        summaries |= zip([run] * len(own), own.values(), strict=True)
+        broken |= zip([run] * len(errors), errors.values(), strict=True)
+    return summaries, broken
 
 
 def report_all(
     config: FrontierConfig,
     name: str,
+    title: str,
     to_rows: Callable[[Summaries], Rows],
     to_tables: Callable[[Rows], list[Table]],
     to_figure: Callable[[Rows], Figure],
@@ -95,6 +103,7 @@ def report_all(
     Args:
       config: of the sweep.
       name: of the files.
+      title: of the page.
       to_rows: gives a row for each run that has a summary; the columns are all that a row has.
       to_tables: makes tables of rows.
       to_figure: draws rows.
@@ -107,17 +116,18 @@ def report_all(
     """
     path = Path(config.workdir) / name
 
-    def write(summaries):
+    def write(summaries, left_out=None):
         rows = to_rows(summaries)
-        tables, figure = to_tables(rows), to_figure(rows)
-        page = sweep_report.page(name.capitalize(), rows, tables, figure, config.identity())
+        tables = to_tables(rows)
         write_csv(path.with_suffix('.csv'), rows)
         write_whole(path.with_suffix('.md'), to_text(tables) + '\n')
+        figure = to_figure(rows)
         plots.save(figure, path.with_suffix('.png'))
+        page = sweep_report.page(title, rows, tables, figure, config.identity(), left_out or {})
         write_whole(path.with_suffix('.html'), page)
         return rows
 
-    rows = write(run_all(config.runs(), config.side_by_side, write))
+    rows = write(*run_all(config.runs(), config.side_by_side, write))
     print(to_text(to_tables(rows)))
     print(f'\nReport: {path}.html')
     print(json.dumps(rows))

@@ -94,7 +94,12 @@ def compare_tables(rows: Rows) -> list[Table]:
 
 
 def page(
-    title: str, rows: Rows, tables: Sequence[Table], figure: Figure, flags: Mapping[str, Any]
+    title: str,
+    rows: Rows,
+    tables: Sequence[Table],
+    figure: Figure,
+    flags: Mapping[str, Any],
+    left_out: Mapping[str, str],
 ) -> str:
     """Many runs as a page: tables, picture, what others published, flags and environment.
 
@@ -105,12 +110,16 @@ def page(
       tables: of the rows.
       figure: of the rows.
       flags: of the sweep, name to value.
+      left_out: runs that did not come to their end, folder to reason.
 
     Returns:
       HTML.
     """
     network, dataset = rows[0]['network'], rows[0]['dataset']
     sections = [Section('Result', tables=tables, figures=[figure])]
+    if left_out:
+        lines = [f'{folder}: {reason}' for folder, reason in left_out.items()]
+        sections.append(Section('Left out', lines=lines))
     if errors := published.find_errors(rows):
         lines = [
             (who, f'{compression:g}×', 'no drop' if error is None else f'{error:.2f} %')
@@ -120,13 +129,12 @@ def page(
         sections.append(Section('Published results', tables=[table]))
     sections.append(Section('Flags', lines=to_flags(flags)))
     sections.append(Section('Environment', lines=describe_environment(rows)))
-    compressions = [row['compression'] for row in rows]
     return render(
         f'{title}: {NETWORK_NAMES.get(network) or network} on {dataset}',
         'Errors are on the test set; every parameter counts, biases included.',
         [
             (f'{len(rows)}', 'runs'),
-            (f'{min(compressions):.0f}× to {max(compressions):.0f}×', 'compression'),
+            (middle_and_range(rows, 'compression', '.0f', '×'), 'compression'),
             (
                 f'{statistics.median(row["reference_error"] for row in rows):.2f} %',
                 'error of the references, median',

@@ -100,9 +100,7 @@ class Trainer:
         if config.pruner != 'surgery' or config.importance != 'magnitude':
             return []
         rules = make_rules(config, self.initial)
-        return divergence.find_emptied_layers(
-            rules, dense, config.surgery_steps, takes_part(config)
-        )
+        return divergence.find_emptied_layers(rules, dense, takes_part(config))
 
     def finish(
         self,

@@ -84,32 +84,26 @@ def rule(thresholds, refresh_every=0, stop=100):
 
 def test_a_threshold_above_all_weights_is_foreseen():
     rules = {'fc1': rule(dns_jax.mean_std(9.0)), 'fc2': rule(dns_jax.mean_std(0.0, 0.1))}
-    (found,) = find_emptied_layers(rules, PARAMS, 100, has_axes)
+    (found,) = find_emptied_layers(rules, PARAMS, has_axes)
     largest = np.abs([0.1, -0.9, 0.4, 0.2, 0.0, 3.0])
     low = 0.9 * (largest[largest > 0].mean() + 9 * largest[largest > 0].std())
-    assert found.startswith(
-        f'the threshold of fc1 at step 0, {low:.4g}, lies above all its weights'
-    )
+    assert found.startswith(f'the threshold of fc1, {low:.4g}, lies above all its weights')
     assert 'the largest being 3: surgery would leave nothing of it' in found
 
 
-def test_a_density_that_empties_a_layer_is_foreseen_at_the_step_that_asks_for_it():
-    ramp = dns_jax.polynomial_density(0.1, 0, 40)  # of eight connections, one
-    by_density = rule(dns_jax.global_density(ramp), refresh_every=10)
-    for steps, expected in ((50, 40), (100, 90)):
-        (found,) = find_emptied_layers({'*': by_density}, PARAMS, steps, has_axes)
-        assert found.startswith('the threshold of fc')
-        assert f' at step {expected}, ' in found
-    stopped = by_density._replace(update_probability=dns_jax.update_probability(stop=11))
-    assert find_emptied_layers({'*': stopped}, PARAMS, 100, has_axes) == []
+def test_what_training_may_change_is_not_foretold():
+    # Of eight connections one in the end: which layer has it is not known yet.
+    ramp = dns_jax.polynomial_density(0.1, 0, 40)
+    shared = rule(dns_jax.global_density(ramp), refresh_every=10)
+    assert find_emptied_layers({'*': shared}, PARAMS, has_axes) == []
 
 
 def test_what_takes_no_part_is_not_looked_at():
     params = {'fc1': {'kernel': jnp.zeros((2, 2)), 'bias': jnp.ones(2)}, 'fc2': PARAMS['fc2']}
     rules = {'*': rule(dns_jax.mean_std(0.0))}
-    assert find_emptied_layers(rules, params, 10, has_axes) == []
-    assert find_emptied_layers(rules, params, 10, is_kernel) == ['all weights of fc1 are zero']
-    assert find_emptied_layers({'fc2': rules['*']}, params, 10, is_kernel) == []
+    assert find_emptied_layers(rules, params, has_axes) == []
+    assert find_emptied_layers(rules, params, is_kernel) == ['all weights of fc1 are zero']
+    assert find_emptied_layers({'fc2': rules['*']}, params, is_kernel) == []
 
 
 def masks_of(state):

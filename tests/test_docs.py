@@ -1,13 +1,19 @@
 """The documentation: its examples run, its numbers are those of the results, its paths exist."""
 
+import importlib
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import jax
 import pytest
+from absl import flags as absl_flags
 
-from experiments import results
+from experiments import results, tool_flags
+from experiments.command_line import define, to_config
+from experiments.flags import Config
+from experiments.image_flags import ImageConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -35,6 +41,23 @@ def test_the_examples_run(name, capsys):
     if name == 'own_pruner':
         (kept,) = re.findall(r"'fc': (\d+)", said)
         assert 0 < int(kept) < 64 * 64
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.stem)
+def test_the_commands_are_accepted(path):
+    for line in re.findall(r'^python -m (experiments\.\w+.*)', path.read_text(), re.MULTILINE):
+        module, *arguments = shlex.split(line, comments=True)
+        if '--distributed=auto' in arguments:
+            continue  # test_readme has these
+        script = importlib.import_module(module)
+        config_type = {
+            'experiments.export': tool_flags.ExportConfig,
+            'experiments.latency': tool_flags.LatencyConfig,
+            'experiments.alexnet': ImageConfig,
+        }.get(module, Config)
+        defaults, values = getattr(script, 'DEFAULTS', {}), absl_flags.FlagValues()
+        define(config_type, defaults, values)
+        to_config(config_type, defaults, values, values(['program', *arguments]))
 
 
 def test_every_module_is_in_the_reference():

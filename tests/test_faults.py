@@ -341,7 +341,7 @@ def test_a_layer_that_surgery_empties_is_named_and_foreseen(
     ):
         run.run_together([make_config(tmp_path / 'run', **EMPTYING)])
     (warning,) = warnings
-    assert warning.startswith('the threshold of fc1 at step 0, ')
+    assert warning.startswith('the threshold of fc1, ')
 
 
 @pytest.mark.parametrize('fields', [TOO_FAST, EMPTYING])

@@ -196,37 +196,47 @@ def test_a_run_that_breaks_down_does_not_end_the_sweep(config, monkeypatch):
 
     def run_together(batch):
         if any(one.seed == 1 for one in batch):
-            raise Diverged('the loss is not finite')
+            raise Diverged('the loss is not finite', 'surgery')
         done.append([(one.seed, one.resume) for one in batch])
         return [{'seed': one.seed} for one in batch]
 
     monkeypatch.setattr(sweep, 'run_together', run_together)
-    runs = dataclasses.replace(config, compressions='5', seeds=3, side_by_side=3).runs()
-    summaries = sweep.run_all(runs, 3, lambda summaries: None)
-    assert summaries == {runs[0]: {'seed': 0}, runs[2]: {'seed': 2}}
-    assert done == [[(0, True)], [(2, True)]]
+    fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
+    runs = dataclasses.replace(config, **fields).runs()
+    summaries, left_out = sweep.run_all(runs, 3, lambda summaries: None)
+    # Its reference was well: the run that starts from it is tried.
+    assert list(summaries) == [runs[0], runs[2], runs[3], runs[5]]
+    assert left_out == {runs[at].workdir: 'the loss is not finite' for at in (1, 4)}
+    assert done == [[(0, True)], [(2, True)]] * 2
 
 
 def test_runs_whose_reference_broke_down_are_left_out(config, monkeypatch):
+    batches = []
+
     def run_together(batch):
-        for one in batch:
-            if one.seed == 1:
-                raise FileNotFoundError('no reference') if one.reference else Diverged('nan')
+        batches.append([(one.seed, one.overwrite) for one in batch])
+        if any(one.seed == 1 for one in batch):
+            raise Diverged('nan', 'reference')
         return [{'seed': one.seed} for one in batch]
 
     monkeypatch.setattr(sweep, 'run_together', run_together)
-    runs = dataclasses.replace(config, compressions='5,9', seeds=2, side_by_side=2).runs()
-    batches = []
-    summaries = sweep.run_all(runs, 2, lambda summaries: batches.append(len(summaries)))
-    assert list(summaries) == [runs[0], runs[2]]
-    assert batches == [1, 2]
-    with pytest.raises(FileNotFoundError, match='no reference'):
-        sweep.run_all(runs[2:], 2, batches.append)
+    fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
+    runs = dataclasses.replace(config, **fields).runs()
+    counts = []
+    summaries, left_out = sweep.run_all(runs, 3, lambda summaries: counts.append(len(summaries)))
+    assert list(summaries) == [runs[0], runs[2], runs[3], runs[5]]
+    assert counts == [2, 4]
+    assert left_out == {
+        runs[1].workdir: 'nan',
+        runs[4].workdir: f'the reference of {runs[1].workdir} broke down',
+    }
+    # The others of its second batch begin anew, as --overwrite asks.
+    assert batches[-1] == [(0, True), (2, True)]
 
 
 def test_a_sweep_without_a_result_says_so(config, monkeypatch):
     def run_together(batch):
-        raise Diverged('nan')
+        raise Diverged('nan', 'surgery')
 
     monkeypatch.setattr(sweep, 'run_together', run_together)
     runs = dataclasses.replace(config, compressions='5', seeds=2).runs()

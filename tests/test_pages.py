@@ -4,12 +4,14 @@ import base64
 import re
 import shutil
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
+from test_report import RECORDS, SUMMARY, write_records
 
-from experiments import plots, results, sweep_report
+from experiments import plots, report, results, sweep_report
 from experiments.pages import Bar, Section, render
 from experiments.tables import Table
 
@@ -41,7 +43,24 @@ def page():
 def real_page():
     rows = [row for row in results.read_frontiers() if row['network'] == 'lenet5']
     tables, figure = sweep_report.frontier_tables(rows), plots.frontier_figure(rows)
-    return sweep_report.page('Frontier', rows, tables, figure, {'seeds': 5})
+    return sweep_report.page('Frontier', rows, tables, figure, {'seeds': 5}, {'runs/9-1': 'nan'})
+
+
+@pytest.fixture(scope='module')
+def comparison():
+    rows = [
+        {**row, 'network': 'lenet300', 'dataset': 'mnist'}
+        for row in results.read_comparison(results.FOLDER / 'repair_lenet300.csv')
+    ]
+    tables, figure = sweep_report.compare_tables(rows), plots.compare_figure(rows)
+    return sweep_report.page('Comparison', rows, tables, figure, {'variant': ('a:', 'b:')}, {})
+
+
+@pytest.fixture(scope='module')
+def run_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    write_records(folder, RECORDS)
+    return report.write(folder, SUMMARY, np.ones((784, 20), bool))[1].read_text()
 
 
 def test_a_page_needs_nothing_else(page):
@@ -59,7 +78,7 @@ def test_texts_are_texts(page):
 def test_pictures_say_what_they_show_and_follow_the_theme(page):
     pattern = r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="([^"]+)"'
     source, words = re.search(pattern, page).groups()
-    assert words == 'Rising; error over steps; a &lt;b&gt;'
+    assert words == 'Rising; error, steps; a &lt;b&gt;'
     svg = base64.b64decode(source).decode()
     assert f'stroke: light-dark({plots.BLUE}, {plots.DARK[plots.BLUE]})' in svg
     assert '>Rising</text>' in svg  # text, and no outlines of letters
@@ -74,14 +93,14 @@ def test_a_sweep_is_told_beside_what_others_published(real_page):
     assert '<th scope="row">Sparse VD 2017</th><td>280×</td><td>0.75 %</td>' in real_page
     assert '<td>no drop</td>' in real_page
     assert 'Frontier: LeNet-5 on mnist' in real_page
+    assert 'runs/9-1: nan' in real_page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium to look at pages with')
-def test_a_browser_shows_it(page, real_page, tmp_path):
-    paths = []
-    for name, text in (('made', page), ('real', real_page)):
-        paths.append(tmp_path / f'{name}.html')
-        paths[-1].write_text(text)
+def test_a_browser_shows_them(page, real_page, comparison, run_page, tmp_path):
+    paths = [tmp_path / f'{number}.html' for number in range(4)]
+    for path, text in zip(paths, (page, real_page, comparison, run_page), strict=True):
+        path.write_text(text)
     backgrounds = set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)

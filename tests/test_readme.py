@@ -197,3 +197,12 @@ def test_the_bench_rows_are_those_of_the_results():
         f'{large["weights"] / 1e6:.0f} million weights, they take '
         f'{large["refresh_ms"] / 1e3:.2f} s, where a sort takes {large["sort_ms"] / 1e3:.1f} s'
     ) in README
+
+
+def test_the_layout_names_every_module():
+    layout = README.partition('## Layout')[2]
+    for folder in ('dns_jax', 'experiments', 'docs', 'notebooks', 'zoo'):
+        assert f'\n{folder}/' in layout
+    words = set(re.findall(r'\w+', layout))
+    for path in (*(ROOT / 'dns_jax').glob('*.py'), *(ROOT / 'experiments').glob('*.py')):
+        assert path.stem in words | {'__init__'}, path

@@ -60,12 +60,12 @@ RESULT_TABLE = """\
 | LeNet-5 |       431K → 4.0K |                  0.91 % → 0.91 % |        108× |"""
 
 LAYER_TABLE = """\
-| layer | parameters |  kept | kept % | compression | multiply-adds |  kept |     bytes |   kept |
-|-------|-----------:|------:|-------:|------------:|--------------:|------:|----------:|-------:|
-| conv1 |        520 |     0 |   0.00 |           ∞ |       288,000 |     0 |     2,080 |      0 |
-| ip1   |    430,560 | 3,986 |   0.93 |        108× |       400,000 | 3,950 | 1,722,240 | 23,916 |
-| total |    431,080 | 3,986 |   0.92 |        108× |       688,000 | 3,950 | 1,724,320 | 23,916 |
-""".rstrip()
+| layer | parameters |  kept | kept % | compression | multiply-adds | of these kept |     bytes | bytes kept |
+|-------|-----------:|------:|-------:|------------:|--------------:|--------------:|----------:|-----------:|
+| conv1 |        520 |     0 |   0.00 |           ∞ |       288,000 |             0 |     2,080 |          0 |
+| ip1   |    430,560 | 3,986 |   0.93 |        108× |       400,000 |         3,950 | 1,722,240 |     23,916 |
+| total |    431,080 | 3,986 |   0.92 |        108× |       688,000 |         3,950 | 1,724,320 |     23,916 |
+""".rstrip()  # noqa: E501
 
 
 def surgery_record(step, pruned=0, spliced=0, **more):
@@ -361,11 +361,15 @@ def test_write(workdir):
         'commit: abc1234 jax: 0.10.2',
     ):
         assert part in text
-    assert re.findall(r'<img [^>]*alt="([^";]+)', page) == [
-        'Validation error and loss',
-        'Connections kept in each layer',
-        'Connections pruned and spliced per 1,000 steps',
-        'First layer: 784 of 784 pixels keep a connection',
+    assert re.findall(r'<img [^>]*alt="([^"]+)', page) == [
+        'Validation error and loss; validation error (%), training loss, steps; '
+        'reference, surgery begins, surgery',
+        'Connections kept in each layer; connections kept (%), steps of surgery; '
+        'conv1: 0 %, ip1: 0.929 %',
+        'Connections pruned and spliced per 1,000 steps; connections per 1,000 steps, '
+        'steps of surgery; pruned, spliced',
+        'First layer: 784 of 784 pixels keep a connection; row (pixels), column (pixels), '
+        'connections kept, of 20',
     ]
 
 

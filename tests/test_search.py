@@ -297,7 +297,7 @@ def test_a_hopeless_trial_is_given_up(make_played, capsys):
 def test_a_trial_that_breaks_is_given_up(make_played, capsys):
     def course(config, step):
         if number_of(config) == 0:
-            raise Diverged('the loss is not finite')
+            raise Diverged('the loss is not finite', 'surgery')
         return 62.0
 
     config = make_played(course, trials=2)
