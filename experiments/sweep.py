@@ -55,19 +55,19 @@ def run_all(
             bar.set_postfix_str(', '.join(Path(run.workdir).name for run in batch))
             able = [run for run in batch if run.reference not in without_reference]
             found, broken = _run_batch(able) if able else ({}, {})
-            for run, error in broken.items():
-                left_out[run.workdir] = f'{error}'
-                if error.phase == 'reference':
-                    without_reference.add(run.workdir)
+            reasons = {run: f'{error}' for run, error in broken.items()}
+            without_reference |= {r.workdir for r, e in broken.items() if e.phase == 'reference'}
             for run in batch:
                 if run not in able:
-                    left_out[run.workdir] = f'the reference of {run.reference} broke down'
+                    reasons[run] = f'the reference of {run.reference} broke down'
+            for run, reason in reasons.items():
+                # At once: the rest may take hours.
+                logging.warning('%s is left out: %s', run.workdir, reason)
+                left_out[run.workdir] = reason
             summaries |= found
             bar.update(len(batch))
             if found:
                 on_batch(summaries)
-    for folder, reason in left_out.items():
-        logging.warning('%s is left out: %s', folder, reason)
     if not summaries:
         raise RuntimeError(f'none of {len(runs)} runs came to its end: {left_out}')
     return summaries, left_out
