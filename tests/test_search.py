@@ -704,3 +704,10 @@ def test_the_flagfile_is_that_of_the_best_trial(workers):
     assert f'validation error {error:.2f} %, that of the reference {reference:.2f} %\n' in head
     results = [json.loads(stdout.splitlines()[-1]) for stdout, _, _ in answers]
     assert kept in [result['kept'] for result in results]
+
+
+def test_what_is_said_of_dense_training_reaches_the_reference():
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert set(search._REFERENCE_FLAGS) <= names
+    of_dense_training = {name for name in names if name.startswith('reference_')}
+    assert of_dense_training <= set(search._REFERENCE_FLAGS)
