@@ -17,7 +17,7 @@ import numpy as np
 from dns_jax.typing import Masks, Params
 
 MAX_BYTES = 2**31 - 1
-"""The most bytes of a file: protobuf's own limit."""
+"""The most bytes of a file, protobuf's own limit."""
 
 MAX_NAME_BYTES = 1_000
 """The most bytes of a layer's name that are read."""
@@ -36,15 +36,15 @@ _WITH_MASKS = {'CConvolution', 'CInnerProduct'}
 class CaffeLayer(NamedTuple):
     """A layer of a file that has blobs."""
 
-    type: str  # Caffe's name of it, such as `Convolution`
-    blobs: tuple[np.ndarray, ...]  # float32: weight, bias, and perhaps the masks of both
+    type: str  #: Caffe's name of it, such as `Convolution`
+    blobs: tuple[np.ndarray, ...]  #: float32: weight, bias, and perhaps the masks of both
 
 
 class CaffeNetwork(NamedTuple):
     """A network in the layout of flax.linen."""
 
-    params: Params  # {layer: {'kernel': …, 'bias': …}}, float32 NumPy arrays
-    masks: Masks  # parallel to the params, bool NumPy arrays; shape () where the file has none
+    params: Params  #: `kernel` and `bias` by layer, float32 NumPy arrays
+    masks: Masks  #: parallel to the params, bool NumPy arrays; shape () where the file has none
 
 
 def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, CaffeLayer]:

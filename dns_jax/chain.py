@@ -20,22 +20,22 @@ import numpy as np
 class Dense:
     """A fully connected layer, of vectors: x · kernel + bias."""
 
-    name: str  # of its weights: kernel (inputs, units), bias (units,)
+    name: str  #: of its weights, kernel (inputs, units) and bias (units,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
     """A convolution of images, without stride."""
 
-    name: str  # of its weights: kernel (height, width, channels, filters), bias (filters,)
-    padding: str = 'VALID'  # or 'SAME', with zeros
+    name: str  #: of its weights, kernel (height, width, channels, filters), bias (filters,)
+    padding: str = 'VALID'  #: or 'SAME', with zeros
 
 
 @dataclasses.dataclass(frozen=True)
 class MaxPool:
     """The maximum over windows that do not overlap; rows and columns left over are dropped."""
 
-    size: int  # of a side of the window, in pixels
+    size: int  #: of a side of the window, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Flatten:
 class Select:
     """Keeps some elements of the last axis: channels of images, elements of vectors."""
 
-    indices: tuple[int, ...]  # ascending
+    indices: tuple[int, ...]  #: ascending
 
 
 Layer = Dense | Convolution | MaxPool | Relu | Flatten | Select
 """Any layer of a chain."""
 
 Chain = tuple[Layer, ...]
-"""A network: its layers, first to last."""
+"""The layers of a network, first to last."""
 
 Weighted = Dense | Convolution
 """A layer with weights."""

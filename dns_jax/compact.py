@@ -32,17 +32,17 @@ from dns_jax.typing import Masks
 class Shrunk(NamedTuple):
     """What became of one layer; pairs are before and after."""
 
-    inputs: tuple[int, int]  # channels of a convolution, elements of a vector
-    units: tuple[int, int]  # or filters
-    folded: int  # units without incoming weights, now in the biases behind
-    refused: str  # why units without incoming weights had to stay; empty if none did
+    inputs: tuple[int, int]  #: channels of a convolution, elements of a vector
+    units: tuple[int, int]  #: or filters
+    folded: int  #: units without incoming weights, now in the biases behind
+    refused: str  #: why units without incoming weights had to stay; empty if none did
 
 
 class CompactNetwork(NamedTuple):
     """A network that gives what the masked one gives."""
 
     chain: Chain
-    params: Weights  # NumPy arrays of the dtypes they had, zero where pruned
+    params: Weights  #: NumPy arrays of the dtypes they had, zero where pruned
     layers: dict[str, Shrunk]
 
 

@@ -18,8 +18,8 @@ from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
 class Events(NamedTuple):
     """How many connections of one layer changed sides in an update."""
 
-    pruned: jax.Array  # shape=(), dtype=jnp.int32: True -> False
-    spliced: jax.Array  # shape=(), dtype=jnp.int32: False -> True
+    pruned: jax.Array  #: shape=(), dtype=jnp.int32: True -> False
+    spliced: jax.Array  #: shape=(), dtype=jnp.int32: False -> True
 
 
 def init_masks(params: Params, takes_part: TakesPart = has_axes) -> Masks:

@@ -17,12 +17,12 @@ _INDEX_BYTES = 4  # a flat uint32 index
 class Size(NamedTuple):
     """The size of one layer, or of a network, before and after surgery."""
 
-    parameters: int  # weights and biases
-    kept: int  # those whose mask is True, or that have none
-    multiply_adds: int  # of the dense network, for one example
-    kept_multiply_adds: int  # of the kept weights, for one example
-    bytes: int  # of the dense parameters in their own dtype
-    kept_bytes: int  # of the kept, in their dtype, with a uint32 index beside each that has a mask
+    parameters: int  #: weights and biases
+    kept: int  #: those whose mask is True, or that have none
+    multiply_adds: int  #: of the dense network, for one example
+    kept_multiply_adds: int  #: of the kept weights, for one example
+    bytes: int  #: of the dense parameters in their own dtype
+    kept_bytes: int  #: of the kept, in their dtype, with a uint32 index beside each that has a mask
 
     @property
     def density(self) -> float:

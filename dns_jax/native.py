@@ -25,9 +25,9 @@ _CANNOT_BUILD = 'the C++ kernel of dns_jax.native cannot be built by'
 class Taps(NamedTuple):
     """The kept weights of a layer, grouped by what they add to; NumPy arrays."""
 
-    starts: np.ndarray  # (outputs + 1,) int32: where those of an output begin and end
-    positions: np.ndarray  # (kept,) int32: of the first input that a weight multiplies
-    values: np.ndarray  # (kept,) float32
+    starts: np.ndarray  #: (outputs + 1,) int32: where those of an output begin and end
+    positions: np.ndarray  #: (kept,) int32: of the first input that a weight multiplies
+    values: np.ndarray  #: (kept,) float32
 
 
 @functools.cache

@@ -34,8 +34,8 @@ Runner = Callable[[Any], Any]
 class Choice(NamedTuple):
     """What `choose_kinds` found."""
 
-    kinds: dict[str, str]  # by layer
-    seconds: dict[str, dict[str, float]]  # by layer, then kind: of a call of the layer by itself
+    kinds: dict[str, str]  #: by layer
+    seconds: dict[str, dict[str, float]]  #: of a call of the layer by itself, by layer, then kind
 
 
 def jax_runner(

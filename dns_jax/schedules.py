@@ -13,6 +13,8 @@ import numpy as np
 
 from dns_jax.typing import Schedule
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def update_probability(
     gamma: float = 1e-4, power: float = 1.0, stop: int | None = None, start: int = 0
@@ -43,8 +45,8 @@ def update_probability(
     Reference:
       Guo et al. 2016, section 3.3; decay and stop as in the authors' Caffe layers.
     """
-    _check_at_least('gamma', gamma, 0)
-    _check_at_least('power', power, 0)
+    check_finite('gamma', gamma, 0)
+    check_finite('power', power, 0)
     check_step('start', start)
     if stop is not None:
         check_step('stop', stop, start)
@@ -211,7 +213,7 @@ def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
     Reference:
       Caffe, `SGDSolver::GetLearningRate`; the LeNets of Guo et al. 2016 use it.
     """
-    _check_at_least('gamma', gamma, 0)
+    check_finite('gamma', gamma, 0)
     return lambda step: base * (1.0 + gamma * _float32(step)) ** -power
 
 
@@ -344,6 +346,28 @@ def check_step(name: str, step: float, least: int = 0) -> None:
         )
 
 
+def check_finite(name: str, number: float, least: float = -math.inf) -> None:
+    """Checks that a number is finite in float32, in which schedules and thresholds are computed.
+
+    Args:
+      name: what the caller knows it by.
+      number: what is checked.
+      least: the smallest that will do.
+
+    Raises:
+      ValueError: if it is not a number, out of the range of float32, or below `least`.
+
+    Example:
+      >>> check_finite('gamma', 1e39, 0)
+      Traceback (most recent call last):
+        ...
+      ValueError: gamma must be finite in float32 and at least 0, but is 1e+39
+    """
+    if not (number >= least and abs(number) <= _LARGEST):
+        wanted = 'finite in float32' + (f' and at least {least}' if least > -math.inf else '')
+        raise ValueError(f'{name} must be {wanted}, but is {number!r}')
+
+
 def _ramp(final: float, start: int, end: int, initial: float) -> Schedule:
     """Makes the schedule of how much of a ramp is done, from 0 to 1."""
     for name, density in (('final', final), ('initial', initial)):
@@ -354,14 +378,9 @@ def _ramp(final: float, start: int, end: int, initial: float) -> Schedule:
     return lambda step: jnp.clip(_float32(jnp.asarray(step) - start) / (end - start), 0.0, 1.0)
 
 
-def _check_at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        raise ValueError(f'{name} must be finite and at least {least}, but is {value!r}')
-
-
 def _check_power(power: float) -> None:
-    if not 0 < power < math.inf:
-        raise ValueError(f'power must be finite and above 0, but is {power!r}')
+    if not 0 < power <= _LARGEST:
+        raise ValueError(f'power must be finite in float32 and above 0, but is {power!r}')
 
 
 def _float32(step) -> jax.Array:

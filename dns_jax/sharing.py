@@ -27,10 +27,10 @@ MAX_CLUSTERS = 2**16
 class SharedNetwork(NamedTuple):
     """A pruned network whose weights share the values of a few codebooks."""
 
-    codebooks: dict[str, np.ndarray]  # {layer: its values}, shape=(clusters,), dtype=np.float32
-    assignments: Params  # int32 arrays, shaped as the leaves: places in the codebook of the layer
-    masks: Masks  # parallel to the assignments, boolean; one of shape () keeps the whole leaf
-    metadata: dict[str, str]  # free strings
+    codebooks: dict[str, np.ndarray]  #: values by layer, shape=(clusters,), dtype=np.float32
+    assignments: Params  #: int32 arrays, shaped as the leaves, of places in the codebook
+    masks: Masks  #: parallel to the assignments, boolean; one of shape () keeps the whole leaf
+    metadata: dict[str, str]  #: free strings
 
 
 def share_weights(

@@ -35,9 +35,9 @@ _SHAPE = re.compile(r'\[(NUMBER(, ?NUMBER){0,63})?\]'.replace('NUMBER', '(0|[1-9
 class SparseNetwork(NamedTuple):
     """What a sparse file holds, made dense again."""
 
-    params: Params  # nested dict of float32 NumPy arrays, 0 where nothing was kept
-    masks: Masks  # parallel to the params, bool NumPy arrays of the same shapes
-    metadata: dict[str, str]  # the free entries
+    params: Params  #: nested dict of float32 NumPy arrays, 0 where nothing was kept
+    masks: Masks  #: parallel to the params, bool NumPy arrays of the same shapes
+    metadata: dict[str, str]  #: the free entries
 
 
 def save_sparse(

@@ -54,18 +54,18 @@ class Step(NamedTuple):
     """A layer made for feature-major arrays; what it does not have is empty."""
 
     layer: Layer
-    shape: tuple[int, ...]  # of what comes in, without the batch
-    kernel: np.ndarray = np.zeros(0, np.float32)  # (units, inputs), (filters, channels, h, w)
-    bias: np.ndarray = np.zeros(0, np.float32)  # (units,)
-    rows: np.ndarray = np.zeros(0, int)  # which it keeps of what comes in
-    kind: str = ''  # how it is computed
+    shape: tuple[int, ...]  #: of what comes in, without the batch
+    kernel: np.ndarray = np.zeros(0, np.float32)  #: (units, inputs), (filters, channels, h, w)
+    bias: np.ndarray = np.zeros(0, np.float32)  #: (units,)
+    rows: np.ndarray = np.zeros(0, int)  #: which it keeps of what comes in
+    kind: str = ''  #: how it is computed
 
 
 class Plan(NamedTuple):
     """A chain for feature-major arrays."""
 
-    rows: np.ndarray  # which of an example's flat inputs come first, second, …
-    shape: tuple[int, ...]  # what they make, without the batch
+    rows: np.ndarray  #: which of an example's flat inputs come first, second, …
+    shape: tuple[int, ...]  #: what they make, without the batch
     steps: list[Step]
 
 

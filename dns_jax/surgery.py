@@ -28,20 +28,24 @@ from dns_jax.typing import (
 
 
 class Rule(NamedTuple):
-    """How the layers of one group are operated on."""
+    """How the layers of one group are operated on.
 
-    thresholds: ThresholdRule  # gives the band of each layer
-    update_probability: Schedule  # σ(iter), the chance of an update; one draw for each layer
-    refresh_every: int = 0  # steps between computations of the thresholds; 0: once, at init
+    Thresholds that change with the step, such as those of a density that falls, need
+    `refresh_every`: by default a rule is asked once, at step 0.
+    """
+
+    thresholds: ThresholdRule  #: gives the band of each layer
+    update_probability: Schedule  #: σ(iter), the chance of an update; one draw for each layer
+    refresh_every: int = 0  #: steps between computations of the thresholds; at 0 once, at init
 
 
 class SurgeryState(NamedTuple):
     """State of `surgery`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32: updates done
-    key: jax.Array  # shape=(), typed PRNG key: never changes, each step folds its count in
-    masks: Masks  # parallel to the params, dtype=bool
-    thresholds: dict[str, Thresholds]  # by layer name
+    count: jax.Array  #: shape=(), dtype=jnp.int32: updates done
+    key: jax.Array  #: shape=(), typed PRNG key: never changes, each step folds its count in
+    masks: Masks  #: parallel to the params, dtype=bool
+    thresholds: dict[str, Thresholds]  #: by layer name
 
 
 def surgery(

@@ -5,7 +5,6 @@ it is asked. All of it runs in float32 and under jit. Stands on `masks`, whose h
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,22 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax.masks import count_true, discriminate
+from dns_jax.schedules import check_finite
 from dns_jax.typing import Schedule, ThresholdRule, Thresholds
 
 
 class Statistics(NamedTuple):
     """Mean μ and standard deviation s of `|w|` over the non-zero weights of a layer."""
 
-    mean: jax.Array  # shape=(), dtype=jnp.float32
-    std: jax.Array  # shape=(), dtype=jnp.float32
+    mean: jax.Array  #: shape=(), dtype=jnp.float32
+    std: jax.Array  #: shape=(), dtype=jnp.float32
 
 
 class Group(NamedTuple):
     """Connections that share one threshold, in a unit of their own."""
 
-    unit: jax.typing.ArrayLike  # float32 scalar: the layer's u_k
-    weights: Sequence[jax.Array]  # floating point
-    masks: Sequence[jax.Array]  # bool, of their shapes
+    unit: jax.typing.ArrayLike  #: float32 scalar: the layer's u_k
+    weights: Sequence[jax.Array]  #: floating point
+    masks: Sequence[jax.Array]  #: bool, of their shapes
 
 
 def magnitude_statistics(weights: Sequence[jax.Array]) -> Statistics:
@@ -81,8 +81,7 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
     Reference:
       Guo et al. 2016, section 3.3; 0.9 and 1.1 as in the authors' Caffe layers.
     """
-    if not math.isfinite(c_rate):
-        raise ValueError(f'c_rate must be finite, but is {c_rate!r}')
+    check_finite('c_rate', c_rate)
     _check_hysteresis(hysteresis)
 
     def rule(layers, masks, step):
@@ -126,8 +125,7 @@ def std(c_rate: float) -> ThresholdRule:
       Han et al. 2015, Learning both weights and connections for efficient neural networks,
       section 3.
     """
-    if not 0 <= c_rate < math.inf:
-        raise ValueError(f'c_rate must be finite and at least 0, but is {c_rate!r}')
+    check_finite('c_rate', c_rate, 0)
 
     def rule(layers, masks, step):
         del masks, step

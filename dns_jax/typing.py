@@ -7,7 +7,7 @@ import jax
 import optax
 
 Params = optax.Params
-"""Any pytree of floating-point arrays: the dense weights W."""
+"""Any pytree of floating-point arrays, the dense weights W."""
 
 Masks = Any
 """A pytree parallel to the params: boolean arrays, True where a connection is kept.
@@ -35,12 +35,12 @@ TakesPart = Callable[[str, Any], bool]
 class Thresholds(NamedTuple):
     """The band (a_k, b_k) of one layer, in the unit of its weights."""
 
-    low: jax.Array  # shape=(), dtype=jnp.float32
-    high: jax.Array  # shape=(), dtype=jnp.float32
+    low: jax.Array  #: shape=(), dtype=jnp.float32
+    high: jax.Array  #: shape=(), dtype=jnp.float32
 
 
 LayerArrays = Mapping[str, Sequence[jax.Array]]
-"""The arrays of some layers, by layer name: their weights, or the masks of these."""
+"""The arrays of some layers, by layer name; their weights, or the masks of these."""
 
 ThresholdRule = Callable[[LayerArrays, LayerArrays, jax.Array], dict[str, Thresholds]]
 """Maps the weights of some layers, their masks and the step count to a band for each layer.

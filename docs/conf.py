@@ -36,7 +36,8 @@ html_title = f'dns_jax {version}'
 def setup(app):
     """Leaves out what Python itself says of the fields of named tuples."""
 
-    def skip(app, what, name, member, skip, options):
-        return skip or (member.__doc__ or '').startswith('Alias for field number')
+    def leave_out(app, what, name, obj, options, lines):
+        if lines and lines[0].startswith('Alias for field number'):
+            lines.clear()
 
-    app.connect('autodoc-skip-member', skip)
+    app.connect('autodoc-process-docstring', leave_out)

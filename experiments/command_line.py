@@ -5,13 +5,14 @@ script gives its own defaults.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import app, logging
 from absl import flags as absl_flags
+
+from dns_jax import schedules
 
 C = TypeVar('C', bound=Any)  # a dataclass of flags
 
@@ -119,7 +120,7 @@ def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type:
 
 
 def check_finite(config: Any) -> None:
-    """Refuses numbers that cannot be computed with: no lower or upper bound keeps nan out.
+    """Refuses numbers that float32 cannot compute with: no bound of a flag keeps nan out.
 
     Args:
       config: a dataclass of flags.
@@ -129,8 +130,8 @@ def check_finite(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f'--{field.name}={value} must be finite')
+        if isinstance(value, float):
+            schedules.check_finite(f'--{field.name}', value)
 
 
 _DEFINITIONS = {

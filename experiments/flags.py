@@ -22,6 +22,7 @@ _SURGERY_FLAGS = (
 DATA_DIR_HELP = 'Folder of prepared sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.'
 MANUAL_DIR_HELP = "Folder with the set's published files; by default they are downloaded."
 _ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
+_BY_LAYER = 'as LAYER:NUMBER,…, where conv* is a LAYER too, or NUMBER for all; others stay dense.'
 _ONE_OF = 'One of --compression, --density, --layer_density, --c_rate must be given.'
 
 
@@ -108,13 +109,12 @@ class Config:
     density: float | None = flag(None, f'Kept parameters / all parameters to reach. {_ONE_OF}')
     layer_density: str = flag(
         '',
-        'Kept / all to reach, of what takes part in a layer, as LAYER:NUMBER,…; layers not named '
-        f'stay dense. {_ONE_OF}',
+        f'Kept / all to reach, of what takes part in a layer, {_BY_LAYER} {_ONE_OF}',
     )
     c_rate: str = flag(
         '',
-        'c of the thresholds mean + c · std, of --pruner=han c · std, in standard deviations, as '
-        f'LAYER:NUMBER,…; layers not named stay dense. {_ONE_OF}',
+        f'c, in standard deviations, {_BY_LAYER} Surgery prunes below mean + c · std of the '
+        f'magnitudes, --pruner=han below c · std of the weights. {_ONE_OF}',
     )
     refresh_statistics: int = flag(
         0,
@@ -147,10 +147,15 @@ class Config:
         lower_bound=1,
     )
     start: str = flag(
-        '0', 'First step, or share of the surgery steps, with mask updates, as LAYER:STEP,…'
+        '0',
+        'First step, or share of the surgery steps, with mask updates; one for all, or '
+        'LAYER:STEP,…',
     )
     stop: str = flag(
-        '100%', 'First step, or share of the surgery steps, without mask updates, as LAYER:STEP,…'
+        '100%',
+        'First step, or share of the surgery steps, without mask updates; one for all, or '
+        'LAYER:STEP,… With --update_power=0 and a density to reach, the last choice of thresholds '
+        'before it is the last update.',
     )
     hysteresis: float = flag(
         0.1,
@@ -177,7 +182,7 @@ class Config:
     )
     importance: str = flag(
         'magnitude',
-        'What says how much a connection matters: |w|, |w · gradient| or nothing.',
+        'What says how much a connection matters: |w|, |w · gradient|, or a random number.',
         choices=('magnitude', 'taylor', 'chance'),
     )
     splicing: bool = flag(True, 'Whether surgery lets pruned connections return.')

@@ -40,7 +40,7 @@ class ImageConfig(Config):
     )
     workers: int = flag(
         0,
-        'Processes of each host that decode images; 0 decodes in threads of the run itself.',
+        'Processes that decode images, for each process of the run; 0 decodes in its threads.',
         decides=False,
         lower_bound=0,
     )

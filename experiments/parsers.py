@@ -1,12 +1,12 @@
 """What stands in a flag: numbers per layer, steps or shares of them, learning-rate policies."""
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import optax
 
 import dns_jax
+from dns_jax.schedules import check_finite
 
 T = TypeVar('T', int, float)
 
@@ -85,10 +85,14 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
     policy, wanted = _POLICIES[name]
     try:
         values = [float(number) for number in numbers.split(',')]
+        for value in values:
+            check_finite(text, value, 0)
     except ValueError:
         values = []
-    if len(values) != len(wanted) or not all(0 <= value < math.inf for value in values):
-        raise ValueError(f'{text!r} must be {name}:{",".join(wanted)}, numbers of 0 or more')
+    if len(values) != len(wanted):
+        raise ValueError(
+            f'{text!r} must be {name}:{",".join(wanted)}, numbers of 0 or more, finite in float32'
+        )
     if name == 'step':
         if values[-1] < 1 or values[-1] % 1:
             raise ValueError(f'{text!r} must end in a whole number of steps, at least 1')

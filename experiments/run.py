@@ -285,9 +285,10 @@ def _train(
                 if stop or phase.done == steps or not phase.done % trainer.config.checkpoint_every:
                     phase.save()
     if stop:
+        again = '--resume --nooverwrite' if trainer.config.overwrite else '--resume'
         raise Stopped(
             f'{signal.Signals(stop).name}: saved {name} at step {first.done} in '
-            f'{trainer.folder}; continue with --resume'
+            f'{trainer.folder}; continue with {again}'
         )
     for phase in phases:
         phase.trainer.setbacks[name] = len(phase.setbacks)

@@ -44,6 +44,12 @@ class FrontierConfig(Config):
         5, 'Seeds trained in one program, side by side, at most.', lower_bound=1
     )
 
+    # What --compressions, or a variant, says in their place: fields, but no flags.
+    compression: float | None = None
+    density: float | None = None
+    layer_density: str = ''
+    c_rate: str = ''
+
     def __post_init__(self):
         self.runs()  # each checks itself
 
@@ -76,8 +82,6 @@ class FrontierConfig(Config):
             ) from error
         if len(set(compressions)) < len(compressions):
             raise ValueError(f'--compressions={self.compressions} names one twice')
-        if self.compression is not None:
-            raise ValueError(f'--compression={self.compression} has no place beside --compressions')
         return compressions
 
 

@@ -194,7 +194,9 @@ class ExportConfig:
     )
     output: str | None = flag(None, 'File that is written; by default one in runs/exports.')
     batch: int = flag(
-        1, 'Examples in a call, for which --format=sparse records the fastest kinds.', lower_bound=1
+        1,
+        'Examples in a call, for which --format=sparse records how each layer is computed fastest.',
+        lower_bound=1,
     )
 
     clusters: str = flag(
@@ -202,8 +204,8 @@ class ExportConfig:
     )
     tuned: str = flag(
         'weights',
-        'What is tuned with --format=coded: the shared values alone, or also the weights, which '
-        'then choose anew.',
+        'What is tuned with --format=coded: codebooks, the shared values alone; or weights, too, '
+        'each of which then takes the nearest shared value.',
         choices=('codebooks', 'weights'),
     )
     finetuning_steps: int = flag(1_500, 'Steps of tuning; 0 leaves tuning out.', lower_bound=0)

@@ -43,7 +43,7 @@ OF_PAPERS += ('training',)
 OUR_OWN = {f'masks.{name}' for name in ('init_masks', 'count_kept', 'count_events', 'count_true')}
 OUR_OWN |= {'masks.check_parallel', 'importance.chance', 'pruners.one_shot'}
 OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'thresholds.layer_density'}
-OUR_OWN |= {'schedules.check_step', 'schedules.check_steps'}
+OUR_OWN |= {'schedules.check_step', 'schedules.check_steps', 'schedules.check_finite'}
 OUR_OWN |= {'thresholds.largest_threshold'}
 
 each_function = pytest.mark.parametrize('name', FUNCTIONS)
@@ -187,4 +187,4 @@ def test_arrays_of_states_have_a_shape_and_a_dtype(name):
     lines = (ROOT / 'dns_jax' / f'{module}.py').read_text(encoding='utf-8').splitlines()
     for field in CLASSES[name].node.body:
         if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) == 'jax.Array':
-            assert re.search(r'# shape=.*(dtype=|typed PRNG key)', lines[field.lineno - 1])
+            assert re.search(r'#: shape=.*(dtype=|typed PRNG key)', lines[field.lineno - 1])

@@ -53,7 +53,7 @@ class Row(NamedTuple):
     error: type = ValueError
 
 
-AT_LEAST = 'must be finite and at least {}, but is {{}}'.format
+AT_LEAST = 'must be finite in float32 and at least {}, but is {{}}'.format
 STEP = 'must be a whole number from {} to 2147483647, but is {{}}'.format
 NOT_STEPS = (-1, 1.5, 2**31, math.nan, math.inf, -math.inf)
 SHARE = 'must be in (0, 1], but is {}'
@@ -81,7 +81,7 @@ def ramps(factory):
 
 SCHEDULES = [
     *(
-        Row(update_probability, {}, name, (-1, -1e-4, math.nan, math.inf), AT_LEAST(0))
+        Row(update_probability, {}, name, (-1, -1e-4, math.nan, math.inf, 1e39), AT_LEAST(0))
         for name in ('gamma', 'power')
     ),
     *(Row(update_probability, {}, name, NOT_STEPS, STEP(0)) for name in ('start', 'stop')),
@@ -91,13 +91,13 @@ SCHEDULES = [
     *ramps(log_linear_density),
     *(
         Row(
-            *(factory, fine, 'power', (0, -1.0, math.inf, math.nan)),
-            'must be finite and above 0, but is {}',
+            *(factory, fine, 'power', (0, -1.0, math.inf, math.nan, 1e39)),
+            'must be finite in float32 and above 0, but is {}',
         )
         for factory, fine in [(polynomial_density, RAMP), (caffe_poly, {'base': 1, 'steps': 1})]
     ),
     Row(caffe_step, {'base': 1, 'gamma': 1}, 'step_size', (0, *NOT_STEPS), STEP(1)),
-    Row(caffe_inv, {'base': 1, 'power': 1}, 'gamma', (-1, -1e-9, math.nan), AT_LEAST(0)),
+    Row(caffe_inv, {'base': 1, 'power': 1}, 'gamma', (-1, -1e-9, math.nan, 1e39), AT_LEAST(0)),
     Row(caffe_poly, {'base': 1, 'power': 1}, 'steps', (0, *NOT_STEPS), STEP(1)),
     Row(caffe_sigmoid, {'base': 1, 'gamma': 1}, 'middle', NOT_STEPS, STEP(0)),
     Row(
@@ -107,8 +107,11 @@ SCHEDULES = [
 ]
 
 RULES = [
-    Row(mean_std, {}, 'c_rate', (math.nan, math.inf, -math.inf), 'must be finite, but is {}'),
-    Row(std, {}, 'c_rate', (-0.1, math.nan, math.inf), AT_LEAST(0)),
+    Row(
+        *(mean_std, {}, 'c_rate', (math.nan, math.inf, -math.inf, 1e39, -1e39)),
+        'must be finite in float32, but is {}',
+    ),
+    Row(std, {}, 'c_rate', (-0.1, math.nan, math.inf, 1e39), AT_LEAST(0)),
     *(Row(rule, {}, 'density', NOT_SHARES, SHARE) for rule in (layer_density, global_density)),
     Row(mean_std, {'c_rate': 0.5}, 'hysteresis', NOT_BANDS, BAND),
     *(
@@ -252,7 +255,7 @@ def test_rules_are_named_by_their_patterns(every):
 
 
 # These refuse for others, or what an update is given: test_training has that.
-ELSEWHERE = {'train_kept', 'check_step', 'check_steps'}
+ELSEWHERE = {'train_kept', 'check_step', 'check_steps', 'check_finite'}
 
 
 def factories():

@@ -182,6 +182,14 @@ def test_trees(name, tree):
 
 
 @each_transformation
+def test_a_state_holds_what_fine_tuning_dropout_and_cuts_read(name):
+    state = make(name).init(linen())
+    count, key = (optax.tree.get(state, field) for field in ('count', 'key'))
+    assert (count.shape, count.dtype) == ((), jnp.int32)
+    assert (key.shape, jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) == ((), True)
+
+
+@each_transformation
 def test_updates_are_returned_unchanged(name):
     params = linen()
     transform = make(name)

@@ -619,10 +619,12 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'c_rate': 'nan'}, 'c_rate must be finite'),
+        ({'c_rate': 'nan'}, 'c_rate must be finite in float32'),
         ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1)'),
-        ({'update_gamma': -1.0}, 'gamma must be finite and at least 0'),
-        ({'update_power': -1.0}, 'power must be finite and at least 0'),
+        ({'weight_decay': np.nan}, '--weight_decay must be finite in float32, but is nan'),
+        ({'weight_decay': 1e39}, '--weight_decay must be finite in float32, but is 1e'),
+        ({'update_gamma': -1.0}, 'gamma must be finite in float32 and at least 0'),
+        ({'update_power': -1.0}, 'power must be finite in float32 and at least 0'),
         ({'start': '-1'}, 'start must be a whole number from 0'),
         ({'start': '5', 'stop': '4'}, 'stop must be a whole number from 5'),
         ({'stop': '3000000000'}, 'stop must be a whole number from 0 to 2147483647'),
@@ -644,7 +646,7 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
         ({'density': 0.5, 'ramp': 'poly'}, "--ramp must be log or poly:POWER, but is 'poly'"),
         ({'density': 0.5, 'ramp': 'poly:x'}, "--ramp must be log or poly:POWER, but is 'poly:x'"),
         ({'density': 0.5, 'ramp': 'log:2'}, "--ramp must be log or poly:POWER, but is 'log:2'"),
-        ({'density': 0.5, 'ramp': 'poly:0'}, 'power must be finite and above 0, but is 0.0'),
+        ({'density': 0.5, 'ramp': 'poly:0'}, 'power must be finite in float32 and above 0'),
         ({'density': 0.5, 'ramp_end': 'soon'}, "--ramp_end: 'soon' must be a step or a share"),
         ({'density': 0.5, 'ramp_end': 'x%'}, "--ramp_end: 'x%' must be a step or a share"),
     ],
@@ -694,6 +696,12 @@ def test_help_lists_every_flag():
     for name in FIELDS:
         assert re.search(rf'--(\[no\])?{name}:', answer.stdout), name
     assert lenet5.__doc__.splitlines()[0] in answer.stdout
+
+
+@pytest.mark.parametrize('config_type', [FrontierConfig, CompareConfig, SearchConfig])
+def test_what_says_by_itself_how_much_to_keep_has_no_flags_for_it(config_type):
+    flags = {field.name for field in filter(is_flag, dataclasses.fields(config_type))}
+    assert not flags & {*TARGETS}
 
 
 CONFIGS = (
@@ -809,6 +817,8 @@ def test_learning_rate_policies_are_those_of_the_library():
         'step:1,0.1',
         'step:1,0.1,0.5',
         'step:1,0.1,inf',
+        'step:1,1e39,5',
+        'fixed:1e39',
     ],
 )
 def test_malformed_learning_rates_are_refused(text):

@@ -257,11 +257,14 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_the_unbroken_one(
 
 @pytest.mark.slow
 def test_a_signal_before_surgery_saves_its_first_records(make_config, whole, tmp_path):
-    trainer = run.Trainer(make_config(tmp_path / 'run', reference=str(whole[0])))
+    config = make_config(tmp_path / 'run', reference=str(whole[0]), overwrite=True)
+    trainer = run.Trainer(config)
     references = run.train_references([trainer], [])
     # Else the loop would be compiled a second time for the state that it gives back.
     assert not any(leaf.committed for leaf in jax.tree.leaves(references))
-    stopped = pytest.raises(run.Stopped, match=r'SIGINT: saved surgery at step 10 in .*; continue')
+    # Beside --overwrite, in a flagfile perhaps, --resume alone would be refused.
+    message = r'SIGINT: saved surgery at step 10 in .*; continue with --resume --nooverwrite'
+    stopped = pytest.raises(run.Stopped, match=message)
     with stopped, jax.disable_jit():  # faster than compiling for so few steps
         run.train_surgery([trainer], references, [signal.SIGINT])
     assert steps_of(tmp_path / 'run', 'surgery') == [10]
