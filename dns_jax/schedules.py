@@ -204,7 +204,7 @@ def caffe_inv(base: float, gamma: float, power: float) -> Schedule:
       A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
-      ValueError: if `gamma` is negative.
+      ValueError: if `gamma` is negative or not finite in float32.
 
     Example:
       >>> [round(float(caffe_inv(0.01, 1e-4, 0.75)(step)), 5) for step in (0, 10_000)]

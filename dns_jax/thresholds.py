@@ -1,7 +1,8 @@
 """Rules that give every layer its band (a_k, b_k).
 
 A rule is a function of the weights and masks of its layers and of the step; `surgery` says when
-it is asked. All of it runs in float32 and under jit. Stands on `masks`, whose h_k it counts with.
+it is asked. All of it runs in float32 and under jit. Stands on `masks`, whose h_k it counts with,
+and on `schedules`.
 """
 
 import functools
@@ -70,7 +71,7 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
       A threshold rule; it ignores the masks and the step.
 
     Raises:
-      ValueError: if `c_rate` is not finite or `hysteresis` is outside [0, 1).
+      ValueError: if `c_rate` is not finite in float32 or `hysteresis` is outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,7 +114,7 @@ def std(c_rate: float) -> ThresholdRule:
       A threshold rule; it ignores the masks and the step.
 
     Raises:
-      ValueError: if `c_rate` is negative or not finite.
+      ValueError: if `c_rate` is negative or not finite in float32.
 
     Example:
       >>> import jax.numpy as jnp

@@ -82,6 +82,8 @@ class FrontierConfig(Config):
             ) from error
         if len(set(compressions)) < len(compressions):
             raise ValueError(f'--compressions={self.compressions} names one twice')
+        if self.compression is not None:
+            raise ValueError(f'compression={self.compression} has no place beside compressions')
         return compressions
 
 

@@ -204,8 +204,8 @@ class ExportConfig:
     )
     tuned: str = flag(
         'weights',
-        'What is tuned with --format=coded: codebooks, the shared values alone; or weights, too, '
-        'each of which then takes the nearest shared value.',
+        'What is tuned with --format=coded: codebooks tunes the shared values alone; weights tunes '
+        'the weights as well, each of which takes the nearest shared value.',
         choices=('codebooks', 'weights'),
     )
     finetuning_steps: int = flag(1_500, 'Steps of tuning; 0 leaves tuning out.', lower_bound=0)

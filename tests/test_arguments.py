@@ -58,6 +58,7 @@ STEP = 'must be a whole number from {} to 2147483647, but is {{}}'.format
 NOT_STEPS = (-1, 1.5, 2**31, math.nan, math.inf, -math.inf)
 SHARE = 'must be in (0, 1], but is {}'
 BAND = 'must be in [0, 1), but is {}'
+LARGEST = float(jnp.finfo(jnp.float32).max)
 NOT_SHARES = (0, -0.5, 1.5, math.nan, math.inf)
 NOT_BANDS = (1, 2, -0.1, math.nan)
 KEYS = (
@@ -198,15 +199,18 @@ def test_bad_arguments(row, value):
 # Values at the very ends of their ranges, that are accepted.
 ENDS = [
     (update_probability, {'gamma': 0, 'power': 0, 'stop': 7, 'start': 7}),
+    (update_probability, {'gamma': LARGEST, 'power': LARGEST}),
     (update_at, {'steps': [0]}),
     (polynomial_density, {'final': 1, 'start': 0, 'end': 1, 'initial': 1, 'power': 1e-9}),
     (log_linear_density, {'final': 1e-9, 'start': 0, 'end': 1, 'initial': 1}),
     (caffe_step, {'base': 1, 'gamma': 1, 'step_size': 1}),
     (caffe_inv, {'base': 1, 'gamma': 0, 'power': 1}),
     (caffe_poly, {'base': 1, 'power': 1e-9, 'steps': 1}),
+    (caffe_poly, {'base': 1, 'power': LARGEST, 'steps': 1}),
     (caffe_sigmoid, {'base': 1, 'gamma': -1, 'middle': 0}),
     (caffe_multistep, {'base': 1, 'gamma': 1, 'boundaries': [3, 3]}),
     (mean_std, {'c_rate': -1e9, 'hysteresis': 0}),
+    (mean_std, {'c_rate': -LARGEST}),
     (std, {'c_rate': 0}),
     (layer_density, {'density': 1, 'hysteresis': 0}),
     (global_density, {'density': 1, 'hysteresis': 0}),

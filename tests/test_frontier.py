@@ -145,6 +145,7 @@ def test_runs_are_those_of_the_flags():
         ({'compressions': '10,0.5'}, '--compression=0.5 must be finite and at least 1'),
         ({'compressions': '10,10'}, '--compressions=10,10 names one twice'),
         ({'c_rate': '1'}, 'one of --compression'),
+        ({'compression': 9.0}, 'compression=9.0 has no place beside compressions'),
         ({'learning_rate': 'warp:9'}, '--learning_rate'),
     ],
 )

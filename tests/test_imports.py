@@ -28,7 +28,7 @@ ALLOWED = {
     'layers': {'typing'},
     'importance': {'typing'},
     'masks': LEAVES,
-    'thresholds': LEAVES | {'masks'},
+    'thresholds': LEAVES | {'masks', 'schedules'},
     'schedules': LEAVES,
     'optimizers': LEAVES,
     'surgery': MIDDLE,
