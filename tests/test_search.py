@@ -81,7 +81,7 @@ def make_config(tmp_path_factory):
 
 def trials_of(config):
     url = config.storage or f'sqlite:///{config.workdir}/study.db'
-    return optuna.load_study(study_name=config.study, storage=url).trials
+    return optuna.load_study(study_name=config.study, storage=studies._open_storage(url)).trials
 
 
 @pytest.fixture(scope='module')
@@ -640,7 +640,8 @@ def workers(tmp_path_factory):
         time.sleep(0.002)
     killed.kill()
     said = killed.communicate(timeout=60)
-    (trial,) = optuna.load_study(study_name='search', storage=f'sqlite:///{folder}/study.db').trials
+    storage = studies._open_storage(f'sqlite:///{folder}/study.db')
+    (trial,) = optuna.load_study(study_name='search', storage=storage).trials
     assert (trial.state, killed.returncode) == (TrialState.RUNNING, -signal.SIGKILL), said
     with contextlib.closing(sqlite3.connect(folder / 'study.db')) as base:
         base.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
