@@ -1,7 +1,6 @@
 """The flags of runs on streamed images, those of ImageNet above all: `flags.Config` and more."""
 
 import dataclasses
-import math
 
 from experiments.command_line import flag
 from experiments.crops import CROPS
@@ -62,5 +61,5 @@ class ImageConfig(Config):
         parse_mesh(self.mesh)
         if self.distributed:
             parse_distributed(self.distributed)
-        if not 0 < self.width < math.inf:
-            raise ValueError(f'--width={self.width} must be finite and above 0')
+        if self.width <= 0:
+            raise ValueError(f'--width={self.width} must be above 0')

@@ -5,14 +5,13 @@ Each configuration has those of its runs, and its own.
 
 import collections
 import dataclasses
-import math
 import re
 import shlex
 from typing import Any
 
 from absl import flags as absl_flags
 
-from experiments.command_line import define, flag, is_flag
+from experiments.command_line import check_finite, define, flag, is_flag
 from experiments.flags import Config
 
 # What all variants of a comparison have in common.
@@ -213,8 +212,7 @@ class SearchConfig(Config):
 
     def __post_init__(self):
         to_run(self, density=1.0)  # checks what runs and the search have in common
-        if not math.isfinite(self.tolerance):
-            raise ValueError(f'--tolerance={self.tolerance} must be finite')
+        check_finite(self)
 
 
 def to_run(config: Config, **changed: Any) -> Config:

@@ -32,8 +32,9 @@ class XorConfig:
     solved: float = flag(1.0, 'Largest error, in percent, that counts as solved.')
 
     def __post_init__(self):
-        if not 0 < self.noise < math.inf:
-            raise ValueError(f'--noise={self.noise} must be finite and above 0')
+        check_finite(self)
+        if self.noise <= 0:
+            raise ValueError(f'--noise={self.noise} must be above 0')
         if not 0 <= self.solved <= 100:
             raise ValueError(f'--solved={self.solved} must be a percentage')
 
@@ -112,8 +113,9 @@ class ScaleConfig:
     )
 
     def __post_init__(self):
-        if not 0 < self.width < math.inf:
-            raise ValueError(f'--width={self.width} must be finite and above 0')
+        check_finite(self)
+        if self.width <= 0:
+            raise ValueError(f'--width={self.width} must be above 0')
         if 0 < self.images < FEWEST_IMAGES:
             raise ValueError(f'--images={self.images} must be 0 or at least {FEWEST_IMAGES}')
         self.timed_weights()

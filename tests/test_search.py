@@ -407,7 +407,8 @@ def test_flags_that_fit_no_trial_are_refused_before_any(make_config, fields, mes
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'tolerance': float('nan')}, '--tolerance=nan must be finite'),
+        ({'tolerance': float('nan')}, '--tolerance must be finite in float32, but is nan'),
+        ({'tolerance': 1e39}, '--tolerance must be finite in float32, but is 1e'),
         ({'learning_rate': 'warp:9'}, '--learning_rate: '),
         ({'checkpoint_every': 3, 'record_every': 2}, '--checkpoint_every=3 must be a multiple'),
     ],

@@ -204,8 +204,9 @@ def test_pictures_tell_kept_from_pruned_and_returned(course):
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'noise': 0.0}, '--noise=0.0 must be finite and above 0'),
-        ({'noise': np.inf}, '--noise=inf must be finite'),
+        ({'noise': 0.0}, '--noise=0.0 must be above 0'),
+        ({'noise': np.inf}, '--noise must be finite in float32, but is inf'),
+        ({'noise': 1e39}, '--noise must be finite in float32, but is 1e'),
         ({'solved': -1.0}, '--solved=-1.0 must be a percentage'),
     ],
 )
