@@ -4,17 +4,21 @@ The names here are the method. Baselines are in `pruners`, other importances in 
 in `sparse`, `codec`, `caffe` and `export`.
 """
 
-from dns_jax.layers import group_by_layer, has_axes, is_kernel, layer_names, match_patterns
+from dns_jax.densities import global_density, layer_density
+from dns_jax.layers import group_by_layer, layer_names, match_patterns
 from dns_jax.masks import (
     Events,
     apply_masks,
     count_events,
     count_kept,
+    find_empty_layers,
     init_masks,
     update_masks,
 )
 from dns_jax.metrics import Size, Sizes, measure_sizes
 from dns_jax.optimizers import caffe_sgd
+from dns_jax.prune import prune_to
+from dns_jax.roles import has_axes, is_kernel, role
 from dns_jax.schedules import (
     caffe_exp,
     caffe_inv,
@@ -27,14 +31,16 @@ from dns_jax.schedules import (
     update_at,
     update_probability,
 )
-from dns_jax.surgery import Rule, SurgeryState, masked_value_and_grad, surgery
-from dns_jax.thresholds import (
-    Statistics,
-    global_density,
-    layer_density,
-    magnitude_statistics,
-    mean_std,
+from dns_jax.stacking import unstack
+from dns_jax.surgery import (
+    Rule,
+    SurgeryState,
+    freeze,
+    get_masks,
+    masked_value_and_grad,
+    surgery,
 )
+from dns_jax.thresholds import Statistics, magnitude_statistics, mean_std
 from dns_jax.typing import (
     Importance,
     LayerOf,
@@ -73,6 +79,9 @@ __all__ = [
     'caffe_step',
     'count_events',
     'count_kept',
+    'find_empty_layers',
+    'freeze',
+    'get_masks',
     'global_density',
     'group_by_layer',
     'has_axes',
@@ -87,7 +96,10 @@ __all__ = [
     'mean_std',
     'measure_sizes',
     'polynomial_density',
+    'prune_to',
+    'role',
     'surgery',
+    'unstack',
     'update_at',
     'update_masks',
     'update_probability',

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dns_jax.caffe import MAX_BYTES, MAX_NAME_BYTES, CaffeLayer, side_of_maps
+from dns_jax.caffe import MAX_BYTES, MAX_NAME_BYTES, MESSAGES, CaffeLayer, side_of_maps
 from dns_jax.chain import Weights
 from dns_jax.files import write_whole
 from dns_jax.header import encode_number
@@ -29,7 +29,8 @@ def from_linen(
 
     The inverse of `dns_jax.caffe.to_linen`, which says what becomes of the axes. A layer with
     masks becomes one of the authors' own types, with the masks behind its weights as zeros and
-    ones; one whose masks all have shape `()` remains as Caffe has it.
+    ones; one whose masks all have shape `()` remains as Caffe has it. Beside another mask one of
+    shape `()` becomes ones: the authors' layers have both masks.
 
     Args:
       params: `{layer: {'kernel': …, 'bias': …}}`, float32; a layer may have no bias.
@@ -59,7 +60,7 @@ def from_linen(
     if sorted(order) != sorted(params):
         raise ValueError(f'order={order} must name each layer of {sorted(params)} once')
     if masks is not None:
-        check_parallel(params, masks)
+        masks = check_parallel(params, masks)
     layers: dict[str, CaffeLayer] = {}
     before = None  # the layer before, if any: its outputs, and whether they are maps
     for name in order:
@@ -82,7 +83,8 @@ def write_caffemodel(
     """Writes a file that Caffe loads, in the newer of its two forms, whole or not at all.
 
     Caffe takes the blobs by the names of its layers; all else, such as strides, groups and the
-    types, it has from its own description of the network. Memory is taken once for the file.
+    types, it has from its own description of the network, and the settings are for other readers.
+    Memory is taken once for the file.
 
     Args:
       path: the file, in a folder that exists.
@@ -91,8 +93,9 @@ def write_caffemodel(
       name: of the network.
 
     Raises:
-      ValueError: if there are no layers, a layer has no blobs, a blob is empty or not finite, a
-        name is empty or too long, or the file would exceed protobuf's limit of 2 GiB.
+      ValueError: if there are no layers, a layer has no blobs or settings that its type has not, a
+        blob is empty or not finite, a name is empty or too long, or the file would exceed
+        protobuf's limit of 2 GiB.
       TypeError: if a blob is not float32.
       OSError: if the file cannot be written; what was there before is then as it was.
 
@@ -105,7 +108,7 @@ def write_caffemodel(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     write_caffemodel(f'{folder}/net.caffemodel', {'ip': layer}, name='net')
       ...     read_caffemodel(f'{folder}/net.caffemodel')['ip']
-      CaffeLayer(type='InnerProduct', blobs=(array([[ 1., -2.]], dtype=float32),))
+      CaffeLayer(type='InnerProduct', blobs=(array([[ 1., -2.]], dtype=float32),), settings={})
 
     Reference:
       Caffe, `caffe.proto`.
@@ -143,13 +146,14 @@ def _check_weights(weights: Any) -> tuple[int, ...]:
 def _to_layer(weights: Mapping[str, Any], masks: Mapping[str, Any], side: int) -> CaffeLayer:
     type_ = 'Convolution' if np.ndim(weights['kernel']) == 4 else 'InnerProduct'
     blobs = _blobs(weights, side)
+    settings = {} if 'bias' in weights else {'bias_term': 0}
     if not any(np.shape(mask) for mask in masks.values()):
-        return CaffeLayer(type_, blobs)
+        return CaffeLayer(type_, blobs, settings)
     whole = {
         leaf: np.broadcast_to(np.asarray(mask), np.shape(weights[leaf]))
         for leaf, mask in masks.items()
     }
-    return CaffeLayer(f'C{type_}', blobs + _blobs(whole, side))
+    return CaffeLayer(f'C{type_}', blobs + _blobs(whole, side), settings)
 
 
 def _blobs(leaves: Mapping[str, Any], side: int) -> tuple[np.ndarray, ...]:
@@ -176,7 +180,20 @@ def _encode_layer(name: str, layer: CaffeLayer) -> Iterator[bytes | memoryview]:
     content = [*_delimited(1, [encoded]), *_delimited(2, [layer.type.encode()])]
     for blob in layer.blobs:
         content += _delimited(7, _encode_blob(blob))
+    if layer.settings:
+        content += _encode_settings(layer)
     return _delimited(100, content)
+
+
+def _encode_settings(layer: CaffeLayer) -> Iterator[bytes | memoryview]:
+    message = MESSAGES.get(layer.type)
+    known = message.fields if message else {}
+    if unknown := sorted(layer.settings.keys() - known):
+        raise ValueError(f'it is {layer.type!r} with the settings {unknown}; known are {[*known]}')
+    numbers = sorted((known[name], value) for name, value in layer.settings.items())
+    # Those below 0 are written with 64 bits.
+    fields = [encode_number(field << 3) + encode_number(value % 2**64) for field, value in numbers]
+    return _delimited(MESSAGES[layer.type].number, fields)
 
 
 def _encode_blob(blob: np.ndarray) -> list[bytes | memoryview]:

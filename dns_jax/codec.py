@@ -5,7 +5,8 @@ version, the CRC-32 of all that follows, and
 
   - a header of numbers (LEB128) and texts (a number of bytes, then UTF-8): the metadata; the
     names of leaves, such as `/kernel`; each layer with its codebook (bfloat16) and its leaves,
-    which are the place of their name, their shape and count of kept weights;
+    which are the place of their name, the number of their axes and these, and a count of kept
+    weights; a leaf that takes no part in surgery has 128 more for its number of axes, and no count;
   - one stream of a range coder, which holds where the kept weights are, leaf by leaf, then which
     value of the codebook each has, layer by layer.
 
@@ -40,6 +41,7 @@ _MAGIC = b'DNS\x01'
 _MAX_PATH = 1_000  # characters: a layer's name counts for each of its leaves
 _MAX_CHARACTERS = 2**20  # of all paths: a file says layers and names once, and combines them
 _MAX_AXES = 64  # NumPy's
+_NO_PART = 128  # added to the number of axes
 _MAX_SIZE = 2**31  # of a leaf: sums of its gaps fit int64
 
 
@@ -47,6 +49,7 @@ class _Leaf(NamedTuple):
     path: str
     assignment: np.ndarray  # dtype=np.int32
     mask: np.ndarray  # dtype=bool, of the same shape
+    takes_part: bool  # a scalar never does, and that goes without saying
 
 
 class _Form(NamedTuple):
@@ -55,6 +58,7 @@ class _Form(NamedTuple):
     path: str
     shape: tuple[int, ...]
     kept: int
+    takes_part: bool
 
 
 def save_coded(path: str | os.PathLike[str], network: SharedNetwork) -> None:
@@ -105,8 +109,9 @@ def load_coded(path: str | os.PathLike[str], max_parameters: int = 2**28) -> Sha
         axis counted as one of length 1.
 
     Returns:
-      The network, its trees nested dicts as `dns_jax.sparse.load_sparse` makes them, masks of
-      the shapes of their leaves, assignments 0 where pruned.
+      The network, its trees nested dicts as `dns_jax.sparse.load_sparse` makes them, assignments 0
+      where pruned. The mask of a leaf that took no part has shape `()`; older files, where it has
+      a count too, give it one of True.
 
     Raises:
       ValueError: if the file is damaged, is not such a file, or the network is larger than
@@ -160,22 +165,24 @@ def _encode(network: SharedNetwork) -> bytes:
         ]
         for leaf in leaves:
             place = places[leaf.path.removeprefix(layer)]
-            numbers = (place, leaf.mask.ndim, *leaf.mask.shape, int(leaf.mask.sum()))
-            header += map(encode_number, numbers)
+            axes = leaf.mask.ndim + (0 if leaf.takes_part else _NO_PART)
+            count = [int(leaf.mask.sum())] if leaf.takes_part else []
+            header += map(encode_number, (place, axes, *leaf.mask.shape, *count))
     content = b''.join(header) + coder.getvalue()
     return _MAGIC + struct.pack('<I', zlib.crc32(content)) + content
 
 
 def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     """The leaves by layer, in the order of the file: layers by name, leaves by path."""
-    check_parallel(network.assignments, network.masks)
+    masks = check_parallel(network.assignments, network.masks)
     check_metadata(network.metadata)
     leaves = []
     for (key_path, leaf), mask in zip(
-        jax.tree.leaves_with_path(network.assignments), jax.tree.leaves(network.masks), strict=True
+        jax.tree.leaves_with_path(network.assignments), jax.tree.leaves(masks), strict=True
     ):
+        takes_part = jnp.ndim(mask) == jnp.ndim(leaf)
         mask = np.asarray(mask) if jnp.ndim(mask) else np.ones(jnp.shape(leaf), bool)
-        leaves.append(_Leaf(leaf_path(key_path), np.asarray(leaf), mask))
+        leaves.append(_Leaf(leaf_path(key_path), np.asarray(leaf), mask, takes_part))
     if sum(len(leaf.path) for leaf in leaves) > _MAX_CHARACTERS:
         raise ValueError(f'the paths of the leaves have over {_MAX_CHARACTERS} characters')
     leaves.sort(key=lambda leaf: leaf.path)
@@ -238,6 +245,8 @@ def _decode(data: bytes, max_parameters: int) -> SharedNetwork:
         for form, part in zip(forms, np.split(places, ends[:-1]), strict=True):
             assignments[form.path] = np.zeros(form.shape, np.int32)
             assignments[form.path][masks[form.path]] = part
+            if not form.takes_part:
+                masks[form.path] = np.ones((), bool)
     return SharedNetwork(
         codebooks, nest_leaves(assignments.items()), nest_leaves(masks.items()), metadata
     )
@@ -285,12 +294,15 @@ def _read_form(reader: Reader, layer: str, names: list[str]) -> _Form:
     if parent(path) != layer:
         raise ValueError(f'it has the leaf {path[:80]!r} in another layer than its own')
     axes = reader.number()
+    takes_part = axes < _NO_PART
+    axes -= 0 if takes_part else _NO_PART
     if axes > _MAX_AXES:
         raise ValueError(f'{path!r} has {axes} axes, over {_MAX_AXES}')
     shape = tuple(reader.number() for _ in range(axes))
-    kept, size = reader.number(), math.prod(shape)
+    size = math.prod(shape)
+    kept = reader.number() if takes_part else size
     if kept > size or size > _MAX_SIZE:
         raise ValueError(f'{path!r} has {kept} kept weights of {size}; 2**31 are the most')
     if not shape and not kept:
         raise ValueError(f'{path!r} is a scalar that is not kept; scalars take no part in surgery')
-    return _Form(path, shape, kept)
+    return _Form(path, shape, kept, takes_part)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from dns_jax.chain import (
@@ -24,7 +23,7 @@ from dns_jax.chain import (
     Weights,
     trace_shapes,
 )
-from dns_jax.layers import leaf_path
+from dns_jax.layers import map_leaves, named_leaves
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks
 
@@ -108,8 +107,8 @@ def compact(
     params, masks = (
         {name: dict(tree[name]) for name in names if name in tree} for tree in (params, masks)
     )
-    check_parallel(params, masks)
-    masked = jax.tree.map_with_path(_mask, params, masks)
+    mask_of = dict(named_leaves(check_parallel(params, masks)))
+    masked = map_leaves(lambda path, leaf: _mask(path, leaf, mask_of[path]), params)
     links = _to_links(chain, shapes, masked)
     folded, refused = _fold_constants(links)
     kept = _find_live(links)
@@ -144,12 +143,12 @@ def _narrow(name: str, bias: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return narrow
 
 
-def _mask(key_path, leaf, mask) -> np.ndarray:
+def _mask(path, leaf, mask) -> np.ndarray:
     leaf = np.asarray(leaf)
     # A mask of no axes means that the leaf is kept, as everywhere.
     masked = np.where(np.asarray(mask), leaf, np.zeros((), leaf.dtype)) if np.ndim(mask) else leaf
     if not np.isfinite(masked.astype(np.float64)).all():
-        raise ValueError(f'params[{leaf_path(key_path)!r}] has a kept weight that is not finite')
+        raise ValueError(f'params[{path!r}] has a kept weight that is not finite')
     return masked
 
 

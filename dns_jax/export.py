@@ -33,7 +33,7 @@ from dns_jax.chain import (
     trace_shapes,
 )
 from dns_jax.files import check_float32, check_metadata, write_whole
-from dns_jax.layers import leaf_path
+from dns_jax.layers import named_leaves
 from dns_jax.sparse import sort_metadata
 from dns_jax.typing import Params
 
@@ -75,8 +75,8 @@ def save_dense(
       The format of safetensors, https://github.com/huggingface/safetensors.
     """
     tensors = {}
-    for key_path, leaf in jax.tree.leaves_with_path(params):
-        name = leaf_path(key_path).replace('/', '.')
+    for path_of_leaf, leaf in named_leaves(params):
+        name = path_of_leaf.replace('/', '.')
         if name in tensors or name == '__metadata__':  # the latter is the format's own
             raise ValueError(f'params has a leaf whose name {name!r} is taken')
         tensors[name] = _float32(name, leaf)

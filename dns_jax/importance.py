@@ -118,7 +118,16 @@ def chance(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     numbers = [
-        1.0 - jax.random.uniform(leaf_key, jnp.shape(leaf), jnp.float32)
-        for leaf_key, leaf in zip(keys, leaves, strict=True)
+        1.0
+        - jax.random.uniform(
+            own, jnp.shape(leaf), jnp.float32, out_sharding=_explicit_sharding(leaf)
+        )
+        for own, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, numbers)
+
+
+def _explicit_sharding(leaf: jax.typing.ArrayLike) -> jax.NamedSharding | None:
+    """Finds how numbers must lie to be combined with an array on a mesh with explicit axes."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if any(sharding.spec) else None

@@ -1,20 +1,72 @@
-"""Which leaves of a pytree take part in surgery, and which leaves form one layer.
+"""The leaves of a pytree by name, and which of them form one layer.
 
-Both are decided by the path of the leaf, so that any pytree will do: a Flax, Haiku or
-Equinox tree, a tuple, a bare array. Everything here runs on structure alone, at trace time.
+All is decided by the path of a leaf, so that any pytree will do: a Flax, Haiku or Equinox tree, a
+tuple, a bare array. Everything here runs on structure alone, at trace time.
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
+import optax
 
+from dns_jax.roles import has_axes
 from dns_jax.typing import LayerOf, TakesPart
 
 _MAX_PARTS = 100  # of a path: JAX cannot walk trees much deeper than a few times that
 _Value = TypeVar('_Value')
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Names every leaf by its path: the keys that lead to it, joined by slashes.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      Pairs of path and leaf, in the order of `jax.tree.leaves`. The path of a bare array is `''`; a
+      variable of Flax NNX has the path of the array in it.
+
+    Example:
+      >>> named_leaves({'conv1': {'kernel': 1.0, 'bias': 0.0}})
+      [('conv1/bias', 0.0), ('conv1/kernel', 1.0)]
+    """
+    return [(path, leaf) for path, leaf in _named_nodes(tree) if not _is_hole(leaf)]
+
+
+def find_holes(tree: Any) -> list[str]:
+    """Finds where `optax.masked`, `optax.partition` or `optax.multi_transform` left something out.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The path of each `optax.MaskedNode`.
+
+    Example:
+      >>> find_holes({'conv1': {'kernel': 1.0, 'bias': optax.MaskedNode()}})
+      ['conv1/bias']
+    """
+    return [path for path, leaf in _named_nodes(tree) if _is_hole(leaf)]
+
+
+def map_leaves(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Maps a function of path and leaf over a tree.
+
+    Args:
+      function: of the path of a leaf and the leaf.
+      tree: any pytree.
+
+    Returns:
+      A tree of the same structure.
+
+    Example:
+      >>> map_leaves(lambda path, leaf: f'{path} is {leaf}', {'fc1': {'bias': 0.0}})
+      {'fc1': {'bias': 'fc1/bias is 0.0'}}
+    """
+    mapped = [function(path, leaf) for path, leaf in named_leaves(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), mapped)
 
 
 def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
@@ -39,7 +91,7 @@ def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
 
 
 def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
-    """Makes the nested dict of leaves, by the parts of their paths: `leaf_path` the other way.
+    """Makes the nested dict of leaves, by the parts of their paths: `named_leaves` the other way.
 
     Args:
       leaves: paths and leaves, none of them a dict.
@@ -89,44 +141,6 @@ def parent(path: str) -> str:
     return path.rpartition('/')[0]
 
 
-def has_axes(path: str, leaf: Any) -> bool:
-    """Selects every leaf but scalars: kernels, biases and all other arrays.
-
-    Args:
-      path: the path of a leaf.
-      leaf: an array, or anything with a shape.
-
-    Returns:
-      True where the leaf has at least one axis.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> has_axes('fc1/bias', jnp.zeros(3)), has_axes('temperature', jnp.zeros(()))
-      (True, False)
-    """
-    del path
-    return jnp.ndim(leaf) > 0
-
-
-def is_kernel(path: str, leaf: Any) -> bool:
-    """Selects the leaves of two axes or more: kernels in, biases out.
-
-    Args:
-      path: the path of a leaf.
-      leaf: an array, or anything with a shape.
-
-    Returns:
-      True where the leaf has at least two axes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> is_kernel('fc1/kernel', jnp.zeros((4, 3))), is_kernel('fc1/bias', jnp.zeros(3))
-      (True, False)
-    """
-    del path
-    return jnp.ndim(leaf) > 1
-
-
 def layer_names(tree: Any, layer_of: LayerOf = parent) -> Any:
     """Names the layer of every leaf.
 
@@ -141,7 +155,7 @@ def layer_names(tree: Any, layer_of: LayerOf = parent) -> Any:
       >>> layer_names({'fc1': {'kernel': 0.0, 'bias': 0.0}})
       {'fc1': {'bias': 'fc1', 'kernel': 'fc1'}}
     """
-    return jax.tree.map_with_path(lambda path, _: layer_of(leaf_path(path)), tree)
+    return map_leaves(lambda path, _: layer_of(path), tree)
 
 
 def group_by_layer(
@@ -164,8 +178,7 @@ def group_by_layer(
       {'fc1': 2}
     """
     groups: dict[str, list[Any]] = {}
-    for key_path, leaf in jax.tree.leaves_with_path(tree):
-        path = leaf_path(key_path)
+    for path, leaf in named_leaves(tree):
         if takes_part(path, leaf):
             groups.setdefault(layer_of(path), []).append(leaf)
     return dict(sorted(groups.items()))
@@ -223,3 +236,29 @@ def match_patterns(
                 f'{list(table)}, the layers {layers}'
             )
     return matches
+
+
+def _named_nodes(tree: Any, top: str = '') -> list[tuple[str, Any]]:
+    """Names leaves, and the holes of optax, which have none."""
+    named = []
+    for key_path, node in jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is not tree and (_is_variable(node) or _is_hole(node))
+    )[0]:
+        if _is_variable(tree):  # the attribute `value` that holds the array is not its name
+            key_path = key_path[1:]
+        path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+        path = '/'.join(filter(None, (top, path)))
+        named += _named_nodes(node, path) if _is_variable(node) else [(path, node)]
+    return [(top, tree)] if _is_hole(tree) else named
+
+
+def _is_variable(node: Any) -> bool:
+    """Knows a variable of Flax NNX, without Flax."""
+    return any(
+        base.__name__ == 'Variable' and base.__module__.startswith('flax.nnx')
+        for base in type(node).__mro__
+    )
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)

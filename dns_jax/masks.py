@@ -5,29 +5,34 @@ Pure functions on parallel trees of weights and masks. `surgery` decides when th
 """
 
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from dns_jax.layers import group_by_layer, has_axes, layer_names, leaf_path, parent
-from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
+from dns_jax.counts import count_all, to_int
+from dns_jax.layers import find_holes, group_by_layer, map_leaves, named_leaves, parent
+from dns_jax.roles import is_kernel
+from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds, Tree
 
 
 class Events(NamedTuple):
     """How many connections of one layer changed sides in an update."""
 
-    pruned: jax.Array  #: shape=(), dtype=jnp.int32: True -> False
-    spliced: jax.Array  #: shape=(), dtype=jnp.int32: False -> True
+    pruned: jax.typing.ArrayLike  #: True -> False; int, under jit an int32 scalar
+    spliced: jax.typing.ArrayLike  #: False -> True; int, under jit an int32 scalar
 
 
-def init_masks(params: Params, takes_part: TakesPart = has_axes) -> Masks:
+def init_masks(params: Params, takes_part: TakesPart = is_kernel) -> Masks:
     """Makes the masks that keep every connection, T = 1.
 
     Args:
       params: dense weights, any pytree of floating-point arrays.
-      takes_part: which leaves get a mask of their own; the others get a scalar True.
+      takes_part: which leaves get a mask of their own; the others, and those without an element,
+        get a scalar True.
 
     Returns:
       A tree with the structure of `params`. The mask of a leaf that takes part has its shape
@@ -39,15 +44,14 @@ def init_masks(params: Params, takes_part: TakesPart = has_axes) -> Masks:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> init_masks({'kernel': jnp.zeros(3)})
-      {'kernel': Array([ True,  True,  True], dtype=bool)}
+      >>> init_masks({'kernel': jnp.zeros((1, 3)), 'bias': jnp.zeros(3)})
+      {'bias': Array(True, dtype=bool), 'kernel': Array([[ True,  True,  True]], dtype=bool)}
     """
     if not jax.tree.leaves(params):
         raise ValueError(f'params must have at least one leaf, but is {params!r}')
 
-    def init(key_path, weights):
-        path = leaf_path(key_path)
-        if not takes_part(path, weights):
+    def init(path, weights):
+        if not takes_part(path, weights) or not jnp.size(weights):
             return jnp.ones((), bool)
         dtype = jnp.result_type(weights)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -59,10 +63,10 @@ def init_masks(params: Params, takes_part: TakesPart = has_axes) -> Masks:
             raise ValueError(f'params[{path!r}] is a scalar, which cannot take part in surgery')
         return jnp.ones_like(weights, dtype=bool)
 
-    return jax.tree.map_with_path(init, params)
+    return map_leaves(init, params)
 
 
-def apply_masks(params: Params, masks: Masks) -> Params:
+def apply_masks(params: Tree, masks: Masks) -> Tree:
     """Masks the weights: W⊙T, what the network computes with.
 
     Pruned weights are exact zeros, also where the dense weight is negative or not finite, so
@@ -87,11 +91,10 @@ def apply_masks(params: Params, masks: Masks) -> Params:
     Reference:
       Guo et al. 2016, equation (1).
     """
-    check_parallel(params, masks)
     return jax.tree.map(
         lambda weights, mask: jnp.where(mask, weights, 0) if jnp.ndim(mask) else weights,
         params,
-        masks,
+        check_parallel(params, masks),
     )
 
 
@@ -145,24 +148,46 @@ def update_masks(
     Reference:
       Guo et al. 2016, equation (3) and Algorithm 1.
     """
-    check_parallel(params, masks)
+    masks = check_parallel(params, masks)
     layers = list(group_by_layer(masks, layer_of))
     for name, table in (('thresholds', thresholds), ('update_probability', update_probability)):
         if sorted(table) != layers:
             raise ValueError(f'{name} must name the layers {layers}, but names {sorted(table)}')
-    if not layers:
-        return masks
+    coins = throw_coins(key, update_probability)
+    leaves = iter(jax.tree.leaves(params))
 
-    probability = jnp.stack([jnp.float32(update_probability[layer]) for layer in layers])
-    coins = jax.random.uniform(key, (len(layers),), jnp.float32) < probability
-    coin_of = dict(zip(layers, coins, strict=True))
-
-    def update(layer, weights, mask):
+    def update(path, mask):
+        weights, layer = next(leaves), layer_of(path)
         if mask.ndim == 0:
             return mask
-        return jnp.where(coin_of[layer], discriminate(weights, mask, thresholds[layer]), mask)
+        return jnp.where(coins[layer], discriminate(weights, mask, thresholds[layer]), mask)
 
-    return jax.tree.map(update, layer_names(masks, layer_of), params, masks)
+    return map_leaves(update, masks)
+
+
+def throw_coins(
+    key: jax.Array, update_probability: Mapping[str, jax.typing.ArrayLike]
+) -> dict[str, jax.Array]:
+    """Draws for each layer whether its masks are updated.
+
+    Args:
+      key: a typed PRNG key, used once.
+      update_probability: `{layer name: σ}`, each in [0, 1].
+
+    Returns:
+      ``{layer name: bool scalar}``, from `uniform(key, (layers,)) < σ`, layers sorted by name.
+
+    Example:
+      >>> import jax
+      >>> {layer: bool(coin) for layer, coin in throw_coins(jax.random.key(0), {'fc': 1.0}).items()}
+      {'fc': True}
+    """
+    layers = sorted(update_probability)
+    if not layers:
+        return {}
+    probability = jnp.stack([jnp.float32(update_probability[layer]) for layer in layers])
+    coins = jax.random.uniform(key, (len(layers),), jnp.float32) < probability
+    return dict(zip(layers, coins, strict=True))
 
 
 def discriminate(weights: jax.Array, mask: jax.Array, thresholds: Thresholds) -> jax.Array:
@@ -186,13 +211,15 @@ def discriminate(weights: jax.Array, mask: jax.Array, thresholds: Thresholds) ->
     Reference:
       Guo et al. 2016, equation (3).
     """
-    # One comparison says it: a kept connection must reach a_k, a pruned one b_k. Put as "not
-    # below" it keeps a NaN, so that a broken weight breaks the loss instead of hiding.
+    # A kept connection must reach a_k, a pruned one b_k. Put as "not below" it keeps a NaN, so
+    # that a broken weight breaks the loss instead of hiding. Two comparisons in place of |w|, which
+    # XLA would compute outside of the loop that `surgery` stands in, at every step.
     threshold = jnp.where(mask, jnp.float32(thresholds.low), jnp.float32(thresholds.high))
-    return ~(jnp.abs(weights).astype(jnp.float32) < threshold)
+    wide = weights.astype(jnp.float32)
+    return ~((wide < threshold) & (wide > -threshold))
 
 
-def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, jax.Array]:
+def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, Any]:
     """Counts the kept connections of each layer that takes part.
 
     Args:
@@ -200,15 +227,39 @@ def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, jax.Array]
       layer_of: maps the path of a leaf to the name of its layer.
 
     Returns:
-      ``{layer name: how many masks are True}``, int32 scalars.
+      ``{layer name: how many masks are True}``: ints; under jit, int32 scalars.
+
+    Raises:
+      ValueError: if a layer has 2^31 connections or more under jit, where an int32 cannot count
+        them.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> int(count_kept({'fc1': jnp.array([True, False, True])})[''])
-      2
+      >>> count_kept({'fc1': {'kernel': jnp.array([True, False, True])}})
+      {'fc1': 2}
     """
     layers = group_by_layer(masks, layer_of)
-    return {layer: sum(map(count_true, leaves), jnp.int32(0)) for layer, leaves in layers.items()}
+    return {layer: _count(layer, leaves) for layer, leaves in layers.items()}
+
+
+def find_empty_layers(masks: Masks, layer_of: LayerOf = parent) -> list[str]:
+    """Names the layers of which surgery has left nothing: a network with one answers all alike.
+
+    Cheap enough for every record of one's own loop; NaN never tells.
+
+    Args:
+      masks: the masks T, concrete.
+      layer_of: maps the path of a leaf to the name of its layer.
+
+    Returns:
+      The names, sorted.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> find_empty_layers({'conv1': {'kernel': jnp.zeros((2, 2), bool)}})
+      ['conv1']
+    """
+    return [layer for layer, kept in count_kept(masks, layer_of).items() if not kept]
 
 
 def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent) -> dict[str, Events]:
@@ -220,79 +271,98 @@ def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent) -> dic
       layer_of: maps the path of a leaf to the name of its layer.
 
     Returns:
-      ``{layer name: Events(pruned, spliced)}``, int32 scalars.
+      ``{layer name: Events(pruned, spliced)}``: ints; under jit, int32 scalars.
 
     Raises:
-      ValueError: if the trees do not match.
+      ValueError: if the trees do not match, or as `count_kept` does.
       TypeError: if a mask is not boolean.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> events = count_events(jnp.array([True, True, False]), jnp.array([False, True, True]))
-      >>> int(events[''].pruned), int(events[''].spliced)
-      (1, 1)
+      >>> count_events(jnp.array([True, True, False]), jnp.array([False, True, True]))
+      {'': Events(pruned=1, spliced=1)}
     """
     # Each as the masks of the other, so that neither may be a scalar or an integer alone.
-    check_parallel(before, after)
+    after = check_parallel(before, after)
     check_parallel(after, before)
     pruned = count_kept(jax.tree.map(lambda old, new: old & ~new, before, after), layer_of)
     spliced = count_kept(jax.tree.map(lambda old, new: new & ~old, before, after), layer_of)
     return {layer: Events(pruned[layer], spliced[layer]) for layer in pruned}
 
 
-def check_parallel(params: Params, masks: Masks) -> None:
-    """Checks that the masks belong to the weights.
+def check_parallel(params: Params, masks: Masks) -> Masks:
+    """Checks that the masks belong to the weights, by the paths of their leaves.
+
+    So the two may be of different types, as weights in an `nnx.State` and masks from a file are.
 
     Args:
       params: dense weights.
-      masks: masks that should be parallel to them.
+      masks: masks that should be parallel to them. Where `optax.masked` or `optax.partition` left
+        something out, nothing is masked.
+
+    Returns:
+      The masks, in the structure of `params`.
 
     Raises:
-      ValueError: if the structures differ, or a mask has neither the shape of its weights nor
-        shape `()`.
+      ValueError: if the paths differ, or a mask has neither the shape of its weights nor shape
+        `()`.
       TypeError: if a mask is not boolean.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> check_parallel(jnp.zeros(3), jnp.ones(2, bool))
+      >>> check_parallel({'fc1': jnp.zeros(3)}, {'fc1': jnp.ones(2, bool)})
       Traceback (most recent call last):
         ...
-      ValueError: masks[''] has shape (2,); its weights have shape (3,)
+      ValueError: masks['fc1'] has shape (2,); its weights have shape (3,)
     """
-    structure, mask_structure = jax.tree.structure(params), jax.tree.structure(masks)
-    if structure != mask_structure:
-        raise ValueError(
-            f'masks must have the structure of params, {structure}, but have {mask_structure}'
-        )
-    mask_leaves = jax.tree.leaves(masks)
-    for (path, weights), mask in zip(jax.tree.leaves_with_path(params), mask_leaves, strict=True):
-        name = f'masks[{leaf_path(path)!r}]'
+    weights_of, masks_of, left_out = named_leaves(params), named_leaves(masks), find_holes(masks)
+    if jax.tree.structure(params) != jax.tree.structure(masks) or left_out:
+        masks = _in_structure_of(params, weights_of, dict(masks_of), left_out)
+    for (path, weights), mask in zip(weights_of, jax.tree.leaves(masks), strict=True):
+        name = f'masks[{path!r}]'
         if jnp.result_type(mask) != jnp.bool_:
             raise TypeError(f'{name} must be boolean, but its dtype is {jnp.result_type(mask)}')
         if jnp.shape(mask) not in (jnp.shape(weights), ()):
             raise ValueError(
                 f'{name} has shape {jnp.shape(mask)}; its weights have shape {jnp.shape(weights)}'
             )
+    return masks
 
 
-def count_true(mask: jax.Array) -> jax.Array:
-    """Counts the True entries of one boolean array.
+def _in_structure_of(params, weights_of, masks_of, left_out) -> Masks:
+    """Finds the mask of each weight by its path."""
+    aligned = []
+    for path, _ in weights_of:
+        if path in masks_of:
+            aligned.append(masks_of.pop(path))
+        elif any(path == hole or not hole or path.startswith(f'{hole}/') for hole in left_out):
+            aligned.append(np.ones((), bool))
+        else:
+            raise ValueError(
+                f'masks must have the leaves of params, but lack {path!r}; they have '
+                f'{_some(masks_of)}'
+            )
+    if masks_of:
+        raise ValueError(
+            f'masks must have the leaves of params, but have {_some(masks_of)} too, which params '
+            'lack'
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), aligned)
 
-    Args:
-      mask: bool, of any shape.
 
-    Returns:
-      How many are True, an int32 scalar.
+def _some(names) -> str:
+    """Lists a few names, since a network may have hundreds."""
+    names = list(names)
+    return ', '.join(map(repr, names[:3])) + (', …' if len(names) > 3 else '') or 'no other'
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> int(count_true(jnp.array([True, False, True])))
-      2
-    """
-    if any(jax.typeof(mask).sharding.spec):
-        return mask.sum(dtype=jnp.int32)  # explicitly sharded axes cannot be flattened
-    # Sums of 128 at a time fit a byte, which XLA on CPU adds up five times faster than int32.
-    whole = mask.size // 128 * 128
-    flat = mask.reshape(-1).astype(jnp.uint8)
-    blocks = flat[:whole].reshape(128, -1).sum(0, dtype=jnp.uint8)
-    return blocks.sum(dtype=jnp.int32) + flat[whole:].sum(dtype=jnp.int32)
+
+def _count(layer: str, masks: Sequence[Any]) -> Any:
+    count = count_all(masks)
+    if not isinstance(count.low, Tracer):
+        return to_int(count)
+    if sum(mask.size for mask in masks) >= 2**31:
+        raise ValueError(
+            f'the layer {layer!r} has 2**31 connections or more, which an int32 cannot count: '
+            'count outside of jit, or divide the layer by layer_of'
+        )
+    return (count.high << 16) + count.low

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dns_jax.layers import group_by_layer, parent
+from dns_jax.counts import count_all, to_int
+from dns_jax.layers import group_by_layer, named_leaves, parent
 from dns_jax.masks import check_parallel
+from dns_jax.roles import role
 from dns_jax.typing import LayerOf, Masks, Params
 
 _INDEX_BYTES = 4  # a flat uint32 index
@@ -61,8 +63,8 @@ def measure_sizes(
     r"""Measures a network under its masks.
 
     A weight of a kernel costs one multiply-add at each position where the kernel is applied:
-    output height × width for a convolution, 1 for a fully connected layer. Biases are
-    parameters, but cost no multiplication.
+    output height × width for a convolution, 1 for a fully connected layer. All other leaves
+    (`dns_jax.role`) are parameters, but cost no multiplication.
 
     .. math::
       \text{multiply-adds} = \sum_k \text{positions}_k\,|W_k|, \quad
@@ -90,11 +92,14 @@ def measure_sizes(
       >>> total.parameters, total.kept, total.compression, total.kept_multiply_adds
       (10, 3, 3.3333333333333335, 2)
     """
-    check_parallel(params, masks)
+    masks = check_parallel(params, masks)
     if not jax.tree.leaves(params):
         raise ValueError(f'params must have at least one leaf, but is {params!r}')
     positions = dict(positions or {})
-    weights_of = group_by_layer(params, layer_of, lambda path, leaf: True)
+    weights_of: dict[str, list[tuple[bool, Any]]] = {}
+    for path, leaf in named_leaves(params):
+        weights_of.setdefault(layer_of(path), []).append((role(path, leaf) == 'kernel', leaf))
+    weights_of = dict(sorted(weights_of.items()))
     masks_of = group_by_layer(masks, layer_of, lambda path, leaf: True)
     if unknown := sorted(positions.keys() - weights_of.keys()):
         raise ValueError(f'positions names {unknown}; the layers are {list(weights_of)}')
@@ -108,9 +113,9 @@ def measure_sizes(
 
 def _measure_layer(weights, masks, positions) -> Size:
     size = Size(0, 0, 0, 0, 0, 0)
-    for leaf, mask in zip(weights, masks, strict=True):
-        kept = int(jnp.sum(mask)) if jnp.ndim(mask) else jnp.size(leaf)
-        applied = positions if jnp.ndim(leaf) > 1 else 0
+    for (is_kernel, leaf), mask in zip(weights, masks, strict=True):
+        kept = to_int(count_all([mask])) if jnp.ndim(mask) else jnp.size(leaf)
+        applied = positions if is_kernel else 0
         itemsize = jnp.result_type(leaf).itemsize
         index_bytes = _INDEX_BYTES if jnp.ndim(mask) else 0
         leaf_size = Size(

@@ -1,9 +1,9 @@
 """Stochastic gradient descent exactly as Caffe does it, composed from optax."""
 
-import jax
-import jax.numpy as jnp
 import optax
 
+from dns_jax.layers import map_leaves
+from dns_jax.roles import role
 from dns_jax.typing import Schedule
 
 
@@ -25,8 +25,8 @@ def caffe_sgd(
       learning_rate: λ, a number or a schedule of the step.
       momentum: m, in [0, 1).
       weight_decay: d, on every dense weight, pruned ones included.
-      bias_scale: s for leaves of fewer than two axes (Caffe's `lr_mult`); 1 for the others.
-      decay_biases: whether d is for these leaves too (Caffe's `decay_mult`, 1 or 0).
+      bias_scale: s for biases (`dns_jax.role`), Caffe's `lr_mult`; 1 for all others.
+      decay_biases: whether d is for biases too (Caffe's `decay_mult`, 1 or 0).
 
     Returns:
       An optax transformation; its `update` needs `params`.
@@ -54,13 +54,13 @@ def caffe_sgd(
         raise ValueError(f'bias_scale must be at least 0, but is {bias_scale!r}')
 
     def biases(tree):
-        return jax.tree.map(lambda leaf: jnp.ndim(leaf) < 2, tree)
+        return map_leaves(lambda path, leaf: role(path, leaf) == 'bias', tree)
 
-    def kernels(tree):
-        return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, tree)
+    def others(tree):
+        return map_leaves(lambda path, leaf: role(path, leaf) != 'bias', tree)
 
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, None if decay_biases else kernels),
+        optax.add_decayed_weights(weight_decay, None if decay_biases else others),
         optax.masked(optax.scale(bias_scale), biases),
         optax.scale_by_learning_rate(learning_rate, flip_sign=False),
         optax.trace(momentum),

@@ -12,14 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from dns_jax import counts
+from dns_jax.densities import largest_threshold, layer_density
 from dns_jax.importance import chance, gradient
-from dns_jax.layers import as_table, group_by_layer, has_axes, layer_names, parent
+from dns_jax.layers import as_table, group_by_layer, map_leaves, parent
 from dns_jax.masks import count_kept, discriminate
+from dns_jax.roles import is_kernel
 from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
-from dns_jax.surgery import Rule, surgery
-from dns_jax.thresholds import Group, largest_threshold, layer_density, std
+from dns_jax.stacking import restack, unstack
+from dns_jax.surgery import Rule, Surgery, surgery
+from dns_jax.thresholds import std
 from dns_jax.typing import (
     Importance,
     LayerOf,
@@ -36,7 +39,7 @@ def han(
     rounds: Sequence[int],
     key: jax.Array,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> Surgery:
     r"""Prunes in rounds what is below c standard deviations of its layer, and trains on between.
 
     .. math::
@@ -47,7 +50,7 @@ def han(
       c_rate: c of `dns_jax.thresholds.std`, over the connections that the layer still keeps.
       rounds: the steps at which it prunes.
       key: as for `surgery`; only a random importance uses it.
-      **options: `takes_part`, `layer_of` and `importance` of `surgery`.
+      **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
       A transformation as of `surgery`.
@@ -59,10 +62,10 @@ def han(
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.0])}
+      >>> params = {'kernel': jnp.array([0.2, -1.0, 4.0, -4.0])}
       >>> pruner = han(0.5, rounds=[0], key=jax.random.key(0))
       >>> _, state = pruner.update(params, pruner.init(params), params)
-      >>> state.masks['fc1']
+      >>> state.masks['kernel']
       Array([False, False,  True,  True], dtype=bool)
 
     Reference:
@@ -79,7 +82,7 @@ def han(
 
 def one_shot(
     density: float | Mapping[str, float], step: int, key: jax.Array, **options: Any
-) -> optax.GradientTransformationExtraArgs:
+) -> Surgery:
     """Prunes once, to the density wanted: `iterative` with one round.
 
     Args:
@@ -98,10 +101,10 @@ def one_shot(
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
+      >>> params = {'kernel': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> pruner = one_shot(0.25, step=0, key=jax.random.key(0))
       >>> _, state = pruner.update(params, pruner.init(params), params)
-      >>> state.masks['fc1']
+      >>> state.masks['kernel']
       Array([False, False, False,  True], dtype=bool)
     """
     check_step('step', step)
@@ -114,7 +117,7 @@ def iterative(
     key: jax.Array,
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> Surgery:
     r"""Prunes in rounds, by the same factor in each, and trains on between.
 
     .. math::
@@ -127,7 +130,7 @@ def iterative(
       rounds: the steps at which it prunes, none twice.
       key: as for `surgery`; only a random importance uses it.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
-      **options: `takes_part`, `layer_of` and `importance` of `surgery`.
+      **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
       A transformation as of `surgery`.
@@ -140,12 +143,12 @@ def iterative(
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
+      >>> params = {'kernel': jnp.array([0.2, -1.0, 4.0, -4.5])}
       >>> pruner = iterative(0.25, rounds=[0, 2], key=jax.random.key(0))
       >>> state = pruner.init(params)
       >>> for step in range(3):
       ...     _, state = pruner.update(params, state, params)
-      ...     print(step, int(state.masks['fc1'].sum()))
+      ...     print(step, int(state.masks['kernel'].sum()))
       0 2
       1 2
       2 1
@@ -177,7 +180,7 @@ def gradual(
     key: jax.Array,
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> Surgery:
     r"""Prunes again and again, along a cubic ramp of the density.
 
     .. math::
@@ -191,7 +194,7 @@ def gradual(
       every: steps from one pruning to the next, at least 1.
       key: as for `surgery`; only a random importance uses it.
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
-      **options: `takes_part`, `layer_of` and `importance` of `surgery`.
+      **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
       A transformation as of `surgery`.
@@ -203,12 +206,12 @@ def gradual(
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> params = {'fc1': jnp.arange(1.0, 9.0)}
+      >>> params = {'kernel': jnp.arange(1.0, 9.0)}
       >>> pruner = gradual(0.25, start=0, end=4, every=2, key=jax.random.key(0))
       >>> state = pruner.init(params)
       >>> for step in range(5):
       ...     _, state = pruner.update(params, state, params)
-      ...     print(step, int(state.masks['fc1'].sum()))
+      ...     print(step, int(state.masks['kernel'].sum()))
       0 8
       1 8
       2 3
@@ -239,9 +242,10 @@ def regrow(
     growth: Importance = gradient,
     initial: Importance = chance,
     divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
-    takes_part: TakesPart = has_axes,
+    takes_part: TakesPart = is_kernel,
     layer_of: LayerOf = parent,
-) -> optax.GradientTransformationExtraArgs:
+    stacked: Mapping[str, int] | None = None,
+) -> Surgery:
     r"""Keeps the number of connections, and now and then exchanges the smallest for others.
 
     .. math::
@@ -264,6 +268,7 @@ def regrow(
       divide: makes the threshold rule of a density, `layer_density` or `global_density`.
       takes_part: as for `surgery`.
       layer_of: as for `surgery`.
+      stacked: as for `surgery`.
 
     Returns:
       A transformation as of `surgery`. Connections that tie for the last place are all grown, those
@@ -276,13 +281,13 @@ def regrow(
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> params = {'fc1': jnp.array([0.2, -1.0, 4.0, -4.5])}
-      >>> gradients = {'fc1': jnp.array([9.0, 1.0, 0.5, 0.1])}
+      >>> params = {'kernel': jnp.array([0.2, -1.0, 4.0, -4.5])}
+      >>> gradients = {'kernel': jnp.array([9.0, 1.0, 0.5, 0.1])}
       >>> pruner = regrow(0.5, 1, 9, jax.random.key(0), drop=0.5, initial=lambda key, w, g: w)
       >>> state = pruner.init(params)
       >>> for _ in range(2):
       ...     _, state = pruner.update(gradients, state, params)
-      ...     print(state.masks['fc1'])
+      ...     print(state.masks['kernel'])
       [False False  True  True]
       [ True False False  True]
 
@@ -294,9 +299,12 @@ def regrow(
     check_step('stop', stop)
     if not callable(drop) and not 0 <= drop <= 1:
         raise ValueError(f'drop must be in [0, 1], but is {drop!r}')
-    start = iterative(
-        density, [0], key, divide, importance=initial, takes_part=takes_part, layer_of=layer_of
-    )
+    options: dict[str, Any] = {
+        'takes_part': takes_part,
+        'layer_of': layer_of,
+        'stacked': stacked,
+    }
+    start = iterative(density, [0], key, divide, importance=initial, **options)
 
     def update_fn(updates, state: Any, params: Any = None, **extra_args):
         del extra_args
@@ -307,15 +315,18 @@ def regrow(
         def exchange():
             # By count: `surgery` uses ~count for the first importance, and its coins of this
             # count decide nothing.
-            scores = growth(jax.random.fold_in(state.key, count), params, updates)
-            return _exchange(share, scores, params, before, layer_of)
+            trees = params, before, updates
+            weights, masks, gradients = unstack(stacked, *trees) if stacked else trees
+            scores = growth(jax.random.fold_in(state.key, count), weights, gradients)
+            masks = _exchange(share, scores, weights, masks, layer_of)
+            return restack(stacked, before, masks) if stacked else masks
 
         masks = jax.lax.cond(
             (count > 0) & (count < stop) & (count % every == 0), exchange, lambda: pruned.masks
         )
         return updates, pruned._replace(masks=masks)
 
-    return optax.GradientTransformationExtraArgs(start.init, update_fn)
+    return Surgery(start.init, update_fn)
 
 
 def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
@@ -356,13 +367,14 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
     """Makes masks of the largest magnitudes: of each layer as many as wanted, and what ties."""
     thresholds = {}
     for layer, leaves in group_by_layer(tree, layer_of).items():
-        group = Group(1.0, leaves, [jnp.ones_like(leaf, bool) for leaf in leaves])
-        thresholds[layer] = largest_threshold([group], jnp.maximum(wanted[layer], 1), 0.0)
+        least = jnp.maximum(jnp.int32(wanted[layer]), 1)
+        thresholds[layer] = largest_threshold(leaves, counts.from_array(least))
 
-    def keep(layer, leaf):
+    def keep(path, leaf):
         if not leaf.ndim:
             return jnp.ones((), bool)
+        layer = layer_of(path)
         band = Thresholds(thresholds[layer], thresholds[layer])
         return discriminate(leaf, jnp.array(True), band) & (wanted[layer] > 0)
 
-    return jax.tree.map(keep, layer_names(tree, layer_of), tree)
+    return map_leaves(keep, tree)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax.files import check_float32
-from dns_jax.layers import as_table, leaf_path, match_patterns, parent
+from dns_jax.layers import as_table, map_leaves, match_patterns, named_leaves, parent
 from dns_jax.masks import apply_masks, check_parallel
 from dns_jax.typing import Masks, Params
 
@@ -77,34 +77,31 @@ def share_weights(
     Reference:
       Han, Mao and Dally 2016, section 3.
     """
-    check_parallel(params, masks)
+    masks = jax.tree.map(np.asarray, check_parallel(params, masks))
+    leaves = [
+        (path, np.asarray(leaf), mask)
+        for (path, leaf), mask in zip(named_leaves(params), jax.tree.leaves(masks), strict=True)
+    ]
     values: dict[str, list[np.ndarray]] = {}
-    for (key_path, leaf), mask in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True
-    ):
-        path = leaf_path(key_path)
-        values.setdefault(parent(path), []).append(
-            _kept_values(path, np.asarray(leaf), np.asarray(mask))
-        )
+    for path, leaf, mask in leaves:
+        values.setdefault(parent(path), []).append(_kept_values(path, leaf, mask))
     codebooks = {
         layer: _codebook(np.concatenate(values[layer]), amount)
         for layer, amount in _clusters_by_layer(clusters, sorted(values)).items()
     }
 
-    def assign(key_path, leaf, mask):
-        assignment = np.zeros(np.shape(leaf), np.int32)
-        full = np.broadcast_to(np.asarray(mask), assignment.shape) | (np.ndim(mask) == 0)
-        book = codebooks[parent(leaf_path(key_path))].astype(np.float64)
+    def assign(path, leaf, mask):
+        assignment = np.zeros(leaf.shape, np.int32)
+        full = np.broadcast_to(mask, leaf.shape) | (mask.ndim == 0)
+        book = codebooks[parent(path)].astype(np.float64)
         borders = (book[1:] + book[:-1]) / 2
-        assignment[full] = np.searchsorted(borders, np.asarray(leaf)[full].astype(np.float64))
+        assignment[full] = np.searchsorted(borders, leaf[full].astype(np.float64))
         return assignment
 
-    return SharedNetwork(
-        codebooks,
-        jax.tree.map_with_path(assign, params, masks),
-        jax.tree.map(np.asarray, masks),
-        dict(metadata or {}),
+    assignments = jax.tree.unflatten(
+        jax.tree.structure(params), [assign(*parts) for parts in leaves]
     )
+    return SharedNetwork(codebooks, assignments, masks, dict(metadata or {}))
 
 
 def round_codebooks(codebooks: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -166,8 +163,8 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
       Han, Mao and Dally 2016, section 3.
     """
 
-    def expand_leaf(key_path, assignment):
-        layer = parent(leaf_path(key_path))
+    def expand_leaf(path, assignment):
+        layer = parent(path)
         if layer not in codebooks:
             raise ValueError(f'codebooks must have the layer {layer!r}; it has {list(codebooks)}')
         book = jnp.asarray(codebooks[layer])
@@ -175,7 +172,7 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
             return jnp.zeros(assignment.shape, book.dtype)
         return book[jnp.asarray(assignment)]
 
-    return apply_masks(jax.tree.map_with_path(expand_leaf, assignments), masks)
+    return apply_masks(map_leaves(expand_leaf, assignments), masks)
 
 
 def _kept_values(path: str, weights: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -7,7 +7,9 @@ ever run. A leaf with the path `p` (`dns_jax.layers.leaf_path`) is
   - the tensor `p:indices`, uint32: their flat positions in C order, ascending;
   - the entry `p:shape` of the metadata: the shape of the dense leaf, a JSON list such as `[2, 3]`.
 
-All other entries of the metadata are free. The same network gives the same bytes.
+A leaf that takes no part in surgery has no indices, and all its weights are values; a scalar, which
+never does, has the index 0. All other entries of the metadata are free. The same network gives the
+same bytes.
 """
 
 import json
@@ -36,7 +38,7 @@ class SparseNetwork(NamedTuple):
     """What a sparse file holds, made dense again."""
 
     params: Params  #: nested dict of float32 NumPy arrays, 0 where nothing was kept
-    masks: Masks  #: parallel to the params, bool NumPy arrays of the same shapes
+    masks: Masks  #: parallel to the params, bool NumPy arrays; shape () where a leaf takes no part
     metadata: dict[str, str]  #: the free entries
 
 
@@ -48,13 +50,14 @@ def save_sparse(
 ) -> None:
     """Writes the kept weights of a network to a file, whole or not at all.
 
-    A kept weight takes 8 bytes, whatever its value: one that is kept at 0 is stored too.
+    A kept weight takes 8 bytes, whatever its value: one that is kept at 0 is stored too. One of a
+    leaf that takes no part takes 4.
 
     Args:
       path: the file, in a folder that exists; one that is there is replaced.
       params: dense weights, concrete arrays of float32 or a narrower floating-point type,
         finite where they are kept.
-      masks: the parallel masks. A leaf with a mask of shape `()` is kept whole.
+      masks: the parallel masks. A leaf with a mask of shape `()` takes no part and is kept whole.
       metadata: free strings to store beside the weights, such as the name of the network.
 
     Raises:
@@ -79,7 +82,7 @@ def save_sparse(
     Reference:
       The format of safetensors, https://github.com/huggingface/safetensors.
     """
-    check_parallel(params, masks)
+    masks = check_parallel(params, masks)
     entries = dict(metadata or {})
     check_metadata(entries)
     for key in entries:
@@ -90,8 +93,7 @@ def save_sparse(
     nest_leaves(leaves)  # what cannot be nested could not be loaded
     tensors = {}
     for (name, leaf), mask in zip(leaves, jax.tree.leaves(masks), strict=True):
-        values, indices = _kept_values_and_indices(name, np.asarray(leaf), np.asarray(mask))
-        tensors |= {f'{name}:values': values, f'{name}:indices': indices}
+        tensors |= _to_tensors(name, np.asarray(leaf), np.asarray(mask))
         entries[f'{name}:shape'] = json.dumps(jnp.shape(leaf))
     write_whole(Path(path), sort_metadata(save(tensors, entries)))
 
@@ -110,7 +112,8 @@ def load_sparse(path: str | os.PathLike[str], max_parameters: int = 2**30) -> Sp
     Returns:
       The weights and masks as nested dicts, made by splitting the paths of the leaves at `/`:
       dicts come back as they were, but for slashes in their keys, the index of a list as a key
-      such as `'0'`, and a bare array as a bare array.
+      such as `'0'`, and a bare array as a bare array. The mask of a leaf that took no part has
+      shape `()`; older files, where it has indices too, give it one of True.
 
     Raises:
       ValueError: if the file is damaged, is not such a file, or the network is larger than
@@ -155,16 +158,18 @@ def sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, 'little') + text + data[end:]
 
 
-def _kept_values_and_indices(
-    path: str, weights: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _to_tensors(path: str, weights: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     if weights.size > 2**32:  # positions that a uint32 tells apart
         raise ValueError(f'params[{path!r}] has {weights.size} elements, over 2**32')
-    if mask.ndim == 0:
-        mask = np.ones(weights.shape, bool)
-    values = weights[mask]
+    whole = mask.ndim == 0
+    values = weights.reshape(-1) if whole else weights[mask]
     check_float32(path, values)
-    return values.astype(np.float32), np.flatnonzero(mask).astype(np.uint32)
+    tensors: dict[str, np.ndarray] = {f'{path}:values': values.astype(np.float32)}
+    if weights.ndim == 0:  # a reader of any version knows that it takes no part
+        tensors[f'{path}:indices'] = np.zeros(1, np.uint32)
+    elif not whole:
+        tensors[f'{path}:indices'] = np.flatnonzero(mask).astype(np.uint32)
+    return tensors
 
 
 def _read(file: Any, max_parameters: int) -> SparseNetwork:
@@ -176,6 +181,7 @@ def _read(file: Any, max_parameters: int) -> SparseNetwork:
     }
     found = set(file.keys())
     wanted = {f'{path}:{part}' for path in shapes for part in ('values', 'indices')}
+    wanted -= _needless_indices(file, found, shapes)
     if found != wanted:
         missing, extra = sorted(wanted - found), sorted(found - wanted)
         raise ValueError(f'by its shapes it lacks the tensors {missing} and has {extra} too many')
@@ -183,7 +189,10 @@ def _read(file: Any, max_parameters: int) -> SparseNetwork:
     if parameters > max_parameters:
         raise ValueError(f'it has {parameters} parameters; max_parameters is {max_parameters}')
 
-    dense = {path: _read_leaf(file, path, shape) for path, shape in shapes.items()}
+    dense = {
+        path: _read_leaf(file, path, shape, f'{path}:indices' in found)
+        for path, shape in shapes.items()
+    }
     return SparseNetwork(
         params=nest_leaves((path, weights) for path, (weights, _) in dense.items()),
         masks=nest_leaves((path, mask) for path, (_, mask) in dense.items()),
@@ -198,18 +207,33 @@ def _parse_shape(key: str, text: str) -> list[int]:
     return json.loads(text)
 
 
-def _read_leaf(file: Any, path: str, shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _needless_indices(file: Any, found: set[str], shapes: Mapping[str, list[int]]) -> set[str]:
+    """Finds the indices that are not there and need not be, for the values are whole leaves."""
+    return {
+        f'{path}:indices'
+        for path, shape in shapes.items()
+        if f'{path}:indices' not in found
+        and f'{path}:values' in found
+        and file.get_slice(f'{path}:values').get_shape() == [math.prod(shape)]
+    }
+
+
+def _read_leaf(
+    file: Any, path: str, shape: list[int], took_part: bool
+) -> tuple[np.ndarray, np.ndarray]:
     values = _read_vector(file, f'{path}:values', 'F32')
-    indices = _read_vector(file, f'{path}:indices', 'U32')
     size = math.prod(shape)
+    if not np.isfinite(values).all():
+        raise ValueError(f'{path!r} has a value that is not finite')
+    if not took_part:
+        return values.reshape(shape), np.ones((), bool)
+    indices = _read_vector(file, f'{path}:indices', 'U32')
     if len(values) != len(indices):
         raise ValueError(f'{path!r} has {len(values)} values, but {len(indices)} indices')
     if (indices[1:] <= indices[:-1]).any():
         raise ValueError(f'the indices of {path!r} do not ascend')
     if len(indices) and indices[-1] >= size:
         raise ValueError(f'{path!r} has the index {indices[-1]}, but {size} elements')
-    if not np.isfinite(values).all():
-        raise ValueError(f'{path!r} has a value that is not finite')
     if not shape and not len(indices):
         raise ValueError(f'{path!r} is a scalar that is not kept; scalars take no part in surgery')
     weights, mask = np.zeros(size, np.float32), np.zeros(size, bool)

@@ -8,6 +8,7 @@ import optax
 
 from dns_jax.layers import group_by_layer, parent
 from dns_jax.masks import apply_masks, count_kept
+from dns_jax.surgery import get_masks
 from dns_jax.typing import LayerOf, Masks
 
 
@@ -39,9 +40,9 @@ def train_kept(
       >>> from dns_jax.pruners import one_shot
       >>> pruner = one_shot(0.5, step=0, key=jax.random.key(0))
       >>> optimizer = train_kept(pruner, optax.sgd(1.0))
-      >>> params = {'fc1': jnp.array([2.0, -1.0])}
-      >>> updates, _ = optimizer.update({'fc1': jnp.ones(2)}, optimizer.init(params), params)
-      >>> optax.apply_updates(params, updates)['fc1']
+      >>> params = {'kernel': jnp.array([2.0, -1.0])}
+      >>> updates, _ = optimizer.update({'kernel': jnp.ones(2)}, optimizer.init(params), params)
+      >>> optax.apply_updates(params, updates)['kernel']
       Array([1., 0.], dtype=float32)
 
     Reference:
@@ -54,10 +55,9 @@ def train_kept(
 
     def update_fn(updates, state, params=None, **extra_args):
         updates, pruner_state = pruner.update(updates, state[0], params, **extra_args)
-        masks = optax.tree.get(pruner_state, 'masks')
-        if masks is None or params is None:
-            missing = 'the masks of a pruner' if masks is None else 'the weights'
-            raise ValueError(f'train_kept needs {missing}, but got None')
+        if params is None:
+            raise ValueError('train_kept needs the weights: call update(updates, state, params)')
+        masks = get_masks(pruner_state)
         updates = apply_masks(updates, masks)
         updates, optimizer_state = optimizer.update(updates, state[1], params, **extra_args)
         updates = jax.tree.map(

@@ -1,13 +1,19 @@
 """The types that the modules of `dns_jax` share. Owns no behaviour."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import optax
 
-Params = optax.Params
+Params = Any
 """Any pytree of floating-point arrays, the dense weights W."""
+
+Tree = TypeVar('Tree')
+"""A pytree that comes back with its own type."""
+
+Role = Literal['kernel', 'bias', 'scale', 'embedding', 'statistic']
+"""What a leaf is to its layer (`dns_jax.layers.role`)."""
 
 Masks = Any
 """A pytree parallel to the params: boolean arrays, True where a connection is kept.

@@ -97,7 +97,7 @@ def after_setbacks(
     def prune_fn(updates, state, params: Any = None):
         updates, new_state = pruner.update(updates, state, params)
         if any(setbacks):
-            new_state = optax.tree.set(new_state, masks=optax.tree.get(state, 'masks'))
+            new_state = optax.tree.set(new_state, masks=dns_jax.get_masks(state))
         return updates, new_state
 
     def train_fn(updates, state, params: Any = None):

@@ -138,13 +138,13 @@ class Config:
     ramp_end: str = flag(
         '80%',
         'Step, or share of the surgery steps, at which the density is reached, or the last round '
-        'is; with --layer_density also LAYER:STEP,…',
+        'is, the last update at the latest; with --layer_density also LAYER:STEP,…',
     )
     refresh_every: int = flag(
         500,
-        'Steps from one choice of thresholds by density to the next, and from one round of '
-        '--pruner=gradual, set and rigl to the next.',
-        lower_bound=1,
+        'Steps from one choice of thresholds by density to the next, where 0 follows the density '
+        'at every step, and from one round of --pruner=gradual, set and rigl to the next.',
+        lower_bound=0,
     )
     start: str = flag(
         '0',
@@ -154,8 +154,7 @@ class Config:
     stop: str = flag(
         '100%',
         'First step, or share of the surgery steps, without mask updates; one for all, or '
-        'LAYER:STEP,… With --update_power=0 and a density to reach, the last choice of thresholds '
-        'before it is the last update.',
+        'LAYER:STEP,… With a density to reach, the last update before it reaches it exactly.',
     )
     hysteresis: float = flag(
         0.1,
@@ -249,6 +248,8 @@ class Config:
 
     def _check_pruner(self):
         """Refuses what the pruner cannot prune by."""
+        if self.pruner in ('gradual', *REGROWING) and not self.refresh_every:
+            raise ValueError(f'--refresh_every=0 must be at least 1 for --pruner={self.pruner}')
         if self.pruner != 'surgery' and bool(self.c_rate) != (self.pruner == 'han'):
             wanted = '--c_rate' if self.pruner == 'han' else 'a density or a compression'
             raise ValueError(f'--pruner={self.pruner} must go with {wanted}')

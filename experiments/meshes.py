@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dns_jax
-from dns_jax.layers import leaf_path, parent
+from dns_jax.layers import map_leaves, named_leaves, parent
 
 AXES = ('data', 'model')
 
@@ -100,20 +100,21 @@ def shardings(mesh: Mesh, params: dns_jax.Params, tree: Any) -> Any:
         for layer, leaves in dns_jax.group_by_layer(params, takes_part=dns_jax.is_kernel).items()
         if all(leaf.ndim == 2 and not leaf.shape[-1] % parts for leaf in leaves)
     }
-    specs: dict[tuple[Any, ...], tuple[tuple[int, ...], PartitionSpec]] = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        is_split = parent(leaf_path(path)) in split
+    specs: dict[str, tuple[tuple[int, ...], PartitionSpec]] = {}
+    for path, leaf in named_leaves(params):
+        is_split = parent(path) in split
         spec = PartitionSpec(*[None] * (leaf.ndim - 1), 'model') if is_split else PartitionSpec()
         specs[path] = leaf.shape, spec
 
     def sharding(path, leaf):
-        for start in range(len(path)):
-            known = specs.get(path[start:])
+        parts = path.split('/')
+        for start in range(len(parts)):
+            known = specs.get('/'.join(parts[start:]))
             if known and known[0] == leaf.shape:
                 return NamedSharding(mesh, known[1])
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree.map_with_path(sharding, tree)
+    return map_leaves(sharding, tree)
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> slice:

@@ -37,7 +37,7 @@ def cut(
                 lambda mask, number: mask & (number > share) if mask.ndim else mask, masks, numbers
             )
 
-        masks = optax.tree.get(state, 'masks')
+        masks = dns_jax.get_masks(state)
         masks = jax.lax.cond(count == step, cut_some, lambda masks: masks, masks)
         return updates, optax.tree.set(state, masks=masks)
 
@@ -64,14 +64,14 @@ def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransfo
 
     def init_fn(params):
         state = pruner.init(params)
-        masks = optax.tree.get(state, 'masks')
+        masks = dns_jax.get_masks(state)
         # Two trees, as no array can be donated twice.
         return ReturnsState(state, *(jax.tree.map(jnp.zeros_like, masks) for _ in range(2)))
 
     def update_fn(updates, state, params=None):
-        before = optax.tree.get(state.pruner, 'masks')
+        before = dns_jax.get_masks(state.pruner)
         updates, inner = pruner.update(updates, state.pruner, params)
-        after = optax.tree.get(inner, 'masks')
+        after = dns_jax.get_masks(inner)
         pruned = jax.tree.map(
             lambda seen, old, new: seen | (old & ~new), state.pruned, before, after
         )

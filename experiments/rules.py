@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,12 +81,7 @@ def make_pruner(
 
 
 def _make_baseline(config, params, key, options) -> optax.GradientTransformation:
-    start, end = _ramp_steps(config, ['*'])['*']
-    if end >= config.surgery_steps:
-        raise ValueError(
-            f'--ramp_end={config.ramp_end} must come before the end of the '
-            f'{config.surgery_steps} steps, as the last pruning of --pruner={config.pruner}'
-        )
+    start, end = _ramp_steps(config, {'*': (0, config.surgery_steps)})['*']
     rounds = [
         start + round((end - start) * number / max(config.rounds - 1, 1))
         for number in range(config.rounds)
@@ -143,28 +138,32 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
     """
     if config.c_rate:
         rates = _by_layer(config, 'c_rate', dns_jax.group_by_layer(params))
+        windows, every = _update_steps(config, rates), config.refresh_statistics
         thresholds = {
             layer: dns_jax.mean_std(rate, config.hysteresis) for layer, rate in rates.items()
         }
-        return _with_updates(config, thresholds, config.refresh_statistics)
-    if config.layer_density:
-        densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
-        ramps = _ramp_steps(config, densities)
-        schedules = {
-            layer: _density_schedule(config, density, *ramps[layer])
+    else:
+        if config.layer_density:
+            densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
+            make = dns_jax.layer_density
+        else:
+            densities = {'*': _density_of_participants(config, params)}
+            make = functools.partial(dns_jax.global_density, score=config.score)
+        windows, every = _update_steps(config, densities), config.refresh_every or None
+        ramps = _ramp_steps(config, windows)
+        thresholds = {
+            layer: make(
+                _density_schedule(config, density, *ramps[layer]), hysteresis=config.hysteresis
+            )
             for layer, density in densities.items()
         }
-        thresholds = {
-            layer: dns_jax.layer_density(schedule, config.hysteresis)
-            for layer, schedule in schedules.items()
-        }
-    else:
-        ramps = _ramp_steps(config, ['*'])
-        density = _density_of_participants(config, params)
-        schedule = _density_schedule(config, density, *ramps['*'])
-        thresholds = {'*': dns_jax.global_density(schedule, config.score, config.hysteresis)}
-    reached = {layer: end for layer, (_, end) in ramps.items()}
-    return _with_updates(config, thresholds, config.refresh_every, reached)
+    rules = {}
+    for layer, (start, stop) in windows.items():
+        probability = dns_jax.update_probability(
+            config.update_gamma, config.update_power, stop, start
+        )
+        rules[layer] = dns_jax.Rule(thresholds[layer], probability, every)
+    return rules
 
 
 def _by_layer(
@@ -178,35 +177,18 @@ def _by_layer(
     return {layer: value for layer, (_, value) in matches.items()}
 
 
-def _with_updates(config, thresholds, refresh_every, reached=None) -> dict[str, dns_jax.Rule]:
-    """Makes rules of thresholds; `reached` says when those by density are at the end of a ramp."""
-
-    def step(text):
-        return parse_step(text, config.surgery_steps)
-
+def _update_steps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Reads the first step with updates of each layer, and the first without them again."""
     # A start or stop for a layer that stays dense would be a slip.
-    starts = _by_layer(config, 'start', thresholds, step)
-    stops = _by_layer(config, 'stop', thresholds, step)
-    rules = {}
-    for layer, rule in thresholds.items():
-        start, stop = starts.get(layer, 0), stops.get(layer)
-        if reached:
-            end = config.surgery_steps if stop is None else min(stop, config.surgery_steps)
-            last = (end - 1) // refresh_every * refresh_every
-            if last < max(start, reached[layer]):
-                raise ValueError(
-                    f'the last thresholds of {layer}, with --refresh_every={refresh_every} those '
-                    f'of step {last} of {config.surgery_steps}, come before the end of the ramp, '
-                    f'--ramp_end={config.ramp_end}, or before --start={config.start}'
-                )
-            if not config.update_power:
-                # The last update is the one with fresh thresholds: it keeps the density wanted.
-                stop = last + 1
-        probability = dns_jax.update_probability(
-            config.update_gamma, config.update_power, stop, start
-        )
-        rules[layer] = dns_jax.Rule(rule, probability, refresh_every)
-    return rules
+    starts, stops = (
+        _by_layer(config, flag, layers, lambda text: parse_step(text, config.surgery_steps))
+        for flag in ('start', 'stop')
+    )
+    # None after the last step, that one of them is the last: by density that is an exact one.
+    return {
+        layer: (starts.get(layer, 0), min(stops.get(layer, math.inf), config.surgery_steps))
+        for layer in layers
+    }
 
 
 def _step_of_flag(config: Config, flag: str) -> int:
@@ -216,22 +198,28 @@ def _step_of_flag(config: Config, flag: str) -> int:
         raise ValueError(f'--{flag}: {error}') from error
 
 
-def _ramp_steps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Reads the first and the last step of each layer's ramp, from tables or one for all."""
+def _ramp_steps(
+    config: Config, windows: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """Reads the first and the last step of each layer's ramp, which the last update ends."""
     starts, ends = (
-        _by_layer(config, flag, layers, lambda text: parse_step(text, config.surgery_steps))
+        _by_layer(config, flag, windows, lambda text: parse_step(text, config.surgery_steps))
         if ':' in getattr(config, flag)
-        else dict.fromkeys(layers, _step_of_flag(config, flag))
+        else dict.fromkeys(windows, _step_of_flag(config, flag))
         for flag in ('ramp_start', 'ramp_end')
     )
-    for layer in layers:
+    ramps = {}
+    for layer, (first, stop) in windows.items():
         # A layer that a table leaves out has no ramp.
-        if not 0 <= starts.get(layer, 0) < ends.get(layer, 0):
+        start, end = starts.get(layer, 0), min(ends.get(layer, 0), stop - 1)
+        if not 0 <= start < end or first >= stop:
             raise ValueError(
                 f'--ramp_end={config.ramp_end} must come after --ramp_start={config.ramp_start}, '
-                f'and that not before step 0, for {layer}'
+                f'and that not before step 0, for {layer}, whose masks are updated at the steps '
+                f'from {first} to {stop - 1}'
             )
-    return {layer: (starts.get(layer, 0), ends[layer]) for layer in layers}
+        ramps[layer] = start, end
+    return ramps
 
 
 def _density_schedule(config: Config, density: float, start: int, end: int) -> dns_jax.Schedule:

@@ -140,8 +140,8 @@ def finetune(
     phases = []
     for trainer, state in zip(trainers, states, strict=True):
         # The optimizer is the first run's; masks and key are each run's own.
-        own = {name: optax.tree.get(state.opt_state, name) for name in ('masks', 'key')}
-        start = optax.tree.set(make().init(state.params), **own)
+        key = optax.tree.get(state.opt_state, 'key')
+        start = optax.tree.set(make().init(state.params), masks=state.masks, key=key)
         state = trainer.feed.place(train.TrainState(state.params, start))
         phases.append(Phase('finetuning', trainer, state, steps))
     return _train(phases, make, stopping)
@@ -163,7 +163,7 @@ class Phase:
             hosts.on_first(lambda: trainer.records.rewind(name, 0))
             if trainer.config.on_divergence == 'rollback':
                 self.save()
-        self._kept = _count_kept(self.state.masks)
+        self._kept = dns_jax.count_kept(self.state.masks)
 
     def steps_of_next_call(self) -> int:
         """Says how many steps to take in one call: of a record, as many in each."""
@@ -223,7 +223,7 @@ class Phase:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
         )
         self._return_to_checkpoint()
-        self._kept, self.setbacks = _count_kept(self.state.masks), setbacks
+        self._kept, self.setbacks = dns_jax.count_kept(self.state.masks), setbacks
         masks = 'masks as they are there' if any(setbacks) else 'surgery as before'
         logging.warning(
             '%s; going on from step %s with half the learning rate, other batches and %s',
@@ -293,10 +293,6 @@ def _train(
     for phase in phases:
         phase.trainer.setbacks[name] = len(phase.setbacks)
     return [phase.state for phase in phases]
-
-
-def _count_kept(masks: dns_jax.Masks) -> dict[str, int]:
-    return {layer: int(kept) for layer, kept in dns_jax.count_kept(masks).items()}
 
 
 def _to_lists(chunk: train.Chunk) -> list[Any]:

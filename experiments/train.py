@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     @property
     def masks(self) -> dns_jax.Masks:
         """The masks, from wherever in the optimizer's state surgery put them."""
-        return optax.tree.get(self.opt_state, 'masks')
+        return dns_jax.get_masks(self.opt_state)
 
 
 class Chunk(NamedTuple):

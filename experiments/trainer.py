@@ -161,8 +161,7 @@ class Trainer:
             'returned_kept': jax.tree.map(jnp.logical_and, returns.returned, final.masks),
         }
         measured: dict[str, float] = {
-            name: sum(int(count) for count in dns_jax.count_kept(masks).values())
-            for name, masks in counts.items()
+            name: sum(dns_jax.count_kept(masks).values()) for name, masks in counts.items()
         }
         without = jax.tree.map(lambda mask, back: mask & ~back, final.masks, returns.returned)
         others = probes.remove_others(final_masks, returned, self.config.seed)

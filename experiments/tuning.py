@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import dns_jax
-from dns_jax.layers import leaf_path, parent
+from dns_jax.layers import map_leaves, parent
 from dns_jax.sharing import SharedNetwork, expand, round_codebooks
 from experiments import progress
 from experiments.data import Split, batch_indices
@@ -123,10 +123,10 @@ def nearest(codebooks: Any, params: dns_jax.Params) -> Any:
       A tree like `params` of int32 places in the codebooks; 0 where a codebook is empty.
     """
 
-    def find(key_path, weights):
-        book = jnp.asarray(codebooks[parent(leaf_path(key_path))])
+    def find(path, weights):
+        book = jnp.asarray(codebooks[parent(path)])
         if not book.size:
             return jnp.zeros(weights.shape, jnp.int32)
         return jnp.argmin(jnp.abs(jnp.subtract.outer(weights, book)), -1).astype(jnp.int32)
 
-    return jax.tree.map_with_path(find, params)
+    return map_leaves(find, params)

@@ -210,8 +210,10 @@ def make_pruner(method: str, c_rate: float, steps: int) -> optax.GradientTransfo
     key = jax.random.key(0)  # each network has another, set when it begins
     if method == 'surgery':
         probability = dns_jax.update_probability(gamma=1e-3, stop=stop)
-        return dns_jax.surgery(dns_jax.Rule(dns_jax.mean_std(c_rate), probability), key)
-    return pruners.han(c_rate, [round_ * stop // _ROUNDS for round_ in range(_ROUNDS)], key)
+        rule = dns_jax.Rule(dns_jax.mean_std(c_rate), probability)
+        return dns_jax.surgery(rule, key, dns_jax.has_axes)
+    rounds = [round_ * stop // _ROUNDS for round_ in range(_ROUNDS)]
+    return pruners.han(c_rate, rounds, key, takes_part=dns_jax.has_axes)
 
 
 def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from dns_jax import (
     Rule,
     Thresholds,
     apply_masks,
+    get_masks,
+    has_axes,
     masked_value_and_grad,
     surgery,
 )
@@ -70,7 +72,7 @@ def cut(bands=BANDS, key=None, sigma=lambda step: 1.0):
         },
         sigma,
     )
-    return surgery(rule, jax.random.key(0) if key is None else key)
+    return surgery(rule, jax.random.key(0) if key is None else key, has_axes)
 
 
 def leniently(optimizer):
@@ -95,10 +97,6 @@ def under(dtypes, ranks, optimizer):
             return optimizer.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def get_masks(state):
-    return optax.tree.get(state, 'masks')
 
 
 class Setting(NamedTuple):

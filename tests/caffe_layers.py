@@ -52,8 +52,10 @@ def relu(values):
     return np.maximum(values, 0)
 
 
-def product(values, weight, bias):
-    return weight.astype(float) @ values.reshape(-1) + bias
+def product(values, weight, bias, transpose=False):
+    """Weights are (output, input), or (input, output) where they are transposed."""
+    weight, values = weight.astype(float), values.reshape(-1)
+    return (values @ weight if transpose else weight @ values) + bias
 
 
 def classify(blobs, hidden):

@@ -66,6 +66,12 @@ def small_network():
     return tuple({name: part[which] for name, part in parts.items()} for which in range(2))
 
 
+def partly_whole():
+    """Returns params and masks, of which some take no part."""
+    params = {'a': np.float32([[1, 2, 3]]), 'b': np.ones((0, 2), np.float32), 't': np.float32(2)}
+    return params, {'a': np.array(True), 'b': np.array(True), 't': np.array(True)}
+
+
 def check_network(params, masks):
     check_parallel(params, masks)
     for leaf in jax.tree.leaves((params, masks)):
@@ -83,7 +89,9 @@ def sparse_files(folder):
     save_sparse(path, *small_network(), {'network': 'tiny'})
     several = path.read_bytes()
     save_sparse(path, np.float32([1, 2, 3]), np.array([True, False, True]))
-    return Reader((several, path.read_bytes()), read, fixed=12 * MOST + 2**20)
+    one = path.read_bytes()
+    save_sparse(path, *partly_whole())
+    return Reader((several, one, path.read_bytes()), read, fixed=12 * MOST + 2**20)
 
 
 def sparse_headers(folder):
@@ -104,19 +112,25 @@ def sparse_headers(folder):
         sparse_parts('[2]', [1, 0], [1, 1]),
         sparse_parts('[2]', [0], [math.inf]),
         sparse_parts('[2]', [0, 1], [1]),
+        sparse_parts('[2]', None, [1]),
+        sparse_parts('[1]', None, [math.nan]),
     )
     return inner._replace(seeds=tuple(map(part, inner.seeds)), read=read, attacks=attacks)
 
 
 def sparse_parts(shape, indices=(), values=()):
-    """Returns the header of a sparse file of one leaf, a zero, and its tensors."""
-    tensors = np.array(indices, '<u4').tobytes(), np.array(values, '<f4').tobytes()
+    """Returns the header of a sparse file of one leaf, a zero, and its tensors.
+
+    Where there are no indices it is a leaf that takes no part.
+    """
+    tensors = np.array(indices or (), '<u4').tobytes(), np.array(values, '<f4').tobytes()
     begin, end = len(tensors[0]), len(tensors[0] + tensors[1])
     header = {
         '__metadata__': {'a:shape': shape},
-        'a:indices': {'dtype': 'U32', 'shape': [len(indices)], 'data_offsets': [0, begin]},
         'a:values': {'dtype': 'F32', 'shape': [len(values)], 'data_offsets': [begin, end]},
     }
+    if indices is not None:
+        header['a:indices'] = {'dtype': 'U32', 'shape': [len(indices)], 'data_offsets': [0, begin]}
     return json.dumps(header).encode() + b'\0' + b''.join(tensors)
 
 
@@ -133,7 +147,10 @@ def coded_files(folder):
     save_coded(path, share_weights(*small_network(), 4, {'network': 'tiny'}))
     several = path.read_bytes()
     save_coded(path, share_weights(np.float32([1, 2, 3]), np.array([True, False, True]), 2))
-    return Reader((several, path.read_bytes()), read, fixed=12 * MOST + 6 * 2**20, factor=400)
+    one = path.read_bytes()
+    save_coded(path, share_weights(*partly_whole(), 2))
+    seeds = several, one, path.read_bytes()
+    return Reader(seeds, read, fixed=12 * MOST + 6 * 2**20, factor=400)
 
 
 def coded_contents(folder):
@@ -212,7 +229,18 @@ def caffe_models(folder):
     convolution = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
     old = wire.old_layer('conv1', 4, wire.old_blob(convolution), wire.old_blob(np.ones(2)))
     both = old + wire.layer('ip', 'InnerProduct', wire.blob(np.ones((3, 8))), wire.blob(np.ones(3)))
-    return Reader((path.read_bytes(), both), read)
+    published = wire.layer(
+        'conv1',
+        'CConvolution',
+        *map(wire.blob, (convolution, convolution[:, 0, 0, 0])),
+        unknown=wire.message(106, _1=2, _5=1),
+    ) + wire.layer(
+        'ip',
+        'CInnerProduct',
+        *map(wire.blob, (np.eye(8, 3), np.eye(8, 3) > 0)),
+        unknown=wire.message(117, _1=3, _2=0, _5=-3, _6=1),
+    )
+    return Reader((path.read_bytes(), both, published), read)
 
 
 def caffe_blobs(folder):

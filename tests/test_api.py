@@ -38,13 +38,15 @@ CLASSES = {
     if isinstance(name.node, ast.ClassDef)
 }
 # What the papers say is in these modules, and there it says where; but these are our own.
-OF_PAPERS = ('importance', 'masks', 'optimizers', 'pruners', 'schedules', 'surgery', 'thresholds')
-OF_PAPERS += ('training',)
-OUR_OWN = {f'masks.{name}' for name in ('init_masks', 'count_kept', 'count_events', 'count_true')}
-OUR_OWN |= {'masks.check_parallel', 'importance.chance', 'pruners.one_shot'}
-OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'thresholds.layer_density'}
+OF_PAPERS = ('densities', 'importance', 'masks', 'optimizers', 'prune', 'pruners', 'schedules')
+OF_PAPERS += ('surgery', 'thresholds', 'training')
+OUR_OWN = {f'masks.{name}' for name in ('init_masks', 'count_kept', 'count_events', 'throw_coins')}
+OUR_OWN |= {'masks.check_parallel', 'masks.find_empty_layers', 'importance.chance'}
+OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'pruners.one_shot'}
 OUR_OWN |= {'schedules.check_step', 'schedules.check_steps', 'schedules.check_finite'}
-OUR_OWN |= {'thresholds.largest_threshold'}
+OUR_OWN |= {f'thresholds.{name}' for name in ('check_hysteresis', 'make_band', 'range_exponent')}
+OUR_OWN |= {f'densities.{name}' for name in ('divide_among_layers', 'largest_threshold')}
+OUR_OWN |= {'densities.layer_density', 'surgery.freeze', 'surgery.get_masks'}
 
 each_function = pytest.mark.parametrize('name', FUNCTIONS)
 

@@ -114,6 +114,7 @@ RULES = [
     ),
     Row(std, {}, 'c_rate', (-0.1, math.nan, math.inf, 1e39), AT_LEAST(0)),
     *(Row(rule, {}, 'density', NOT_SHARES, SHARE) for rule in (layer_density, global_density)),
+    Row(global_density, {'density': 0.5}, 'floor', (-0.1, 1.5, math.nan), 'must be in [0, 1], but is {}'),
     Row(mean_std, {'c_rate': 0.5}, 'hysteresis', NOT_BANDS, BAND),
     *(
         Row(rule, {'density': 0.5}, 'hysteresis', NOT_BANDS, BAND)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
-from wire import blob, delimited, layer, shape
+from wire import blob, delimited, layer, message, shape
 
 from dns_jax.caffe import CaffeLayer, read_caffemodel, to_linen
 from dns_jax.caffe_writer import from_linen, write_caffemodel
@@ -51,6 +51,47 @@ def test_any_layers_of_a_file_are_written_as_they_were_read(tmp_path):
     for one, other in zip(found['bn'].blobs, again['bn'].blobs, strict=True):
         assert one.shape == other.shape
         np.testing.assert_array_equal(one, other)
+
+
+SETTINGS = {
+    'InnerProduct': {'transpose': 1, 'axis': -1, 'num_output': 2**31 - 1, 'bias_term': 0},
+    'CInnerProduct': {'transpose': 0},
+    'Convolution': {'axis': -(2**31), 'group': 2},
+    'CConvolution': {'num_output': 300},
+}
+
+
+def test_settings_are_written_as_they_were_read(tmp_path):
+    """A transposed product would be another one without them."""
+    layers = {
+        type_: CaffeLayer(type_, (random(3, 3),), settings) for type_, settings in SETTINGS.items()
+    }
+    content = write(tmp_path, layers)
+    found = read_caffemodel(tmp_path / 'net.caffemodel')
+    assert {name: layer.settings for name, layer in found.items()} == SETTINGS
+    assert write(tmp_path, found) == content
+    said = message(117, _1=2**31 - 1, _2=0, _5=-1, _6=1)  # behind the blobs, by their numbers
+    first = delimited(1, b'InnerProduct') + delimited(2, b'InnerProduct')
+    first += delimited(7, swapped(layers['InnerProduct'].blobs[0])) + said
+    assert content.startswith(delimited(100, first))
+
+
+def test_a_transposed_product_comes_back(tmp_path):
+    layers = {'ip': CaffeLayer('InnerProduct', (random(3, 4),), {'transpose': 1})}
+    write(tmp_path, layers)
+    found = to_linen(read_caffemodel(tmp_path / 'net.caffemodel')).params['ip']['kernel']
+    np.testing.assert_array_equal(found, layers['ip'].blobs[0])
+
+
+def test_a_layer_without_a_bias_says_so():
+    """Else one weight with its mask may be taken for one with a bias."""
+    one, yes = np.ones((1, 1, 1, 1), np.float32), np.ones((1, 1, 1, 1), bool)
+    layers = from_linen(
+        {'a': {'kernel': one}, 'b': {'kernel': one, 'bias': one.ravel()}},
+        {'a': {'kernel': yes}, 'b': {'kernel': yes, 'bias': yes.ravel()}},
+    )
+    assert [layer.settings for layer in layers.values()] == [{'bias_term': 0}, {}]
+    assert to_linen(layers).params['a'].keys() == {'kernel'}
 
 
 @st.composite
@@ -181,7 +222,7 @@ def test_bad_networks(kind):
 
 
 def test_bad_masks():
-    with pytest.raises(ValueError, match='must have the structure of params'):
+    with pytest.raises(ValueError, match='must have the leaves of params'):
         from_linen({'fc': FC}, {'fc': {'kernel': np.ones((2, 3), bool)}})
     with pytest.raises(TypeError, match='must be boolean'):
         from_linen({'fc': FC}, {'fc': FC})
@@ -193,6 +234,16 @@ BAD_LAYERS = {
     'doubles': ({'a': CaffeLayer('X', (np.ones(2),))}, TypeError, "'a': .* is float64; wanted"),
     'empty': ({'a': CaffeLayer('X', (random(2, 0),))}, ValueError, r'shape \(2, 0\) is empty'),
     'nan': ({'a': CaffeLayer('X', (np.float32([np.nan]),))}, ValueError, 'not finite'),
+    'other settings': (
+        {'a': CaffeLayer('Convolution', (random(2),), {'transpose': 1, 'group': 1})},
+        ValueError,
+        r"layer 'a': it is 'Convolution' with the settings \['transpose'\]; known are \['num_o",
+    ),
+    'settings of another type': (
+        {'a': CaffeLayer('BatchNorm', (random(2),), {'axis': 1})},
+        ValueError,
+        r"'BatchNorm' with the settings \['axis'\]; known are \[\]",
+    ),
     'no name': ({'': CaffeLayer('X', (random(2),))}, ValueError, 'name has 0 bytes'),
     'a long name': ({'n' * 1001: CaffeLayer('X', (random(2),))}, ValueError, 'name has 1001 by'),
 }

@@ -3,6 +3,8 @@
 import struct
 import tracemalloc
 import zlib
+from collections import OrderedDict
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from networks import full, random_network
+from networks import random_network
 
 from dns_jax.codec import load_coded, save_coded
 from dns_jax.entropy import Encoder
@@ -51,9 +53,10 @@ def assert_comes_back(path, network):
     assert loaded.codebooks.keys() == network.codebooks.keys()
     for layer, book in network.codebooks.items():
         np.testing.assert_array_equal(bits(loaded.codebooks[layer]), bits(book), strict=True)
-    masks = by_path(full(network.masks, network.assignments))
+    masks = by_path(network.masks)
     for name, mask in by_path(loaded.masks).items():
-        np.testing.assert_array_equal(mask, masks.pop(name), strict=True)
+        wanted = np.asarray(masks.pop(name))
+        np.testing.assert_array_equal(mask, wanted | (wanted.ndim == 0), strict=True)
     wanted = by_path(expand(*network[:3]))
     for name, weights in by_path(expand(*loaded[:3])).items():
         np.testing.assert_array_equal(bits(weights), bits(wanted.pop(name)), strict=True)
@@ -81,6 +84,47 @@ def test_golden_bytes(path):
 
 
 GOLDEN_STREAM = '8797d07a'
+
+
+def test_golden_bytes_of_a_leaf_that_takes_no_part(path):
+    """128 more for its axes and no count; a scalar says of itself that it takes no part."""
+    network = SharedNetwork(
+        {'': np.float32([1])},
+        {'a': np.zeros((1, 2), int), 't': np.zeros((), int), 'w': np.zeros(2, int)},
+        {'a': np.array(False), 't': np.array(True), 'w': np.ones(2, bool)},
+        {},
+    )
+    loaded = assert_comes_back(path, network)
+    assert {name: mask.shape for name, mask in loaded.masks.items()} == {
+        'a': (),
+        't': (),
+        'w': (2,),
+    }
+    content = (
+        b'\0\x03\x01a\x01t\x01w'  # no metadata, three names of leaves
+        b'\x01\0\x01\x80\x3f\x03'  # one layer '', one value, 1, and three leaves
+        b'\0\x82\x01\x01\x02'  # a: 130 for two axes of 1 and 2
+        b'\x01\0\x01'  # t: no axes, one weight
+        b'\x02\x01\x02\x02'  # w: one axis of 2, two weights
+    )
+    assert path.read_bytes()[8:].startswith(content)
+
+
+ZOO = sorted((Path(__file__).parents[1] / 'zoo').glob('*.dns'))
+
+
+@pytest.mark.parametrize('file', ZOO, ids=lambda file: file.stem)
+def test_the_zoo_is_written_as_it_was(path, file):
+    save_coded(path, load_coded(file))
+    assert path.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize('shape', [(0,), (0, 7), (7, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize('takes_part', [True, False])
+def test_empty_leaves(path, shape, takes_part):
+    params = {'a': np.zeros(shape, np.float32), 'b': np.ones(2, np.float32)}
+    masks = {'a': np.ones(shape if takes_part else (), bool), 'b': np.array([True, False])}
+    assert_comes_back(path, share(params, masks, 2))
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -151,6 +195,13 @@ def test_round_trip(path, network, clusters, metadata):
     assert_comes_back(path, share(params, masks, clusters, metadata))
 
 
+def test_masks_of_another_kind_of_tree_are_found_by_their_paths(path):
+    assignments = OrderedDict(b=np.zeros(2, int), a=np.zeros(2, int))
+    masks = {'a': np.array([True, False]), 'b': np.array(True)}
+    save_coded(path, SharedNetwork({'': np.float32([1])}, assignments, masks, {}))
+    jax.tree.map(np.testing.assert_array_equal, load_coded(path).masks, masks)
+
+
 def test_sharded_weights_are_gathered(path, mesh):
     rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
     params = {'w': jax.device_put(jnp.arange(32.0).reshape(16, 2), rows)}
@@ -181,7 +232,7 @@ BAD = [
     ({'codebooks': {'fc': np.float32([1])}}, ValueError, 'from 0 to 0, but has 0 to 1'),
     ({'assignments': {'fc': {'w': -GOOD.assignments['fc']['w']}}}, ValueError, 'but has -1 to 0'),
     ({'assignments': {'fc': {'w': np.ones((2, 2))}}}, TypeError, 'must be integers, not float64'),
-    ({'assignments': {'fc': {'v': np.ones((2, 2), int)}}}, ValueError, 'must have the structure'),
+    ({'assignments': {'fc': {'v': np.ones((2, 2), int)}}}, ValueError, 'must have the leaves'),
     ({'masks': {'fc': {'w': np.ones((2, 2))}}}, TypeError, 'must be boolean'),
     ({'metadata': {'scale': 1.0}}, TypeError, "'scale': 1.0"),
     ({'metadata': {3: 'three'}}, TypeError, "3: 'three'"),
@@ -276,6 +327,11 @@ def layer(name='', book=b'\x80\x3f', leaves=((0, (2,), 2),), clusters=None, amou
     return b''.join(parts)
 
 
+def whole(axes, shape):
+    """A layer of one leaf, without a count of kept weights."""
+    return layer(leaves=(), amount=1) + b''.join(map(encode_number, (0, axes, *shape)))
+
+
 HEADERS = {
     'sound': (form(layer()), None),
     'nothing in it': (form(), 'at least one leaf'),
@@ -289,6 +345,13 @@ HEADERS = {
     'many clusters': (form(layer(clusters=2**62)), 'over 65536'),
     'more clusters than there are': (form(layer(clusters=60_000)), 'ends too early'),
     'many axes': (form(layer(leaves=[(0, (1,) * 65, 1)])), '65 axes, over 64'),
+    'axes of neither': (form(whole(127, (1,) * 127)), '127 axes, over 64'),
+    'no part': (form(whole(129, (2,))), None),
+    'no part, many axes': (form(whole(128 + 65, (1,) * 65)), '65 axes, over 64'),
+    'no part, a scalar': (form(whole(128, ())), 'not what its network'),
+    'no part, a count': (form(whole(129, (2, 2))), ''),
+    'no part, too large': (form(whole(129, (2**31 + 1,))), r'2147483649; 2\*\*31 are the most'),
+    'no part, above the limit': (form(whole(129, (2 * 10**6,))), '2000000 parameters'),
     'number too long': (b'\xff' * 10, r'2\*\*63'),
     'number with a zero too many': (b'\x80\0' + form(layer())[1:], 'not what its network'),
     'not UTF-8': (b'\x01\x01\xff\x00' + form(layer())[1:], 'utf-8'),
@@ -334,7 +397,9 @@ HEADERS = {
 def test_damaged_headers(path, content, message):
     path.write_bytes(sealed(content))
     if message is None:
-        np.testing.assert_array_equal(load_coded(path).masks['w'], [True, True])
+        loaded = load_coded(path)
+        assert loaded.masks['w'].all()
+        np.testing.assert_array_equal(loaded.assignments['w'], [0, 0])
     else:
         assert_refused(path, message or '.', max_parameters=10**6)
 

@@ -19,13 +19,15 @@ from flax import nnx
 from dns_jax import (
     Rule,
     apply_masks,
+    get_masks,
     global_density,
+    has_axes,
     importance,
-    is_kernel,
     layer_density,
     log_linear_density,
     mean_std,
     polynomial_density,
+    prune_to,
     pruners,
     surgery,
     update_probability,
@@ -35,6 +37,7 @@ SIGMA = update_probability(gamma=0.3, stop=12)
 RULE = Rule(mean_std(0.2), SIGMA)
 BY_LAYER = Rule(layer_density(polynomial_density(0.2, 0, 9, initial=0.8)), SIGMA, refresh_every=3)
 GLOBAL = Rule(global_density(log_linear_density(0.1, 2, 10, initial=0.7)), SIGMA, refresh_every=2)
+FOLLOWED = GLOBAL._replace(refresh_every=None)
 
 
 def one_layer(path):
@@ -42,21 +45,28 @@ def one_layer(path):
     return 'all'
 
 
+ALL = {'takes_part': has_axes}  # biases too
 TRANSFORMATIONS = {
-    'surgery': lambda key: surgery(RULE, key),
-    'surgery of kernels as one': lambda key: surgery({'*': RULE}, key, is_kernel, one_layer),
+    'surgery': lambda key: surgery(RULE, key, **ALL),
+    'surgery of kernels as one': lambda key: surgery({'*': RULE}, key, layer_of=one_layer),
     'surgery of nothing': lambda key: surgery({}, key),
-    'a density per layer': lambda key: surgery({'*': BY_LAYER}, key),
-    'a density over all': lambda key: surgery(GLOBAL, key),
-    'surgery without splicing': lambda key: surgery(RULE, key, splicing=False),
-    'Han': lambda key: pruners.han(0.3, [0, 3, 9], key),
-    'iterative': lambda key: pruners.iterative(0.3, [0, 5], key, importance=importance.taylor),
-    'SET': lambda key: pruners.regrow(0.3, 3, 9, key, growth=importance.chance),
-    'RigL': lambda key: pruners.regrow(0.3, 2, 9, key, 0.5, initial=importance.magnitude),
-    'gradual': lambda key: pruners.gradual(0.2, 0, 9, 3, key, importance=importance.chance),
+    'a density per layer': lambda key: surgery({'*': BY_LAYER}, key, **ALL),
+    'a density over all': lambda key: surgery(GLOBAL, key, **ALL),
+    'a density that is followed': lambda key: surgery(FOLLOWED, key, **ALL),
+    'prune_to': lambda key: prune_to(density=0.2, steps=12, key=key),
+    'surgery without splicing': lambda key: surgery(RULE, key, splicing=False, **ALL),
+    'Han': lambda key: pruners.han(0.3, [0, 3, 9], key, **ALL),
+    'iterative': lambda key: pruners.iterative(
+        0.3, [0, 5], key, importance=importance.taylor, **ALL
+    ),
+    'SET': lambda key: pruners.regrow(0.3, 3, 9, key, growth=importance.chance, **ALL),
+    'RigL': lambda key: pruners.regrow(0.3, 2, 9, key, 0.5, initial=importance.magnitude, **ALL),
+    'gradual': lambda key: pruners.gradual(0.2, 0, 9, 3, key, importance=importance.chance, **ALL),
 }
 # Those that change masks at the first step.
-ACTIVE = [name for name in TRANSFORMATIONS if name not in ('surgery of nothing', 'gradual')]
+ACTIVE = [
+    name for name in TRANSFORMATIONS if name not in ('surgery of nothing', 'prune_to', 'gradual')
+]
 
 
 class Dense(NamedTuple):
@@ -115,10 +125,6 @@ each_active = pytest.mark.parametrize('name', ACTIVE)
 
 def make(name, seed=0):
     return TRANSFORMATIONS[name](jax.random.key(seed))
-
-
-def get_masks(state):
-    return optax.tree.get(state, 'masks')
 
 
 def gradients_at(params, count):

@@ -107,7 +107,7 @@ def test_what_takes_no_part_is_not_looked_at():
 
 
 def masks_of(state):
-    return optax.tree.get(state, 'masks')
+    return dns_jax.get_masks(state)
 
 
 @pytest.mark.parametrize('setbacks', [(), (False,), (False, False), (True,), (False, True)])

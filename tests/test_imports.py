@@ -12,8 +12,9 @@ EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
 TESTS = sorted((ROOT / 'tests').rglob('*.py'))
 
 # What each module of the library may import from the library.
-LEAVES = {'typing', 'layers'}
-MIDDLE = LEAVES | {'importance', 'masks', 'thresholds', 'schedules', 'optimizers'}
+LEAVES = {'typing', 'roles', 'layers'}
+MIDDLE = LEAVES | {'counts', 'densities', 'importance', 'masks', 'schedules', 'stacking'}
+MIDDLE |= {'thresholds'}
 # Which other packages an artefact module may import besides.
 ARTEFACT_PACKAGES = {
     'entropy': {'constriction'},
@@ -25,16 +26,21 @@ ARTEFACT_PACKAGES = {
 ALLOWED = {
     '__init__': None,  # the public names, from wherever they are
     'typing': set(),
-    'layers': {'typing'},
+    'roles': {'typing'},
+    'layers': {'typing', 'roles'},
+    'counts': set(),
+    'stacking': LEAVES,
     'importance': {'typing'},
-    'masks': LEAVES,
-    'thresholds': LEAVES | {'masks', 'schedules'},
+    'masks': LEAVES | {'counts'},
+    'thresholds': LEAVES | {'schedules'},
+    'densities': LEAVES | {'counts', 'masks', 'thresholds'},
     'schedules': LEAVES,
     'optimizers': LEAVES,
     'surgery': MIDDLE,
+    'prune': MIDDLE | {'surgery'},
     'pruners': MIDDLE | {'surgery'},
-    'training': LEAVES | {'masks'},
-    'metrics': LEAVES | {'masks'},
+    'training': LEAVES | {'masks', 'surgery'},
+    'metrics': LEAVES | {'counts', 'masks'},
     'files': set(),
     'chain': set(),
     'compact': LEAVES | {'chain', 'masks'},
@@ -168,6 +174,7 @@ TOOLS = {
         *('artefacts', 'command_line', 'latency_report', 'models', 'progress', 'timing'),
         'tool_flags',
     },
+    'own_loop': {'command_line', 'own_runs'},
     'results': {'summaries', 'sweep_report', 'tables'},
     'scale': {
         *('command_line', 'models', 'progress', 'scale_input', 'scale_programs', 'scale_report'),

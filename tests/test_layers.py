@@ -1,5 +1,6 @@
 """Tests of dns_jax.layers."""
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dns_jax import layers
+from dns_jax import layers, roles
 
 
 class Pair(NamedTuple):
@@ -36,15 +37,16 @@ def nnx_state():
         ({'value': {'kernel': KERNEL}}, ['value/kernel']),
     ],
 )
-def test_leaf_path(tree, paths):
-    assert [layers.leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)] == paths
+def test_named_leaves(tree, paths):
+    named = layers.named_leaves(tree)
+    assert [path for path, _ in named] == paths
+    assert all(map(operator.is_, [leaf for _, leaf in named], jax.tree.leaves(tree)))
 
 
-def test_leaf_path_of_nnx_state_and_its_pure_dict():
+def test_named_leaves_of_nnx_state_and_its_pure_dict():
     state = nnx_state()
     for tree in (state, nnx.to_pure_dict(state)):
-        paths = [layers.leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
-        assert sorted(paths) == ['bias', 'kernel']
+        assert sorted(path for path, _ in layers.named_leaves(tree)) == ['bias', 'kernel']
 
 
 @pytest.mark.parametrize(
@@ -58,10 +60,10 @@ def test_parent(path, name):
     ('shape', 'axes', 'kernel'),
     [((), False, False), ((3,), True, False), ((4, 3), True, True), ((3, 3, 1, 2), True, True)],
 )
-def test_predicates(shape, axes, kernel):
+def test_predicates_where_names_say_nothing(shape, axes, kernel):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert layers.has_axes('any/path', leaf) is axes
-    assert layers.is_kernel('any/path', leaf) is kernel
+    assert roles.has_axes('any/path', leaf) is axes
+    assert roles.is_kernel('any/path', leaf) is kernel
 
 
 def test_layer_names():
@@ -85,7 +87,7 @@ def test_group_by_layer_sorts_layers_and_keeps_the_order_of_leaves():
 def test_group_by_layer_takes_what_the_predicate_takes():
     tree = {'fc1': Pair(KERNEL, BIAS), 'norm': {'scale': BIAS}, 'temperature': jnp.ones(())}
     assert {k: len(v) for k, v in layers.group_by_layer(tree).items()} == {'fc1': 2, 'norm': 1}
-    kernels = layers.group_by_layer(tree, takes_part=layers.is_kernel)
+    kernels = layers.group_by_layer(tree, takes_part=roles.is_kernel)
     assert {k: len(v) for k, v in kernels.items()} == {'fc1': 1}
     one = layers.group_by_layer(tree, layer_of=lambda path: 'all')
     assert {k: len(v) for k, v in one.items()} == {'all': 3}
@@ -138,5 +140,5 @@ def test_match_patterns_refuses_a_pattern_without_effect(table, pattern):
 
 def test_a_weight_named_value_keeps_its_name():
     tree = {'attention': {'query': {'kernel': 0.0}, 'value': {'kernel': 0.0}}, 'head': {'value': 1}}
-    paths = [layers.leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    paths = [path for path, _ in layers.named_leaves(tree)]
     assert paths == ['attention/query/kernel', 'attention/value/kernel', 'head/value']

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import linen
 
-from dns_jax import apply_masks, group_by_layer, init_masks, is_kernel, layer_names
+from dns_jax import apply_masks, get_masks, group_by_layer, init_masks, is_kernel, layer_names
 
 PAGE = (Path(__file__).parents[1] / 'docs' / 'libraries.md').read_text()
 PREAMBLE, *SECTIONS = PAGE.split('\n## ')
@@ -82,10 +82,10 @@ def put(start, tree):
 def train(names, apply, params):
     """Trains by the page's own step; gives the weights, and the masks after each step."""
     state = names['optimizer'].init(params)
-    masks = [by_layer(optax.tree.get(state, 'masks'))]
+    masks = [by_layer(get_masks(state))]
     for _ in range(STEPS):
         params, state = names['step'](apply, params, state)
-        masks.append(by_layer(optax.tree.get(state, 'masks')))
+        masks.append(by_layer(get_masks(state)))
     return by_layer(params), jax.tree.map(lambda *leaves: np.stack(leaves), *masks)
 
 

@@ -26,12 +26,12 @@ def make_calls():
 
     def step(carry, _):
         params, state = carry
-        masks = optax.tree.get(state, 'masks')
+        masks = dns_jax.get_masks(state)
         # The gradient of half the sum of squares at W⊙T, with another sign at every other step.
         sign = 1.0 - 2.0 * (optax.tree.get(state, 'count') % 2).astype(jnp.float32)
         gradients = optax.tree.scale(sign, dns_jax.apply_masks(params, masks))
         updates, state = optimizer.update(gradients, state, params)
-        events = dns_jax.count_events(masks, optax.tree.get(state, 'masks'))
+        events = dns_jax.count_events(masks, dns_jax.get_masks(state))
         return (optax.apply_updates(params, updates), state), events['fc1'].pruned
 
     take = jax.jit(lambda carry: jax.lax.scan(step, carry, length=STEPS_PER_CALL), donate_argnums=0)

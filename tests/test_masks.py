@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dns_jax import Thresholds, apply_masks, count_events, count_kept, init_masks, update_masks
-from dns_jax.layers import is_kernel
-from dns_jax.masks import check_parallel, count_true, discriminate
+from dns_jax.counts import count_true
+from dns_jax.masks import check_parallel, discriminate
+from dns_jax.roles import has_axes
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -121,7 +122,7 @@ def test_update_masks_repeats_itself_and_a_second_update_changes_nothing(network
 def test_coins_fall_as_often_as_they_should_and_independently():
     layers, draws = ['a', 'b', 'c'], 20_000
     weights = {layer: jnp.zeros((2, 2)) for layer in layers}
-    masks = init_masks(weights)
+    masks = init_masks(weights, has_axes)
     sigma = {'a': 0.3, 'b': 0.6, 'c': 0.5}
     bands = {layer: Thresholds(1.0, 2.0) for layer in layers}
 
@@ -238,9 +239,9 @@ def test_masks_inherit_the_sharding_of_their_weights(mesh, dtype):
             'bias': jax.NamedSharding(mesh, spec('x')),
         },
     )
-    masks = init_masks(placed)
+    masks = init_masks(placed, has_axes)
     band, keys = {'': Thresholds(0.5, 0.9)}, jax.random.split(jax.random.key(0), 6)
-    whole = init_masks(params)
+    whole = init_masks(params, has_axes)
     for key in keys:
         for name in params:
             assert masks[name].sharding.is_equivalent_to(placed[name].sharding, params[name].ndim)
@@ -257,12 +258,12 @@ def test_init_masks():
         'steps': jnp.zeros((), jnp.int32),
         'none': None,
     }
-    masks = init_masks(params)
+    masks = init_masks(params, has_axes)
     chex.assert_trees_all_equal_structs(masks, params)
     want = {'a': {'kernel': (2, 3), 'bias': (3,)}, 'steps': (), 'none': None}
     assert jax.tree.map(jnp.shape, masks) == want
     assert all(leaf.dtype == bool and leaf.all() for leaf in jax.tree.leaves(masks))
-    kernels = init_masks(params, is_kernel)
+    kernels = init_masks(params)
     assert kernels['a']['bias'].shape == ()
     assert kernels['a']['kernel'].shape == (2, 3)
 
@@ -300,7 +301,7 @@ def test_scalar_masks_cost_nothing():
 
 def test_a_scalar_mask_stays_beside_those_of_its_layer_and_without():
     params = {'a': {'bias': jnp.zeros(3), 'kernel': jnp.zeros((2, 3))}, 'b': {'bias': jnp.zeros(2)}}
-    masks = init_masks(params, is_kernel)
+    masks = init_masks(params)
     new = update_masks(jax.random.key(0), params, masks, {'a': Thresholds(1.0, 2.0)}, {'a': 1.0})
     want = {'a': {'bias': True, 'kernel': [[False] * 3] * 2}, 'b': {'bias': True}}
     assert jax.tree.map(lambda leaf: leaf.tolist(), new) == want
@@ -315,11 +316,14 @@ SIZES = [0, 1, 127, 128, 129, 255, 256, 257, 128 * 255, 128 * 255 + 127, 128 * 2
 def test_counts(size, density):
     random = np.random.default_rng(size)
     before, after = random.random((2, size)) < density
-    assert int(count_kept({'a': {'b': jnp.asarray(before)}})['a']) == before.sum()
+    kept = count_kept({'a': {'b': jnp.asarray(before)}})['a']
+    assert kept == before.sum()
     events = count_events(jnp.asarray(before), jnp.asarray(after))['']
-    assert int(events.pruned) == (before & ~after).sum()
-    assert int(events.spliced) == (~before & after).sum()
-    assert {events.pruned.dtype, events.spliced.dtype} == {jnp.dtype('int32')}
+    assert events == ((before & ~after).sum(), (~before & after).sum())
+    assert {type(number) for number in (kept, *events)} == {int}
+    jitted = jax.jit(count_events)(jnp.asarray(before), jnp.asarray(after))['']
+    assert jitted == events
+    assert {number.dtype for number in jitted} == {jnp.dtype('int32')}
 
 
 @pytest.mark.parametrize('shape', [(), (0, 3), (3, 43), (4, 64), (5, 7, 3, 11)])
@@ -352,21 +356,18 @@ def test_counts_go_by_layer_and_leave_out_scalar_masks():
         'b': {'bias': jnp.array(True), 'kernel': jnp.eye(3, dtype=bool)},
         'c': {'scale': jnp.array(True)},
     }
-    assert {k: int(v) for k, v in count_kept(masks).items()} == {'a': 5, 'b': 3}
-    assert {k: int(v) for k, v in count_kept(masks, lambda path: path[2:]).items()} == {
-        'bias': 1,
-        'kernel': 7,
-    }
+    assert count_kept(masks) == {'a': 5, 'b': 3}
+    assert count_kept(masks, lambda path: path[2:]) == {'bias': 1, 'kernel': 7}
     assert list(count_events(masks, masks)) == ['a', 'b']
 
 
 TREE = {'a': jnp.ones((2, 3)), 'b': jnp.ones(3)}
-GOOD = init_masks(TREE)
+GOOD = init_masks(TREE, has_axes)
 BAD_MASKS = [
-    ({'a': GOOD['a']}, ValueError, 'structure of params'),
-    ((GOOD['a'], GOOD['b']), ValueError, 'structure of params'),
-    ({**GOOD, 'c': GOOD['b']}, ValueError, 'structure of params'),
-    ({**GOOD, 'b': None}, ValueError, 'structure of params'),
+    ({'a': GOOD['a']}, ValueError, "lack 'b'; they have no other"),
+    ((GOOD['a'], GOOD['b']), ValueError, "lack 'a'; they have '0', '1'"),
+    ({**GOOD, 'c': GOOD['b']}, ValueError, "have 'c' too, which params lack"),
+    ({**GOOD, 'b': None}, ValueError, "lack 'b'; they have no other"),
     ({**GOOD, 'a': jnp.ones((3, 2), bool)}, ValueError, r"masks\['a'\] has shape \(3, 2\)"),
     ({**GOOD, 'a': jnp.ones(3, bool)}, ValueError, r"masks\['a'\] has shape \(3,\)"),
     ({**GOOD, 'b': jnp.ones(3)}, TypeError, r"masks\['b'\] must be boolean.*float32"),
@@ -416,7 +417,7 @@ def test_count_events_of_masks_that_do_not_match(before, after, error):
 )
 def test_weights_without_masks(params, takes_part, error, message):
     with pytest.raises(error, match=message):
-        init_masks(params, *([takes_part] if takes_part else []))
+        init_masks(params, takes_part or has_axes)
 
 
 @pytest.mark.parametrize('name', ['thresholds', 'update_probability'])
@@ -430,7 +431,7 @@ def test_tables_that_name_other_layers(name, layers):
     value = next(iter(tables[name].values()))
     tables[name] = dict.fromkeys(layers, value)
     with pytest.raises(ValueError, match=f'{name} must name the layers') as caught:
-        update_masks(jax.random.key(0), tree, init_masks(tree), **tables)
+        update_masks(jax.random.key(0), tree, init_masks(tree, has_axes), **tables)
     assert "['a', 'b']" in str(caught.value)
     assert str(layers) in str(caught.value)
 

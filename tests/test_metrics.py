@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dns_jax import Size, init_masks, measure_sizes
-from dns_jax.layers import is_kernel
+from dns_jax.roles import has_axes
 
 PARAMS = {
     'conv': {'kernel': jnp.ones((3, 3, 2, 4), jnp.bfloat16), 'bias': jnp.ones(4)},
@@ -44,7 +44,7 @@ def by_hand(params, masks, positions):
 
 
 @pytest.mark.parametrize('positions', [POSITIONS, {'conv': 49, 'fc': 2}, {}, None])
-@pytest.mark.parametrize('takes_part', [None, is_kernel, lambda path, leaf: False])
+@pytest.mark.parametrize('takes_part', [None, has_axes, lambda path, leaf: False])
 def test_sizes_by_hand(takes_part, positions):
     masks = random_masks(takes_part)
     sizes = measure_sizes(PARAMS, masks, positions)
@@ -58,7 +58,7 @@ def test_sizes_by_hand(takes_part, positions):
 
 
 def test_density_and_compression():
-    sizes = measure_sizes(PARAMS, random_masks(is_kernel), POSITIONS)
+    sizes = measure_sizes(PARAMS, random_masks(), POSITIONS)
     for size in (*sizes.layers.values(), sizes.total):
         assert size.density == size.kept / size.parameters
         assert size.compression == size.parameters / size.kept
@@ -81,7 +81,7 @@ def test_layers_by_another_function():
     ('arguments', 'error', 'message'),
     [
         ((PARAMS, random_masks(), {'conv': 1, 'fc9': 2}), ValueError, r"positions .*\['fc9'\]"),
-        ((PARAMS, random_masks()['fc']), ValueError, 'structure'),
+        ((PARAMS, random_masks()['fc']), ValueError, "masks .* lack 'conv/bias'"),
         ((jnp.ones(3), jnp.ones(2, bool)), ValueError, r'masks.*shape \(2,\)'),
         ((jnp.ones(3), jnp.ones(3)), TypeError, 'masks.*boolean.*float32'),
         (({}, {}), ValueError, 'params'),

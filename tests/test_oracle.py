@@ -68,7 +68,7 @@ def parts():
     }
     rate = dns_jax.caffe_step(SOLVER.base, SOLVER.factor, SOLVER.step_size)
     sgd = dns_jax.caffe_sgd(rate, SOLVER.momentum, SOLVER.decay, SOLVER.bias_scale)
-    return dns_jax.surgery(rules, jax.random.key(KEY)), sgd
+    return dns_jax.surgery(rules, jax.random.key(KEY), dns_jax.has_axes), sgd
 
 
 def paper_step():
@@ -77,10 +77,10 @@ def paper_step():
 
     def step(carry, batch):
         params, state = carry
-        _, gradients = value_and_grad(params, optax.tree.get(state, 'masks'), *batch)
+        _, gradients = value_and_grad(params, dns_jax.get_masks(state), *batch)
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state), (optax.tree.get(state, 'masks'), params)
+        return (params, state), (dns_jax.get_masks(state), params)
 
     return optimizer.init, step
 

@@ -15,6 +15,7 @@ import pytest
 from dns_jax import (
     Thresholds,
     global_density,
+    has_axes,
     init_masks,
     layer_density,
     log_linear_density,
@@ -54,7 +55,7 @@ LAYERS = {
     'float16': lambda: layers(jnp.float16),
     'tuples': lambda: tuple({k: tuple(v) for k, v in tree.items()} for tree in layers()),
     'one weight, at the root': lambda: ({'': [jnp.array([-2.0])]}, {'': [jnp.array([True])]}),
-    'zeros': lambda: (jax.tree.map(jnp.zeros_like, layers()[0]), init_masks(layers()[0])),
+    'zeros': lambda: (jax.tree.map(jnp.zeros_like, layers()[0]), init_masks(layers()[0], has_axes)),
     'all pruned': lambda: (layers()[0], jax.tree.map(jnp.zeros_like, layers()[1])),
 }
 

@@ -5,7 +5,8 @@ import json
 import os
 import struct
 import tracemalloc
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
+from pathlib import Path
 
 import chex
 import jax
@@ -18,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dns_jax import apply_masks
+from dns_jax import Thresholds, apply_masks, update_masks
 from dns_jax.masks import check_parallel
 from dns_jax.sparse import load_sparse, save_sparse
 
@@ -30,10 +31,11 @@ GOLDEN_MASKS = {
 }
 GOLDEN_TENSORS = {
     'fc/bias:values': np.array([7, 8], np.float32),
-    'fc/bias:indices': np.array([0, 1], np.uint32),
     'fc/kernel:values': np.array([1.5, -2, 0], np.float32),
     'fc/kernel:indices': np.array([1, 3, 4], np.uint32),
 }
+# Before files said what took part, they had all indices of a leaf that took none.
+OLD_TENSORS = {**GOLDEN_TENSORS, 'fc/bias:indices': np.array([0, 1], np.uint32)}
 GOLDEN_SHAPES = {'fc/bias:shape': '[2]', 'fc/kernel:shape': '[2, 3]'}
 FREE = {
     'network': 'tiny',
@@ -57,7 +59,9 @@ def assert_loads(path, params, masks, metadata=None):
     """What is in the file, made dense, is these trees to the bit."""
     loaded = load_sparse(path)
     chex.assert_trees_all_equal_structs(loaded.params, params)
-    chex.assert_trees_all_equal(loaded.masks, jax.tree.map(np.asarray, masks), strict=True)
+    # What a mask of shape () says is of no concern: it keeps all.
+    wanted = jax.tree.map(lambda mask: np.asarray(mask) | (np.ndim(mask) == 0), masks)
+    chex.assert_trees_all_equal(loaded.masks, wanted, strict=True)
     assert loaded.metadata == (metadata or {})
 
     def check(got, weights, mask):
@@ -65,13 +69,9 @@ def assert_loads(path, params, masks, metadata=None):
         assert got.dtype == np.float32
         wanted = np.where(mask, np.asarray(weights, np.float32), np.float32(0))
         np.testing.assert_array_equal(bits(got), bits(wanted), strict=True)
+        got[...] = 1  # an array of one's own
 
-    jax.tree.map(check, loaded.params, params, masks)
-
-
-def full(masks, params):
-    """Masks as they come back: those of leaves that take no part in full."""
-    return jax.tree.map(lambda mask, leaf: np.broadcast_to(mask, np.shape(leaf)), masks, params)
+    jax.tree.map(check, loaded.params, params, wanted)
 
 
 def test_golden_tensors_and_metadata(path):
@@ -81,7 +81,7 @@ def test_golden_tensors_and_metadata(path):
         assert set(file.keys()) == set(GOLDEN_TENSORS)
         for name, tensor in GOLDEN_TENSORS.items():
             np.testing.assert_array_equal(file.get_tensor(name), tensor, strict=True)
-    assert_loads(path, GOLDEN, full(GOLDEN_MASKS, GOLDEN), FREE)
+    assert_loads(path, GOLDEN, GOLDEN_MASKS, FREE)
     np.testing.assert_array_equal(
         load_sparse(path).params['fc']['kernel'], np.float32([[0, 1.5, 0], [-2, 0, 0]])
     )
@@ -103,6 +103,53 @@ def test_golden_bytes(path):
     assert path.read_bytes() == struct.pack('<Q', len(header)) + header + data
 
 
+def test_golden_bytes_of_a_leaf_that_takes_no_part(path):
+    """Its weights alone; a scalar is as it was, for it says of itself that it takes no part."""
+    params = {'a': jnp.array([[9.0, -1.0]]), 't': jnp.float32(5), 'w': jnp.array([4.0, 0.5])}
+    save_sparse(path, params, {'a': True, 't': True, 'w': jnp.array([False, True])})
+    header = (
+        b'{"__metadata__":{"a:shape":"[1, 2]","t:shape":"[]","w:shape":"[2]"},'
+        b'"a:values":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"t:values":{"dtype":"F32","shape":[1],"data_offsets":[8,12]},'
+        b'"w:values":{"dtype":"F32","shape":[1],"data_offsets":[12,16]},'
+        b'"t:indices":{"dtype":"U32","shape":[1],"data_offsets":[16,20]},'
+        b'"w:indices":{"dtype":"U32","shape":[1],"data_offsets":[20,24]}}'
+    )
+    header += b' ' * (-len(header) % 8)
+    data = struct.pack('<4f2I', 9.0, -1.0, 5.0, 0.5, 0, 1)
+    assert path.read_bytes() == struct.pack('<Q', len(header)) + header + data
+
+
+ZOO = sorted((Path(__file__).parents[1] / 'zoo').glob('*.safetensors'))
+
+
+@pytest.mark.parametrize('file', ZOO, ids=lambda file: file.stem)
+def test_the_zoo_is_written_as_it_was(path, file):
+    save_sparse(path, *load_sparse(file))
+    assert path.read_bytes() == file.read_bytes()
+
+
+def test_an_old_file_keeps_what_took_no_part(path):
+    """It is a mask of True, for the file does not tell."""
+    save_file(OLD_TENSORS, path, GOLDEN_SHAPES)
+    masks = {'fc': {**GOLDEN_MASKS['fc'], 'bias': np.ones(2, bool)}}
+    assert_loads(path, GOLDEN, masks)
+    save_file({'t:values': f32(3), 't:indices': u32(0)}, path, {'t:shape': '[]'})
+    assert_loads(path, {'t': jnp.float32(3)}, {'t': np.array(True)})
+
+
+def test_surgery_on_what_was_loaded_prunes_what_took_part_alone(path):
+    params = {'a': {'w': jnp.array([0.1, 3.0])}, 'b': {'scale': jnp.array([0.1, 3.0])}}
+    save_sparse(path, params, {'a': {'w': jnp.ones(2, bool)}, 'b': {'scale': jnp.array(True)}})
+    loaded = load_sparse(path)
+    # Thresholds are wanted for the layers that take part, and no others.
+    masks = update_masks(
+        jax.random.key(0), loaded.params, loaded.masks, {'a': Thresholds(1.0, 2.0)}, {'a': 1.0}
+    )
+    np.testing.assert_array_equal(masks['a']['w'], [False, True])
+    np.testing.assert_array_equal(apply_masks(params, masks)['b']['scale'], params['b']['scale'])
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_every_dtype_is_stored_without_loss(path, dtype):
     width = jnp.dtype(dtype).itemsize
@@ -113,8 +160,14 @@ def test_every_dtype_is_stored_without_loss(path, dtype):
         weights = np.arange(256**width, dtype=f'uint{8 * width}').view(dtype)
     mask = np.isfinite(weights.astype(np.float32))
     assert not mask.all()  # what is pruned may be anything
-    save_sparse(path, {'w': jnp.asarray(weights)}, {'w': jnp.asarray(mask)})
+    save_sparse(
+        path,
+        {'w': jnp.asarray(weights), 'whole': jnp.asarray(weights[mask][None])},
+        {'w': jnp.asarray(mask), 'whole': jnp.array(True)},
+    )
     got = load_sparse(path).params['w']
+    whole = load_sparse(path).params['whole']
+    np.testing.assert_array_equal(bits(whole[0]), bits(got[mask]), strict=True)
     np.testing.assert_array_equal(bits(got[mask]), bits(weights[mask].astype(np.float32)))
     np.testing.assert_array_equal(got[mask].astype(dtype), weights[mask])
     assert not bits(got[~mask]).any()
@@ -151,7 +204,7 @@ NESTED = [
 def test_any_tree_comes_back_as_nested_dicts(path, params, nested):
     for mask in (lambda leaf: np.ones(leaf.shape, bool), lambda leaf: np.array(True)):
         save_sparse(path, params, jax.tree.map(mask, params))
-        assert_loads(path, nested, jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), nested))
+        assert_loads(path, nested, jax.tree.map(mask, nested))
 
 
 @st.composite
@@ -181,16 +234,21 @@ def nest(tree):
     return nested
 
 
+def bytes_of(weights, mask):
+    """A value for each kept weight, and where the leaf takes part or is a scalar its index."""
+    kept = int(mask.sum()) if mask.ndim else weights.size
+    return (8 if mask.ndim == weights.ndim else 4) * kept
+
+
 @given(network=networks(), metadata=st.dictionaries(st.text('ab:', max_size=3), st.text('σ"\\')))
 def test_round_trip(path, network, metadata):
     params, masks = network
     save_sparse(path, params, masks, metadata)
-    assert_loads(path, nest(params), nest(full(masks, params)), metadata)
+    assert_loads(path, nest(params), nest(masks), metadata)
     data = path.read_bytes()
     header = int.from_bytes(data[:8], 'little')
     assert header % 8 == 0
-    kept = sum(int(mask.sum()) for mask in full(masks, params).values())
-    assert len(data) == 8 + header + 8 * kept
+    assert len(data) == 8 + header + sum(map(bytes_of, params.values(), masks.values()))
 
     loaded = load_sparse(path)
     save_sparse(path, *loaded)
@@ -217,6 +275,14 @@ def test_sharded_weights_are_gathered(path, mesh):
     assert_loads(path, jax.device_get(params), jax.device_get(masks))
 
 
+def test_masks_of_another_kind_of_tree_are_found_by_their_paths(path):
+    """As masks from a file are, beside weights that a library keeps in another order."""
+    params = OrderedDict([('b', jnp.array([1.0, 2.0])), ('a', jnp.array([3.0, 4.0]))])
+    masks = {'a': np.array([True, False]), 'b': np.array(True)}
+    save_sparse(path, params, masks)
+    assert_loads(path, dict(params), masks)
+
+
 def test_nothing_kept(path):
     params = {'a': jnp.full((3, 2), jnp.nan), 'b': jnp.ones(2)}
     masks = {'a': jnp.zeros((3, 2), bool), 'b': jnp.zeros(2, bool)}
@@ -231,7 +297,18 @@ def test_scalar_mask_keeps_all(path):
     """Whatever it says, as in apply_masks."""
     params = {'a': jnp.ones((3, 2)), 'b': jnp.float32(4)}
     save_sparse(path, params, {'a': jnp.array(False), 'b': jnp.array(False)})
-    assert_loads(path, params, {'a': np.ones((3, 2), bool), 'b': np.array(True)})
+    assert_loads(path, params, {'a': np.array(True), 'b': np.array(True)})
+
+
+@pytest.mark.parametrize('shape', [(0,), (0, 7), (7, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize('takes_part', [True, False])
+def test_empty_leaves(path, shape, takes_part):
+    params = {'a': np.zeros(shape, np.float32), 'b': jnp.ones(2)}
+    masks = {'a': np.ones(shape if takes_part else (), bool), 'b': np.array([True, False])}
+    save_sparse(path, params, masks)
+    assert_loads(path, params, masks)
+    save_sparse(path, {'a': params['a'].astype(jnp.bfloat16)}, {'a': masks['a']})
+    assert_loads(path, {'a': params['a']}, {'a': masks['a']})
 
 
 W, T = jnp.ones(2), jnp.ones(2, bool)
@@ -244,7 +321,7 @@ for _ in range(101):
 @pytest.mark.parametrize(
     ('params', 'masks', 'metadata', 'error', 'message'),
     [
-        ({'a': W}, {'b': T}, {}, ValueError, 'masks must have the structure'),
+        ({'a': W}, {'b': T}, {}, ValueError, 'masks must have the leaves'),
         ({'a': W}, {'a': jnp.ones(3, bool)}, {}, ValueError, r"masks\['a'\] has shape"),
         ({'a': W}, {'a': W}, {}, TypeError, r"masks\['a'\] must be boolean"),
         ({}, {}, {}, ValueError, 'at least one leaf'),
@@ -367,6 +444,16 @@ BAD_TENSORS = [
     ({'values': f32(1, np.nan, 2)}, "'fc/kernel' has a value that is not finite"),
     ({'values': f32(1, 2, np.inf)}, "'fc/kernel' has a value that is not finite"),
     ({'values': f32(-np.inf, 2, 3)}, "'fc/kernel' has a value that is not finite"),
+    # Of the bias, which takes no part.
+    ({'fc/bias:values': f32(7)}, r"lacks the tensors \['fc/bias:indices'\] and has \[\] too many"),
+    ({'fc/bias:values': f32(7, 8, 9)}, r"lacks the tensors \['fc/bias:indices'\]"),
+    ({'fc/bias:values': f32()}, r"lacks the tensors \['fc/bias:indices'\]"),
+    ({'fc/bias:values': f32(7, 8)[None]}, r"lacks the tensors \['fc/bias:indices'\]"),
+    ({'fc/bias:values': None}, r"lacks the tensors \['fc/bias:indices', 'fc/bias:values'\]"),
+    ({'fc/bias:values': u32(7, 8)}, "'fc/bias:values' must be F32 .* is U32"),
+    ({'fc/bias:values': f32(7, np.nan)}, "'fc/bias' has a value that is not finite"),
+    ({'fc/bias:indices': u32(0, 2)}, "'fc/bias' has the index 2, but 2 elements"),
+    ({'fc/bias:indices': u32()}, "'fc/bias' has 2 values, but 0 indices"),
 ]
 
 
@@ -412,7 +499,7 @@ def test_a_scalar_that_is_not_kept(path):
 @pytest.mark.parametrize('shapes', [None, {}, {'network': 'tiny'}, {'fc/kernel:shape': '[2, 3]'}])
 def test_missing_shapes(path, shapes):
     save_file(GOLDEN_TENSORS, path, shapes)
-    assert_refused(path, r"lacks the tensors \[\] and has \['fc/bias:indices', 'fc/bias:values'")
+    assert_refused(path, r"lacks the tensors \[\] and has \['fc/bias:values'")
 
 
 def leaves(*paths):
@@ -583,12 +670,12 @@ def refusal(path):
     check_parallel(loaded.params, loaded.masks)
     for weights, mask in zip(*map(jax.tree.leaves, loaded[:2]), strict=True):
         assert weights.dtype == np.float32
-        assert weights.shape == mask.shape
+        assert mask.shape in (weights.shape, ())
         assert np.isfinite(weights).all()
-        assert not bits(weights[~mask]).any()
+        assert not bits(np.where(mask, np.float32(0), weights)).any()
     data = path.read_bytes()
-    kept = sum(int(mask.sum()) for mask in jax.tree.leaves(loaded.masks))
-    assert len(data) == 8 + int.from_bytes(data[:8], 'little') + 8 * kept
+    size = sum(map(bytes_of, *map(jax.tree.leaves, loaded[:2])))
+    assert len(data) == 8 + int.from_bytes(data[:8], 'little') + size
     assert all(type(text) is str for pair in loaded.metadata.items() for text in pair)
     return None
 

@@ -1,6 +1,7 @@
 """Tests of dns_jax.surgery: what one transformation does, step by step."""
 
 import collections
+import functools
 import math
 
 import chex
@@ -10,26 +11,30 @@ import numpy as np
 import optax
 import pytest
 
+import dns_jax
 from dns_jax import (
     Rule,
     SurgeryState,
     Thresholds,
     apply_masks,
     count_kept,
+    get_masks,
     global_density,
     group_by_layer,
-    init_masks,
+    has_axes,
     is_kernel,
     layer_density,
     log_linear_density,
     masked_value_and_grad,
     mean_std,
     polynomial_density,
-    surgery,
     update_masks,
     update_probability,
 )
 
+# As in the paper, biases take part.
+surgery = functools.partial(dns_jax.surgery, takes_part=has_axes)
+init_masks = functools.partial(dns_jax.init_masks, takes_part=has_axes)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 RULES = {
     'fc1': Rule(mean_std(0.2), update_probability(gamma=0.1)),
@@ -410,7 +415,7 @@ def test_masks_follow_the_weights_of_the_gradient_not_the_updated_ones():
     for order in (lambda *parts: parts, lambda *parts: reversed(parts)):
         optimizer = optax.chain(*order(surgery(always, jax.random.key(0)), optax.sgd(1.0)))
         _, state = optimizer.update(gradients, optimizer.init(params), params)
-        assert optax.tree.get(state, 'masks').tolist() == [False, True]
+        assert get_masks(state).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -470,7 +475,7 @@ def train_step(rules):
     value_and_grad = masked_value_and_grad(loss)
 
     def step(params, state, images):
-        value, gradients = value_and_grad(params, optax.tree.get(state, 'masks'), images)
+        value, gradients = value_and_grad(params, get_masks(state), images)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
@@ -552,11 +557,11 @@ def test_a_pruned_weight_learns_and_comes_back():
     value_and_grad = masked_value_and_grad(lambda weights: jnp.sum((weights - 2.0) ** 2) / 2)
     kept, values = [], []
     for _ in range(6):
-        value, gradient = value_and_grad(params, optax.tree.get(state, 'masks'))
+        value, gradient = value_and_grad(params, get_masks(state))
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         values.append(float(value))
-        kept.append(bool(optax.tree.get(state, 'masks')[0]))
+        kept.append(bool(get_masks(state)[0]))
     # 0.5 is below the band: pruned. At zero its gradient is −2, so it grows to 0.875, 1.375, 1.875.
     assert kept == [False, False, True, True, True, True]
     assert values[:4] == [1.125, 2.0, 2.0, 0.0078125]
@@ -593,7 +598,7 @@ def test_bad_rules_and_params(rules, params, arguments, error, message):
     [
         (None, ValueError, 'params'),
         ({'fc1': {'kernel': jnp.ones((2, 3))}}, ValueError, r"masks\['fc1/kernel'\].*\(2, 3\)"),
-        ({'fc1': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}, ValueError, 'structure'),
+        ({'fc1': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}, ValueError, "lack 'fc1/bias'"),
     ],
 )
 def test_bad_updates(params, error, message):

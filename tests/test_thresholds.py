@@ -262,6 +262,22 @@ def erdos_renyi_kernel(axes, sizes, wanted):
     raise AssertionError('no ε')
 
 
+def divide_with_floors(ratios, wanted):
+    """How many each layer keeps: as many as are above τ, and at least its floor.
+
+    The floor is a twentieth of what it had in equal shares, and one; τ the largest that will do.
+    """
+    share = wanted / sum(map(len, ratios))
+    floors = [max(round(0.05 * share * len(own)), 1) for own in ratios]
+    for tau in np.sort(np.concatenate(ratios))[::-1]:
+        numbers = [
+            max(int(np.sum(own >= tau)), floor) for own, floor in zip(ratios, floors, strict=True)
+        ]
+        if sum(numbers) >= wanted:
+            return numbers
+    raise AssertionError('no τ')
+
+
 @pytest.mark.parametrize(
     ('dtype', 'arguments'),
     [
@@ -291,9 +307,11 @@ def test_global_density_by_brute_force(dtype, arguments):
             continue
         ratio = [order[layer] / unit_of(weights[layer], before[layer], score) for layer in layers]
         wanted = max(round(density * sizes.sum()), 1)
-        new, old = np.concatenate([*got.values()]), np.concatenate([*before.values()])
-        check_largest(new, np.concatenate(ratio), old, wanted, 1e-6)
-        assert dtype != jnp.float32 or new.sum() == wanted
+        numbers = divide_with_floors(ratio, wanted)
+        for layer, number in zip(layers, numbers, strict=True):
+            check_largest(got[layer], order[layer], before[layer], number, 1e-6)
+        kept = sum(leaf.sum() for leaf in got.values())
+        assert dtype != jnp.float32 or kept == max(wanted, len(layers))
 
 
 @pytest.mark.parametrize('shape', [(1, 4), (3, 6), (2, 3, 4, 5)])
@@ -326,14 +344,15 @@ def test_layer_of_which_nothing_was_kept_comes_back_by_its_largest_weight():
 
 
 @pytest.mark.parametrize('score', ['norm', 'rms'])
-def test_layer_of_zeros_goes_first(score):
+def test_layer_of_zeros_keeps_one_in_the_count(score):
     random = np.random.default_rng(0)
     layers = {'a': [jnp.asarray(random.normal(size=(6, 5)), jnp.float32)], 'z': [jnp.zeros(10)]}
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), layers)
-    for wanted, kept in [(1, 1), (20, 20), (30, 30), (31, 40), (40, 40)]:
+    for wanted, kept in [(1, 1), (20, 19), (30, 29), (31, 30), (40, 30)]:
         new, _ = updater(global_density, score)(layers, masks, np.float32(wanted / 40))
-        assert int(flat_masks(new['a']).sum()) == min(kept, 30)
-        assert flat_masks(new['z']).tolist() == [kept > 30] * 10
+        assert int(flat_masks(new['a']).sum()) == kept
+        # One must stay of every layer, and with it all that tie.
+        assert flat_masks(new['z']).all()
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_pruners import HISTORY, KEY
+from test_pruners import ALL, HISTORY, KEY
 
+import dns_jax
 from dns_jax import importance, pruners, training
 
 
 def test_train_kept_trains_nothing_else():
-    pruner = pruners.regrow(0.4, 2, 20, KEY, 0.5, initial=importance.magnitude)
+    pruner = pruners.regrow(0.4, 2, 20, KEY, 0.5, initial=importance.magnitude, **ALL)
     optimizer = training.train_kept(pruner, optax.sgd(0.2, momentum=0.5))
     weights = HISTORY[0][0]
     state = optimizer.init(weights)
@@ -20,7 +21,7 @@ def test_train_kept_trains_nothing_else():
     before = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), weights)
     for _, gradients in HISTORY[:9]:
         updates, state = update(gradients, state, weights)
-        masks = jax.device_get(optax.tree.get(state, 'masks'))
+        masks = jax.device_get(dns_jax.get_masks(state))
         velocity = jax.tree.map(lambda v, g, m: 0.5 * v + g * m, velocity, gradients, masks)
         expected_weights = jax.tree.map(
             lambda w, v, m: (w - np.float32(0.2) * v) * m, expected_weights, velocity, masks

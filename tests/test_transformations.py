@@ -30,6 +30,7 @@ from dns_jax import (
     Rule,
     apply_masks,
     global_density,
+    has_axes,
     importance,
     log_linear_density,
     mean_std,
@@ -43,10 +44,12 @@ SIGMA = update_probability(gamma=0.1)
 DENSITY = Rule(global_density(log_linear_density(0.3, 0, 12)), SIGMA, refresh_every=3)
 # What takes different ways through the code: coins, thresholds asked again, importances, regrowth.
 MAKERS = {
-    'surgery': lambda key: surgery(Rule(mean_std(0.0), SIGMA), key),
-    'surgery to a density': lambda key: surgery(DENSITY, key),
-    'gradual': lambda key: pruners.gradual(0.3, 0, 9, 1, key, importance=importance.taylor),
-    'RigL': lambda key: pruners.regrow(0.4, 1, 12, key),
+    'surgery': lambda key: surgery(Rule(mean_std(0.0), SIGMA), key, has_axes),
+    'surgery to a density': lambda key: surgery(DENSITY, key, has_axes),
+    'gradual': lambda key: pruners.gradual(
+        0.3, 0, 9, 1, key, importance=importance.taylor, takes_part=has_axes
+    ),
+    'RigL': lambda key: pruners.regrow(0.4, 1, 12, key, takes_part=has_axes),
 }
 
 

@@ -42,6 +42,12 @@ def layer(name, kind, *blobs, unknown=b''):
     return delimited(100, layer_content(name, kind, *blobs, unknown=unknown))
 
 
-def old_layer(name, kind, *blobs):
-    head = delimited(4, name.encode()) + integer(5, kind)
+def old_layer(name, kind, *blobs, unknown=b''):
+    head = delimited(4, name.encode()) + integer(5, kind) + unknown
     return delimited(2, head + b''.join(delimited(6, content) for content in blobs))
+
+
+def message(tag, **fields):
+    """How a layer is set: `message(117, _6=1)` has the field 6, in `inner_product_param`."""
+    numbers = ((int(name[1:]), value % 2**64) for name, value in fields.items())
+    return delimited(tag, b''.join(integer(*field) for field in numbers))

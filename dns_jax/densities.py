@@ -1,0 +1,503 @@
+"""Rules that give every layer its band (a_k, b_k) by how many connections are to be kept.
+
+A `DensityRule` says how a number of connections is divided among layers, and finds the thresholds
+at which h_k keeps it: anew, or from the last ones, which hardly move. Counts are exact
+(`counts`); magnitudes are compared in float32, as h_k compares them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dns_jax import counts
+from dns_jax.counts import Count
+from dns_jax.masks import discriminate
+from dns_jax.thresholds import check_hysteresis, make_band, range_exponent
+from dns_jax.typing import LayerArrays, Schedule, Thresholds
+
+TOLERANCE = 1 / 128
+"""By what share of the number wanted a followed number may be off between two askings."""
+
+_INFINITY = 0x7F800000  # as bits
+_STRIDE = 1 << 17  # in bits: 1.6 to 3.1 % of a threshold
+
+
+class Share(NamedTuple):
+    """How many connections some layers are to keep together, by one threshold."""
+
+    layers: Sequence[str]
+    wanted: Count
+
+
+class Division(NamedTuple):
+    """What is wanted of the layers of a rule at one step."""
+
+    shares: Sequence[Share]
+    floors: Mapping[str, Count]  #: by layer: what each keeps at least
+    #: measures what `|w|` is compared in, by layer, float32 scalars
+    measure_units: Callable[[], Mapping[str, jax.Array]]
+
+
+Divide = Callable[[LayerArrays, LayerArrays, jax.Array], Division]
+
+
+@dataclasses.dataclass(frozen=True)
+class DensityRule:
+    """A threshold rule that keeps a number of connections, from `layer_density` and its like."""
+
+    divide: Divide
+    hysteresis: float
+    changes: bool  #: whether the number changes with the step, or perhaps does
+
+    def __call__(
+        self, layers: LayerArrays, masks: LayerArrays, step: jax.Array
+    ) -> dict[str, Thresholds]:
+        """Finds the largest thresholds that keep what is wanted, in 31 passes over the weights."""
+        division = self.divide(layers, masks, step)
+        return self._solve(division, layers, masks, None)
+
+    def follow(
+        self,
+        layers: LayerArrays,
+        masks: LayerArrays,
+        step: jax.Array,
+        last: Mapping[str, Thresholds],
+        exactly: jax.Array,
+    ) -> dict[str, Thresholds]:
+        """Takes the last thresholds where they still keep what is wanted, else asks anew from them.
+
+        What is wanted is a number within `TOLERANCE`, and of every layer its floor.
+
+        Args:
+          layers: the weights.
+          masks: their masks.
+          step: the count of steps, an int32 scalar.
+          last: the thresholds of the step before.
+          exactly: whether the number must be met, a bool scalar.
+
+        Returns:
+          The thresholds by layer.
+        """
+        division = self.divide(layers, masks, step)
+        kept = _count_by_layer(layers, masks, last)
+        near = jnp.array(True)
+        for share in division.shares:
+            floors = [division.floors[layer] for layer in share.layers]
+            own = [kept[layer] for layer in share.layers]
+            excess = counts.minus(counts.add(own), share.wanted)
+            slack = jnp.where(exactly, 0.0, TOLERANCE * counts.to_float(share.wanted))
+            near &= jnp.abs(counts.to_float(excess)) <= slack
+            for floor, count in zip(floors, own, strict=True):
+                near &= counts.minus(count, floor).high >= 0
+        return jax.lax.cond(
+            near,
+            lambda: dict(last),
+            lambda: self._solve(division, layers, masks, last),
+        )
+
+    def _solve(self, division, layers, masks, last) -> dict[str, Thresholds]:
+        """Finds the threshold of each share, and that of layers which it leaves too little of."""
+        units = division.measure_units()
+
+        def bands_at(thresholds):
+            return {
+                layer: make_band(threshold * units[layer], self.hysteresis)
+                for share, threshold in zip(division.shares, thresholds, strict=True)
+                for layer in share.layers
+            }
+
+        def excess_at(thresholds):
+            kept = _count_by_layer(layers, masks, bands_at(thresholds))
+            return [
+                counts.minus(
+                    counts.add(
+                        [counts.maximum(kept[name], division.floors[name]) for name in share.layers]
+                    ),
+                    share.wanted,
+                )
+                for share in division.shares
+            ]
+
+        # A layer at its floor has a smaller threshold than the others of its share.
+        starts = last and [
+            functools.reduce(
+                jnp.maximum, (_middle(last[name]) / units[name] for name in share.layers)
+            )
+            for share in division.shares
+        ]
+        bands = bands_at(_find(excess_at, len(division.shares), starts))
+        kept = _count_by_layer(layers, masks, bands)
+        lacking = {name: counts.minus(kept[name], division.floors[name]).high < 0 for name in bands}
+
+        def at_floors():
+            names = list(bands)
+
+            def excess_at(thresholds):
+                own = [make_band(threshold, self.hysteresis) for threshold in thresholds]
+                kept = _count_by_layer(layers, masks, dict(zip(names, own, strict=True)))
+                return [counts.minus(kept[name], division.floors[name]) for name in names]
+
+            found = _find(excess_at, len(names), last and [_middle(last[name]) for name in names])
+            return {
+                name: jax.tree.map(
+                    functools.partial(jnp.where, lacking[name]),
+                    make_band(threshold, self.hysteresis),
+                    bands[name],
+                )
+                for name, threshold in zip(names, found, strict=True)
+            }
+
+        any_lacking = functools.reduce(jnp.logical_or, lacking.values(), jnp.array(False))
+        return jax.lax.cond(any_lacking, at_floors, lambda: bands)
+
+
+def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> DensityRule:
+    r"""Thresholds that keep the same share of every layer.
+
+    .. math::
+      t_k = \max \{ t : |h_k(W_k, T_k)| \ge \mathrm{round}(d\,n_k) \}, \quad
+      a_k = (1 - \eta)\,t_k, \quad b_k = (1 + \eta)\,t_k
+
+    with `|h_k|` the connections that h_k keeps and n_k all those of the layer. The band is part of
+    the count, so an update with these thresholds keeps exactly the wanted number, at least one,
+    unless weights tie for the last place to the last bit of a float32: then all of them are
+    kept. The threshold is found by bisection over those bits, exact to the last: 31 passes over
+    weights and masks, without a sort or a copy. Beyond 2^24 connections d·n itself is rounded to
+    a float32, by at most 6e-8 of it.
+
+    Args:
+      density: kept / all connections, in (0, 1], or a schedule of it, as in
+        `dns_jax.schedules`.
+      hysteresis: half the relative width η of the band, in [0, 1).
+
+    Returns:
+      A threshold rule. Surgery follows it at every step (`Rule.refresh_every`).
+
+    Raises:
+      ValueError: if `density` is a number outside (0, 1] or `hysteresis` is outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> weights, masks = {'fc1': [jnp.array([1.0, -3.0, 2.0, 0.5])]}, {'fc1': [jnp.ones(4, bool)]}
+      >>> low, high = layer_density(0.5)(weights, masks, 0)['fc1']
+      >>> round(float(low), 4), round(float(high), 4)
+      (2.0, 2.4444)
+    """
+    schedule = _density_schedule(density)
+    check_hysteresis(hysteresis)
+
+    def divide(layers, masks, step):
+        del masks
+        return _each_by_itself(layers, dict.fromkeys(layers, schedule(step)))
+
+    return DensityRule(divide, hysteresis, callable(density))
+
+
+def global_density(
+    density: float | Schedule, score: str = 'norm', hysteresis: float = 0.1, floor: float = 0.05
+) -> DensityRule:
+    r"""Thresholds that keep a share of all layers together, and divide it among them.
+
+    .. math::
+      t_k = \tau\,u_k, \quad \tau = \max \{ \tau : \textstyle\sum_k |h_k(W_k, T_k)| \ge
+      \mathrm{round}(d \sum_k n_k) \}
+
+    A layer's weights are compared in its own unit u_k, by `score`:
+
+    - `norm`: the Euclidean norm of W_k⊙T_k, or the largest `|W_k|` where that is more. A weight
+      counts by its share in what its layer computes with; LAMP's score, but for the weights kept
+      now in place of those at least as large.
+    - `rms`: the root mean square of W_k.
+    - `erk`: no unit. Layers get connections in proportion to the sum of their kernel's axes
+      (Erdős-Rényi kernel), at most all, and each keeps its largest.
+
+    Whatever its score, a layer keeps at least one connection and the share `floor`·d of them, by a
+    lower threshold of its own; what it keeps so is counted in d, and the others keep less. Counted
+    and found as by `layer_density`.
+
+    Args:
+      density: kept / all connections, in (0, 1], or a schedule of it, as in
+        `dns_jax.schedules`.
+      score: `norm`, `rms` or `erk`.
+      hysteresis: half the relative width η of the band, in [0, 1).
+      floor: of an equal share, what every layer keeps at least, in [0, 1].
+
+    Returns:
+      A threshold rule. Surgery follows it at every step (`Rule.refresh_every`).
+
+    Raises:
+      ValueError: if `density` is a number outside (0, 1], `score` is none of the three,
+        `hysteresis` is outside [0, 1) or `floor` outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> weights = {'a': [jnp.array([3.0, 1.0])], 'b': [jnp.array([30.0, 40.0])]}
+      >>> masks = {'a': [jnp.ones(2, bool)], 'b': [jnp.ones(2, bool)]}
+      >>> bands = global_density(0.5)(weights, masks, 0)
+      >>> {layer: round(float(band.low), 3) for layer, band in bands.items()}
+      {'a': 3.0, 'b': 40.0}
+
+    Reference:
+      Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning (LAMP); Evci et
+      al. 2020, Rigging the lottery (ERK).
+    """
+    schedule = _density_schedule(density)
+
+    def wanted(step, sizes):
+        return counts.from_share(schedule(step), sum(sizes.values()))
+
+    return divide_among_layers(wanted, callable(density), score, hysteresis, floor)
+
+
+def divide_among_layers(
+    wanted: Callable[[jax.Array, Mapping[str, int]], Count],
+    changes: bool,
+    score: str = 'norm',
+    hysteresis: float = 0.1,
+    floor: float = 0.05,
+) -> DensityRule:
+    """Makes the rule of `global_density` for a number of connections in place of a density.
+
+    Args:
+      wanted: maps the step, and how many connections each layer has, to how many to keep.
+      changes: whether it depends on the step.
+      score: as for `global_density`.
+      hysteresis: as for `global_density`.
+      floor: as for `global_density`.
+
+    Returns:
+      A threshold rule.
+
+    Raises:
+      ValueError: as `global_density` does.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rule = divide_among_layers(lambda step, sizes: counts.from_int(1), False, hysteresis=0.0)
+      >>> weights, masks = {'fc': [jnp.array([1.0, -3.0])]}, {'fc': [jnp.ones(2, bool)]}
+      >>> float(rule(weights, masks, 0)['fc'].low)
+      3.0
+    """
+    check_hysteresis(hysteresis)
+    if score not in ('norm', 'rms', 'erk'):
+        raise ValueError(f"score must be 'norm', 'rms' or 'erk', but is {score!r}")
+    if not 0 <= floor <= 1:
+        raise ValueError(f'floor must be in [0, 1], but is {floor!r}')
+
+    def divide(layers, masks, step):
+        sizes = {layer: _size(leaves) for layer, leaves in layers.items()}
+        count = wanted(step, sizes)
+        share = counts.to_float(count) / max(sum(sizes.values()), 1)
+        if score == 'erk':
+            return _each_by_itself(layers, _erdos_renyi_kernel(layers, share))
+        floors = {layer: _floor(floor * share, size) for layer, size in sizes.items()}
+        return Division(
+            [Share(list(layers), count)],
+            floors,
+            lambda: {layer: _unit(layers[layer], masks[layer], score) for layer in layers},
+        )
+
+    return DensityRule(divide, hysteresis, changes)
+
+
+def largest_threshold(weights: Sequence[jax.Array], wanted: Count) -> jax.Array:
+    """Finds the largest threshold at which enough weights are at least as large.
+
+    Args:
+      weights: floating point.
+      wanted: how many at least, from 1 to all.
+
+    Returns:
+      The threshold, a float32 scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(largest_threshold([jnp.array([1.0, -3.0, 2.0])], counts.from_int(2)))
+      2.0
+    """
+    masks = [jnp.ones_like(leaf, bool) for leaf in weights]
+
+    def excess_at(thresholds):
+        bands = {'': Thresholds(thresholds[0], thresholds[0])}
+        kept = _count_by_layer({'': weights}, {'': masks}, bands)
+        return [counts.minus(kept[''], wanted)]
+
+    return _find(excess_at, 1, None)[0]
+
+
+def _find(
+    excess_at: Callable[[Sequence[jax.Array]], Sequence[Count]],
+    number: int,
+    starts: Sequence[jax.Array] | None,
+) -> list[jax.Array]:
+    """Finds for each of some thresholds the largest with an excess that is not negative.
+
+    From `starts` any will do that has the excess 0: it keeps the same connections.
+    """
+    if not number:
+        return []
+
+    def excess_of(bits):
+        found = excess_at(list(jax.lax.bitcast_convert_type(bits, jnp.float32)))
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+
+    if starts is None:
+        bits = _bisect(excess_of, number)
+    else:
+        bits = jax.lax.bitcast_convert_type(jnp.stack(starts), jnp.int32)
+        bits = _search_from(excess_of, bits)
+    return list(jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def _bisect(excess_of, number) -> jax.Array:
+    def try_bit(done, bits):
+        # As integers, the bits of numbers that are not negative have the order of the numbers.
+        candidate = bits | (1 << (30 - done))
+        # Never beyond what is finite, where floors alone keep enough.
+        enough = (excess_of(candidate).high >= 0) & (candidate < _INFINITY)
+        return jnp.where(enough, candidate, bits)
+
+    return jax.lax.fori_loop(0, 31, try_bit, jnp.zeros(number, jnp.int32))
+
+
+class _Bracket(NamedTuple):
+    """The search for some thresholds, all as bits, with their excesses as floats."""
+
+    passes: jax.Array
+    candidate: jax.Array
+    low: jax.Array  # enough is kept
+    high: jax.Array  # too little is kept
+    low_excess: jax.Array
+    high_excess: jax.Array
+    done: jax.Array
+
+
+def _search_from(excess_of, starts) -> jax.Array:
+    """Widens a bracket from the starts, then closes it by interpolation and bisection in turns."""
+    starts = jnp.where((starts > 0) & (starts < _INFINITY), starts, _INFINITY // 2)
+
+    def search(bracket):
+        passes, candidate = bracket.passes, bracket.candidate
+        excess = excess_of(candidate)
+        enough, number = excess.high >= 0, counts.to_float(excess)
+        low = jnp.where(enough, candidate, bracket.low)
+        high = jnp.where(enough, bracket.high, candidate)
+        low_excess = jnp.where(enough, number, bracket.low_excess)
+        high_excess = jnp.where(enough, bracket.high_excess, number)
+        done = (number == 0) | (high - low <= 1)
+        # Four times as far in every pass, from 2 % to all of the range in eight.
+        stride = jnp.left_shift(_STRIDE, jnp.minimum(2 * passes, 12))
+        wider = candidate + jnp.where(
+            enough, jnp.minimum(stride, high - candidate), -jnp.minimum(stride, candidate - low)
+        )
+        part = (low_excess + 0.5) / (low_excess - high_excess)
+        between = jnp.where(passes % 3 == 2, 0.5, part) * (high - low).astype(jnp.float32)
+        inner = low + jnp.clip(between, 1.0, 2.0**30).astype(jnp.int32)
+        bracketed = (low > 0) & (high < _INFINITY)
+        following = jnp.clip(jnp.where(bracketed, inner, wider), low + 1, high - 1)
+        # One that is done stays, or its bracket would close further on what is no excess of it.
+        return _Bracket(
+            passes + 1,
+            *(
+                jnp.where(bracket.done, old, new)
+                for old, new in zip(
+                    bracket[1:],
+                    (following, low, high, low_excess, high_excess, done),
+                    strict=True,
+                )
+            ),
+        )
+
+    some = jnp.ones(starts.shape, jnp.float32)
+    bracket = _Bracket(
+        jnp.int32(0),
+        starts,
+        jnp.zeros_like(starts),
+        jnp.full_like(starts, _INFINITY),
+        some,
+        -some,
+        jnp.zeros(starts.shape, bool),
+    )
+    return jax.lax.while_loop(lambda bracket: ~bracket.done.all(), search, bracket).low
+
+
+def _count_by_layer(layers, masks, bands) -> dict[str, Count]:
+    """Counts what h_k keeps of each layer."""
+    return {
+        layer: counts.count_all(
+            [
+                discriminate(leaf, mask, bands[layer])
+                for leaf, mask in zip(leaves, masks[layer], strict=True)
+            ]
+        )
+        for layer, leaves in layers.items()
+    }
+
+
+def _middle(band: Thresholds) -> jax.Array:
+    return (band.low + band.high) / 2
+
+
+def _size(leaves: Sequence[jax.Array]) -> int:
+    return sum(leaf.size for leaf in leaves)
+
+
+def _floor(share: jax.Array, size: int) -> Count:
+    """At least one connection, of a layer that has any."""
+    return counts.from_share(share, size) if size else counts.from_int(0)
+
+
+def _density_schedule(density: float | Schedule) -> Callable[[jax.Array], jax.Array]:
+    if callable(density):
+        return lambda step: jnp.asarray(density(step), jnp.float32)
+    if not 0 < density <= 1:
+        raise ValueError(f'density must be in (0, 1], but is {density!r}')
+    return lambda step: jnp.float32(density)
+
+
+def _each_by_itself(layers, densities) -> Division:
+    """Gives each layer what its own density says, in no unit."""
+    wanted = {layer: _floor(densities[layer], _size(leaves)) for layer, leaves in layers.items()}
+    return Division(
+        [Share([layer], count) for layer, count in wanted.items()],
+        {layer: counts.from_int(0) for layer in layers},
+        lambda: {layer: jnp.float32(1) for layer in layers},
+    )
+
+
+def _erdos_renyi_kernel(layers, density):
+    sizes = {layer: _size(leaves) for layer, leaves in layers.items()}
+    kernels = {layer: max(leaves, key=jnp.size) for layer, leaves in layers.items()}
+    axes = {layer: max(sum(kernel.shape), 1) for layer, kernel in kernels.items()}
+
+    def kept_at(factor):
+        return {layer: jnp.minimum(factor * axes[layer], sizes[layer]) for layer in layers}
+
+    def halve(_, ends):
+        middle = (ends[0] + ends[1]) / 2
+        enough = sum(kept_at(middle).values()) >= density * sum(sizes.values())
+        return jnp.where(enough, ends[0], middle), jnp.where(enough, middle, ends[1])
+
+    ends = jnp.float32(0), jnp.float32(max(sizes[layer] / axes[layer] for layer in layers))
+    kept = kept_at(jax.lax.fori_loop(0, 30, halve, ends)[1])
+    return {layer: kept[layer] / max(sizes[layer], 1) for layer in layers}
+
+
+def _unit(weights, masks, score) -> jax.Array:
+    """The unit of a layer; 1 for a layer of zeros, whose scores are 0 in any."""
+    exponent = range_exponent(weights)
+    magnitudes = [jnp.ldexp(jnp.abs(leaf).astype(jnp.float32), -exponent) for leaf in weights]
+    if score == 'rms':
+        squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
+        unit = jnp.sqrt(squares / max(_size(weights), 1))
+    else:
+        kept = zip(magnitudes, masks, strict=True)
+        squares = (jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept)
+        # At least the largest weight, so that a layer of which nothing was kept comes back by it.
+        largest = (jnp.max(leaf, initial=0.0) for leaf in magnitudes)
+        unit = functools.reduce(jnp.maximum, largest, jnp.sqrt(sum(squares, jnp.float32(0))))
+    return jnp.where(unit > 0, jnp.ldexp(unit, exponent), 1.0)

@@ -1,0 +1,145 @@
+"""Surgery said in one line: how small a network is to get, and in how many steps.
+
+The long form, in which each part is chosen, is `surgery` with a `Rule`.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dns_jax import counts
+from dns_jax.densities import divide_among_layers
+from dns_jax.importance import magnitude
+from dns_jax.layers import named_leaves, parent
+from dns_jax.roles import is_kernel
+from dns_jax.schedules import check_finite, check_step, update_probability
+from dns_jax.surgery import Rule, Surgery, surgery
+from dns_jax.typing import Importance, LayerOf, Masks, Params, TakesPart
+
+_RAMP = 0.8  # of the steps; in the rest surgery repairs what it did at the density wanted
+
+
+def prune_to(
+    *,
+    steps: int,
+    compression: float | None = None,
+    density: float | None = None,
+    start: int = 0,
+    key: jax.Array | None = None,
+    takes_part: TakesPart = is_kernel,
+    layer_of: LayerOf = parent,
+    importance: Importance = magnitude,
+    masks: Masks | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> Surgery:
+    r"""Makes a network as small as asked for, while any optimizer trains it.
+
+    Put it into an `optax.chain`. In `steps` steps the connections kept fall along a cubic ramp,
+    done after four fifths of the steps, to exactly the number asked for; then the masks stay as
+    they are, and training goes on with them.
+
+    .. math::
+      \text{kept}(i) = K + (n - K)\left(1 - \min\left(\tfrac{i - \text{start}}{0.8 \cdot
+      \text{steps}}, 1\right)\right)^3
+
+    with n the connections that take part and K those to be kept of them. Layers share K by
+    `global_density`; masks are updated, and connections spliced, at every step.
+
+    Args:
+      steps: steps of surgery, at least 1. The more the better: half of what the network was
+        trained for, or as many.
+      compression: all parameters / kept parameters, at least 1, as `measure_sizes` has it. Either
+        this or `density`.
+      density: kept / all of the connections that take part, in (0, 1].
+      start: the first step of surgery.
+      key: a typed PRNG key, for an importance that draws random numbers.
+      takes_part: which leaves take part, by default kernels: biases, norms and embeddings stay
+        dense, and count in `compression`.
+      layer_of: as for `surgery`.
+      importance: as for `surgery`.
+      masks: as for `surgery`.
+      stacked: as for `surgery`; needed where layers are scanned or vmapped.
+
+    Returns:
+      A transformation as of `surgery`.
+
+    Raises:
+      ValueError: if not one of `compression` and `density` is given, a number is out of range, or
+        the network cannot get that small with what takes part (from `init`).
+
+    Example:
+      >>> import jax, optax
+      >>> from dns_jax import get_masks, measure_sizes
+      >>> params = {'fc': {'kernel': jax.random.normal(jax.random.key(0), (20, 10))}}
+      >>> optimizer = optax.chain(prune_to(compression=10, steps=5), optax.sgd(0.1))
+      >>> state = optimizer.init(params)
+      >>> for _ in range(5):
+      ...     _, state = optimizer.update(params, state, params)
+      >>> measure_sizes(params, get_masks(state)).total.compression
+      10.0
+
+    Reference:
+      Guo et al. 2016, Algorithm 1; Zhu and Gupta 2017, To prune, or not to prune, for the ramp.
+    """
+    if (compression is None) == (density is None):
+        raise ValueError(
+            'one of compression and density must say how small, but they are '
+            f'{compression!r} and {density!r}'
+        )
+    if compression is not None:
+        check_finite('compression', compression, 1)
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f'density must be in (0, 1], but is {density!r}')
+    check_step('steps', steps, 1)
+    check_step('start', start)
+    check_step('start + steps', start + steps, 1)
+    sigma = update_probability(power=0, start=start, stop=start + steps)
+    ramp_steps = int(_RAMP * (steps - 1))
+
+    def make(params: Params) -> Surgery:
+        parameters = sum(jnp.size(leaf) for _, leaf in named_leaves(params))
+
+        def wanted(step, sizes):
+            all_of_them = sum(sizes.values())
+            if density is not None:
+                final = round(density * all_of_them)
+            else:
+                kept = math.floor(parameters / (compression or 1))
+                final = kept - (parameters - all_of_them)
+            if final < len(sizes):
+                raise ValueError(
+                    f'compression={compression} or density={density} would keep {final} of the '
+                    f'{all_of_them} connections that take part, fewer than the {len(sizes)} layers '
+                    f'need; {parameters - all_of_them} other parameters stay dense'
+                )
+            done = jnp.clip(_float32(step - start) / max(ramp_steps, 1), 0.0, 1.0)
+            share = (final + (all_of_them - final) * (1.0 - done) ** 3) / all_of_them
+            falling = counts.from_share(share, all_of_them)
+            at_end = step >= start + ramp_steps
+            return jax.tree.map(
+                functools.partial(jnp.where, at_end), counts.from_int(final), falling
+            )
+
+        rule = Rule(divide_among_layers(wanted, changes=True), sigma)
+        return surgery(
+            rule,
+            jax.random.key(0) if key is None else key,
+            takes_part=takes_part,
+            layer_of=layer_of,
+            importance=importance,
+            masks=masks,
+            stacked=stacked,
+        )
+
+    # What is wanted depends on the size of the network, which params alone tell.
+    return Surgery(
+        lambda params: make(params).init(params),
+        lambda updates, state, params=None, **extra: make(params).update(updates, state, params),
+    )
+
+
+def _float32(step) -> jax.Array:
+    return jnp.asarray(step, jnp.float32)
