@@ -57,50 +57,54 @@ class DensityRule:
         self, layers: LayerArrays, masks: LayerArrays, step: jax.Array
     ) -> dict[str, Thresholds]:
         """Finds the largest thresholds that keep what is wanted, in 31 passes over the weights."""
-        division = self.divide(layers, masks, step)
-        return self._solve(division, layers, masks, None)
+        return self.solve(layers, masks, step)
 
-    def follow(
-        self,
-        layers: LayerArrays,
-        masks: LayerArrays,
-        step: jax.Array,
-        last: Mapping[str, Thresholds],
-        exactly: jax.Array,
-    ) -> dict[str, Thresholds]:
-        """Takes the last thresholds where they still keep what is wanted, else asks anew from them.
-
-        What is wanted is a number within `TOLERANCE`, and of every layer its floor.
+    def is_near(
+        self, layers: LayerArrays, masks: LayerArrays, step: jax.Array, exactly: jax.Array
+    ) -> jax.Array:
+        """Says whether masks keep what is wanted: the number within `TOLERANCE`, and every floor.
 
         Args:
           layers: the weights.
           masks: their masks.
           step: the count of steps, an int32 scalar.
-          last: the thresholds of the step before.
           exactly: whether the number must be met, a bool scalar.
+
+        Returns:
+          A bool scalar.
+        """
+        division = self.divide(layers, masks, step)
+        kept = {layer: counts.count_all(leaves) for layer, leaves in masks.items()}
+        near = jnp.array(True)
+        for share in division.shares:
+            excess = counts.to_float(
+                counts.minus(counts.add([kept[layer] for layer in share.layers]), share.wanted)
+            )
+            slack = TOLERANCE * counts.to_float(share.wanted)
+            near &= jnp.abs(excess) <= jnp.where(exactly, 0.0, slack)
+        for layer, floor in division.floors.items():
+            near &= counts.minus(kept[layer], floor).high >= 0
+        return near
+
+    def solve(
+        self,
+        layers: LayerArrays,
+        masks: LayerArrays,
+        step: jax.Array,
+        last: Mapping[str, Thresholds] | None = None,
+    ) -> dict[str, Thresholds]:
+        """Finds thresholds that keep what is wanted, and those of layers they leave too little of.
+
+        Args:
+          layers: the weights.
+          masks: their masks.
+          step: the count of steps, an int32 scalar.
+          last: thresholds to search from, in a few passes; without them the largest are found.
 
         Returns:
           The thresholds by layer.
         """
         division = self.divide(layers, masks, step)
-        kept = _count_by_layer(layers, masks, last)
-        near = jnp.array(True)
-        for share in division.shares:
-            floors = [division.floors[layer] for layer in share.layers]
-            own = [kept[layer] for layer in share.layers]
-            excess = counts.minus(counts.add(own), share.wanted)
-            slack = jnp.where(exactly, 0.0, TOLERANCE * counts.to_float(share.wanted))
-            near &= jnp.abs(counts.to_float(excess)) <= slack
-            for floor, count in zip(floors, own, strict=True):
-                near &= counts.minus(count, floor).high >= 0
-        return jax.lax.cond(
-            near,
-            lambda: dict(last),
-            lambda: self._solve(division, layers, masks, last),
-        )
-
-    def _solve(self, division, layers, masks, last) -> dict[str, Thresholds]:
-        """Finds the threshold of each share, and that of layers which it leaves too little of."""
         units = division.measure_units()
 
         def bands_at(thresholds):

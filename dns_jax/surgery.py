@@ -184,29 +184,43 @@ def surgery(
             seen = apply_masks(seen, own)
         seen = jax.lax.stop_gradient(seen)  # a loop of unknown length has no gradient
 
-        def advance(_, carry):
-            masks, thresholds = carry
-            bands, probability = dict(thresholds), {}
+        def update(count, masks, bands):
+            chances = {
+                layer: _chance(table[pattern], count)[0]
+                for pattern, names in layers.patterns.items()
+                for layer in names
+            }
+            coins = throw_coins(jax.random.fold_in(state.key, count), chances)
+            return layers.decide(seen, masks, bands, coins, splicing)
+
+        def ask_and_update(turn, carry):
+            (masks, bands), count = carry, state.count + turn
             for pattern, arrays, kept in layers.arrays(seen, masks):
-                rule = table[pattern]
-                sigma, last = _chance(rule, state.count)
-                probability |= dict.fromkeys(arrays, sigma)
-                own_bands = {layer: thresholds[layer] for layer in arrays}
-                bands |= _ask(rule, arrays, kept, state.count, own_bands, sigma, last)
-            coins = throw_coins(jax.random.fold_in(state.key, state.count), probability)
-            return layers.decide(seen, masks, bands, coins, splicing), bands
+                own_bands = {layer: bands[layer] for layer in arrays}
+                bands = bands | _ask(table[pattern], arrays, kept, count, own_bands)
+            return update(count, masks, bands), bands
+
+        def correct(turn, carry):
+            (masks, bands), count = carry, state.count + turn
+            new, wrong = {}, jnp.array(False)
+            for pattern, arrays, kept in layers.arrays(seen, masks):
+                if _is_followed(table[pattern]):
+                    own_bands = {layer: bands[layer] for layer in arrays}
+                    asked, solved = _correct(table[pattern], arrays, kept, count, own_bands)
+                    new, wrong = new | solved, wrong | asked
+            masks = _once_if(wrong, lambda turn, masks: update(count + turn, masks, new), masks)[1]
+            return masks, bands | new
 
         due = [_chance(table[pattern], state.count)[0] > 0 for pattern in layers.patterns]
         due = functools.reduce(jnp.logical_or, due, jnp.array(False))
-        # Not a cond: for one, XLA copies the masks even where nothing is due. After the gradient,
-        # which is taken with the old masks, and before the optimizer, which writes over the
-        # weights: unordered, XLA copies both at every step.
-        turns, (own, thresholds) = jax.lax.while_loop(
-            lambda carry: carry[0] < _after(updates, due.astype(jnp.int32), state.count),
-            lambda carry: (carry[0] + 1, advance(*carry)),
-            (jnp.int32(0), (own, state.thresholds)),
-        )
+        changing = own, state.thresholds
+        # After the gradient, which is taken with the old masks, and before the optimizer, which
+        # writes over the weights: unordered, XLA copies both at every step.
+        turns, changing = _once_if(_after(updates, due, state.count), ask_and_update, changing)
+        if any(map(_is_followed, table.values())):
+            turns, changing = _once_if(due, correct, changing)
         updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
+        own, thresholds = changing
         masks = restack(stacked, state.masks, own) if stacked else own
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, SurgeryState(count, state.key, masks, thresholds)
@@ -363,12 +377,12 @@ class _Plan:
                 )
 
     def decide(self, weights, masks, bands, coins, splicing):
-        """Applies h_k to the leaves under a rule whose layer's coin says so."""
+        """Applies h_k to the layers that have a band and whose coin says so."""
         weights = dict(named_leaves(weights))
 
         def of_leaf(path, mask):
             layer = self.paths.get(path)
-            if layer is None:
+            if layer not in bands:
                 return mask
             new = discriminate(weights[path], mask, bands[layer])
             if not splicing:  # a threshold of 0 would let zeros in again
@@ -438,25 +452,59 @@ def _chance(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     return now, last
 
 
+def _is_followed(rule: Rule) -> bool:
+    return rule.refresh_every is None
+
+
+def _ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
+    """Asks a rule for thresholds, where it is not followed and that is due."""
+    if not rule.refresh_every:
+        return bands
+    sigma, last = _chance(rule, count)
+    due = (count % rule.refresh_every == 0) & (sigma > 0)
+    if isinstance(rule.thresholds, DensityRule):
+        due |= last
+    compute = functools.partial(_compute_thresholds, rule.thresholds, weights, masks, count)
+    return jax.lax.cond(due, compute, lambda: bands)
+
+
+def _correct(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
+    """Corrects thresholds that kept another number than wanted; says whether they did."""
+    density: Any = rule.thresholds
+    sigma, last = _chance(rule, count)
+    wrong = (sigma > 0) & ~density.is_near(weights, masks, count, last)
+    solve = functools.partial(density.solve, weights, masks, count, bands)
+    return wrong, jax.lax.cond(wrong, solve, lambda: bands)
+
+
+def _once_if(
+    due: jax.Array, step: Callable[[jax.Array, Any], Any], carry: Any
+) -> tuple[jax.Array, Any]:
+    """Takes a step or none, as a loop of one turn or none.
+
+    Not by a cond, for which XLA copies what is carried even where nothing is due.
+
+    Args:
+      due: whether the step is taken.
+      step: of the number of the turn, always 0, and the carry. XLA does not know the turn: what
+        depends on it is not computed before the loop, where nothing may be due.
+      carry: what the step changes.
+
+    Returns:
+      How many turns there were, and the carry.
+    """
+    return jax.lax.while_loop(
+        lambda state: state[0] < due.astype(jnp.int32),
+        lambda state: (state[0] + 1, step(*state)),
+        (jnp.int32(0), carry),
+    )
+
+
 def _after(first: Any, value: jax.Array, count: jax.Array) -> jax.Array:
     """Gives a value as it is, but not before others are known."""
     smallest = min(jax.tree.leaves(first), key=jnp.size)
     never = (jnp.ravel(smallest)[:1] != 0).any() & (count < 0)
     return jnp.where(never, jnp.zeros_like(value), value)
-
-
-def _ask(rule: Rule, weights, masks, count, bands, sigma, last) -> dict[str, Thresholds]:
-    """Asks a rule for thresholds, where that is due."""
-    if rule.refresh_every == 0:
-        return bands
-    compute = functools.partial(_compute_thresholds, rule.thresholds, weights, masks, count)
-    if isinstance(rule.thresholds, DensityRule):
-        if rule.refresh_every is None:
-            return rule.thresholds.follow(weights, masks, count, bands, last)
-        due = last | ((count % rule.refresh_every == 0) & (sigma > 0))
-    else:
-        due = (count % rule.refresh_every == 0) & (sigma > 0)
-    return jax.lax.cond(due, compute, lambda: bands)
 
 
 def _compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:

@@ -202,5 +202,6 @@ def characters(path: Path) -> Task:
 
 def _clipped_adamw(steps: int) -> optax.GradientTransformation:
     """AdamW behind a clipped gradient; its rate warms up, then falls to a tenth."""
+    steps = max(steps, 2)  # a schedule of no step is refused, even if none is taken
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(_WARM_UP, steps // 2), steps, 2e-4)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))

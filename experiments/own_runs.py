@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,18 +25,30 @@ from experiments.own_networks import Task
 from experiments.tables import middle_and_range, table, write_csv
 
 METHODS = ('surgery', 'gradual')
+_TARGETS = {'cnn': 'compression', 'gpt': 'density'}  # in what each network says how small
 _DENSE, _PRUNING = 0, 1  # phases, each with batches of its own
 
 Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One network to prune: no two rows have the same."""
+
+    network: str  #: cnn or gpt
+    method: str  #: one of `METHODS`
+    target: float  #: a compression of the CNN, a density of the kernels of the GPT
+    seed: int
+    dense_steps: int
+    steps: int
+
+
 #: What a row says, and how it is read from the file.
 COLUMNS = {
-    **{'network': str, 'method': str, 'target': float, 'seed': int},
-    **{'dense_steps': int, 'steps': int},  # so far what the row is of
+    **Run.__annotations__,
     **{'parameters': int, 'kept': int, 'compression': float, 'empty_layers': int},
     **{'unit': str, 'validation_before': float, 'validation': float, 'test': float},
     **{'seconds': float, 'commit': str},
 }
-_KEY = tuple(itertools.islice(COLUMNS, 6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +84,15 @@ class OwnLoopConfig:
         """Returns the ways to prune, in order."""
         return self.methods.split(',')
 
+    def runs(self) -> list[Run]:
+        """Returns every run, by seed, target, then method."""
+        return [
+            Run(self.network, method, target, seed, self.dense_steps, self.steps)
+            for seed in range(self.seeds)
+            for target in self.targets()
+            for method in self.chosen_methods()
+        ]
+
     def targets(self) -> list[float]:
         """Returns the targets of the network, compressions of the CNN and densities of the GPT."""
         name = _TARGETS[self.network]
@@ -89,9 +110,6 @@ class OwnLoopConfig:
         return targets
 
 
-_TARGETS = {'cnn': 'compression', 'gpt': 'density'}
-
-
 class Network(NamedTuple):
     """What training changes, and where each part comes back to."""
 
@@ -100,35 +118,22 @@ class Network(NamedTuple):
     rest: Any  # batch statistics
 
 
-class Target(NamedTuple):
-    """How small a network is to get, in one of two ways."""
-
-    compression: float | None = None  # all / kept parameters
-    density: float | None = None  # kept / all weights of the kernels
-
-
-def make_pruner(
-    method: str, target: Target, params: dns_jax.Params, steps: int
-) -> optax.GradientTransformation:
+def make_pruner(run: Run, params: dns_jax.Params) -> optax.GradientTransformation:
     """Makes what stands before the optimizer in the chain.
 
     Args:
-      method: one of `METHODS`, or 'dense'.
-      target: for either of them.
+      run: whose method and target count, met before the end of its steps.
       params: of the network.
-      steps: of training, at the end of which the target is met.
 
     Returns:
       The transformation.
     """
-    if method == 'surgery':
-        return dns_jax.prune_to(steps=steps, compression=target.compression, density=target.density)
-    key = jax.random.key(0)  # for coins, of which none is thrown
-    if method == 'dense':
-        return dns_jax.surgery({}, key)
-    # As long a ramp as that of `prune_to`.
-    ramp, density = steps * 4 // 5, _to_density(target, params)
-    return pruners.gradual(density, 0, ramp, 1, key, divide=dns_jax.global_density)
+    if run.method == 'surgery':
+        how_small: dict[str, Any] = {_TARGETS[run.network]: run.target}
+        return dns_jax.prune_to(steps=run.steps, **how_small)
+    # As long a ramp as that of `prune_to`; no coin is thrown with the key.
+    ramp, density = run.steps * 4 // 5, _to_density(run, params)
+    return pruners.gradual(density, 0, ramp, 1, jax.random.key(0), divide=dns_jax.global_density)
 
 
 def train(
@@ -200,23 +205,18 @@ def run_all(config: OwnLoopConfig) -> list[Row]:
     path = Path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)  # before the work, lest it be lost
     rows = read_rows(path)
-    wanted = [
-        (config.network, method, target, seed, config.dense_steps, config.steps)
-        for seed in range(config.seeds)
-        for target in config.targets()
-        for method in config.chosen_methods()
-    ]
-    left = [key for key in wanted if key not in map(_key, rows)]
+    wanted = config.runs()
+    left = [run for run in wanted if run not in map(_to_run, rows)]
     if left:
-        task = _make_task(config)
+        task, commit = _make_task(config), describe_commit()  # of the code that runs
         with progress.bar(total=len(left), desc='own loop', unit=' runs') as bar:
-            for seed, keys in itertools.groupby(left, lambda key: key[3]):
-                for row in _run_seed(task, seed, list(keys)):
-                    rows.append(row)
+            for _, runs in itertools.groupby(left, lambda run: run.seed):
+                for row in _run_seed(task, list(runs)):
+                    rows.append({**row, 'commit': commit})
                     write_csv(path, rows)
                     bar.update()
-    by_key = {_key(row): row for row in rows}
-    return [by_key[key] for key in wanted]
+    by_run = {_to_run(row): row for row in rows}
+    return [by_run[run] for run in wanted]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -229,7 +229,7 @@ def read_rows(path: Path) -> list[Row]:
       The rows, with numbers where `COLUMNS` says so, and None where a network has no test split.
 
     Raises:
-      ValueError: if the columns are others.
+      ValueError: if the columns are others, or what stands in one is no number.
     """
     if not path.exists():
         return []
@@ -237,10 +237,13 @@ def read_rows(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != tuple(COLUMNS):
             raise ValueError(f'{path} must have the columns {list(COLUMNS)}')
-        return [
-            {name: read(row[name]) if row[name] else None for name, read in COLUMNS.items()}
-            for row in reader
-        ]
+        try:
+            return [
+                {name: read(row[name]) if row[name] else None for name, read in COLUMNS.items()}
+                for row in reader
+            ]
+        except ValueError as error:
+            raise ValueError(f'{path}, line {reader.line_num}: {error}') from error
 
 
 def to_table(rows: Sequence[Row]) -> str:
@@ -270,40 +273,32 @@ def to_table(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
-def _run_seed(task: Task, seed: int, keys):
+def _run_seed(task: Task, runs: Sequence[Run]) -> Iterator[Row]:
     """Trains the dense network of a seed, then gives the row of each run as it is done."""
-    graph, params, rest = nnx.split(task.make(seed), nnx.Param, ...)
-    network = Network(graph, params, rest)
-    dense_steps = keys[0][4]
-    dense, nothing = train(
-        task,
-        network,
-        make_pruner('dense', Target(), params, dense_steps),
-        (seed, _DENSE),
-        dense_steps,
-    )
-    before = measure(task, dense, nothing, 'validation')
-    for key in keys:
-        name, method, target, *_, steps = key
-        pruner = make_pruner(method, Target(**{_TARGETS[name]: target}), dense.params, steps)
+    seed, dense_steps = runs[0].seed, runs[0].dense_steps
+    network = Network(*nnx.split(task.make(seed), nnx.Param, ...))
+    nothing = dns_jax.surgery({}, jax.random.key(0))
+    dense, masks = train(task, network, nothing, (seed, _DENSE), dense_steps)
+    before = measure(task, dense, masks, 'validation')
+    for run in runs:
+        pruner = make_pruner(run, dense.params)
         started = time.perf_counter()
-        pruned, masks = train(task, dense, pruner, (seed, _PRUNING), steps)
+        pruned, masks = train(task, dense, pruner, (seed, _PRUNING), run.steps)
         jax.block_until_ready(pruned.params)
         seconds = time.perf_counter() - started
         size = dns_jax.measure_sizes(pruned.params, masks).total
-        yield dict(zip(_KEY, key, strict=True)) | {
+        after = {split: round(measure(task, pruned, masks, split), 4) for split in task.measure}
+        yield {
+            **run._asdict(),
             'parameters': size.parameters,
             'kept': size.kept,
             'compression': round(size.compression, 3),
             'empty_layers': len(dns_jax.find_empty_layers(masks)),
             'unit': task.unit,
             'validation_before': round(before, 4),
-            'validation': round(measure(task, pruned, masks, 'validation'), 4),
-            'test': round(measure(task, pruned, masks, 'test'), 4)
-            if 'test' in task.measure
-            else None,
+            'validation': after['validation'],
+            'test': after.get('test'),
             'seconds': round(seconds, 1),
-            'commit': describe_commit(),
         }
 
 
@@ -313,15 +308,15 @@ def _make_task(config: OwnLoopConfig) -> Task:
     return own_networks.characters(Path(config.text or ''))
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in _KEY)
+def _to_run(row: Row) -> Run:
+    return Run(*(row[name] for name in Run._fields))
 
 
-def _to_density(target: Target, params: dns_jax.Params) -> float:
+def _to_density(run: Run, params: dns_jax.Params) -> float:
     """Gives the density of the kernels at which the network meets its target."""
-    if target.compression is None:
-        return target.density or 1.0
+    if run.network == 'gpt':
+        return run.target
     masks = jax.tree.leaves(dns_jax.init_masks(params))
     prunable = sum(mask.size for mask in masks if mask.ndim)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return (parameters / target.compression - (parameters - prunable)) / prunable
+    return (parameters / run.target - (parameters - prunable)) / prunable

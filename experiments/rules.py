@@ -185,10 +185,8 @@ def _update_steps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int,
         for flag in ('start', 'stop')
     )
     # None after the last step, that one of them is the last: by density that is an exact one.
-    return {
-        layer: (starts.get(layer, 0), min(stops.get(layer, math.inf), config.surgery_steps))
-        for layer in layers
-    }
+    steps = config.surgery_steps
+    return {layer: (starts.get(layer, 0), min(stops.get(layer, steps), steps)) for layer in layers}
 
 
 def _step_of_flag(config: Config, flag: str) -> int:

@@ -23,6 +23,7 @@ from dns_jax import (
     caffe_sgd,
     caffe_sigmoid,
     caffe_step,
+    densities,
     global_density,
     importance,
     layer_density,
@@ -30,6 +31,8 @@ from dns_jax import (
     mean_std,
     optimizers,
     polynomial_density,
+    prune,
+    prune_to,
     pruners,
     schedules,
     surgery,
@@ -114,7 +117,13 @@ RULES = [
     ),
     Row(std, {}, 'c_rate', (-0.1, math.nan, math.inf, 1e39), AT_LEAST(0)),
     *(Row(rule, {}, 'density', NOT_SHARES, SHARE) for rule in (layer_density, global_density)),
-    Row(global_density, {'density': 0.5}, 'floor', (-0.1, 1.5, math.nan), 'must be in [0, 1], but is {}'),
+    Row(
+        global_density,
+        {'density': 0.5},
+        'floor',
+        (-0.1, 1.5, math.nan),
+        'must be in [0, 1], but is {}',
+    ),
     Row(mean_std, {'c_rate': 0.5}, 'hysteresis', NOT_BANDS, BAND),
     *(
         Row(rule, {'density': 0.5}, 'hysteresis', NOT_BANDS, BAND)
@@ -158,6 +167,10 @@ PRUNERS = [
     Row(pruners.regrow, REGROW, 'every', (0, *NOT_STEPS), STEP(1)),
     Row(pruners.regrow, REGROW, 'stop', NOT_STEPS, STEP(0)),
     Row(pruners.regrow, REGROW, 'drop', (1.5, -0.1, math.nan), 'must be in [0, 1], but is {}'),
+    Row(prune_to, {'steps': 9}, 'compression', (0.5, math.nan, math.inf, 1e39), AT_LEAST(1)),
+    Row(prune_to, {'steps': 9}, 'density', NOT_SHARES, SHARE),
+    Row(prune_to, {'density': 0.5}, 'steps', (0, *NOT_STEPS), STEP(1)),
+    Row(prune_to, {'density': 0.5, 'steps': 9}, 'start', NOT_STEPS, STEP(0)),
 ]
 
 OTHERS = [
@@ -221,6 +234,7 @@ ENDS = [
     (pruners.iterative, {'density': 1, 'rounds': [0], 'key': KEY}),
     (pruners.gradual, {'density': 1, 'start': 0, 'end': 1, 'every': 1, 'key': KEY}),
     *((pruners.regrow, {**REGROW, 'density': 1, 'drop': drop}) for drop in (0, 1)),
+    *((prune_to, {'steps': 1, name: 1}) for name in ('compression', 'density')),
     (caffe_sgd, {'learning_rate': 0, 'momentum': 0, 'weight_decay': 0, 'bias_scale': 0}),
     (training.scale_dropout, {'rate': 0, 'masks': jnp.ones(3, bool)}),
 ]
@@ -260,12 +274,13 @@ def test_rules_are_named_by_their_patterns(every):
 
 
 # These refuse for others, or what an update is given: test_training has that.
-ELSEWHERE = {'train_kept', 'check_step', 'check_steps', 'check_finite'}
+ELSEWHERE = {'train_kept', 'check_step', 'check_steps', 'check_finite', 'check_hysteresis'}
+ELSEWHERE |= {'divide_among_layers'}  # as global_density
 
 
 def factories():
     """The public functions of these modules that refuse something, by their docstrings."""
-    for module in (schedules, thresholds, pruners, optimizers, training):
+    for module in (schedules, thresholds, densities, prune, pruners, optimizers, training):
         tree = ast.parse(inspect.getsource(module))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith('_'):

@@ -21,7 +21,7 @@ FOLDERS = 'docs|experiments|notebooks|results|tests|zoo'
 QUESTIONS = ' '.join((DOCS / 'questions.md').read_text().split())
 
 
-@pytest.mark.parametrize('name', ['tutorial', 'own_pruner', 'export'])
+@pytest.mark.parametrize('name', ['tutorial', 'own_pruner', 'export', 'resume'])
 def test_the_examples_run(name, capsys):
     text = (DOCS / f'{name}.md').read_text()
     blocks = [
@@ -40,6 +40,8 @@ def test_the_examples_run(name, capsys):
     if name == 'own_pruner':
         (kept,) = re.findall(r"'fc': (\d+)", said)
         assert 0 < int(kept) < 64 * 64
+    if name == 'resume':
+        assert float(said) == 8.0  # of 136 parameters 17 are kept, 8 biases among them
 
 
 def commands():

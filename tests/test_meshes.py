@@ -73,7 +73,8 @@ def make_optimizer():
     sigma = dns_jax.update_probability(power=0)
     rule = dns_jax.Rule(dns_jax.global_density(ramp), sigma, refresh_every=5)
     return optax.chain(
-        dns_jax.surgery(rule, jax.random.key(1)), dns_jax.caffe_sgd(optax.constant_schedule(0.01))
+        dns_jax.surgery(rule, jax.random.key(1), dns_jax.has_axes),
+        dns_jax.caffe_sgd(optax.constant_schedule(0.01)),
     )
 
 

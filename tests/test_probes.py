@@ -29,7 +29,7 @@ def course_of(transform, steps=8):
         updates, state = update(params, state, params)
         for one, other in zip(*map(jax.tree.leaves, (updates, params)), strict=True):
             np.testing.assert_array_equal(one, other)
-        seen.append(np.array(optax.tree.get(state, 'masks')['fc1']['kernel']))
+        seen.append(np.array(dns_jax.get_masks(state)['fc1']['kernel']))
     return seen, state
 
 

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 from absl import flags as absl_flags
 
+import dns_jax
 from experiments import (
     alexnet,
     latency_report,
@@ -27,17 +29,30 @@ NEWER = {'finetuning_steps'}
 README = (ROOT / 'README.md').read_text()
 
 
-def test_the_examples_run(capsys, monkeypatch):
+def test_the_examples_run(monkeypatch):
     monkeypatch.chdir(ROOT)
-    loop, zoo, run = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    loop, long_form, zoo, run = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     # A reader's own code adds biases as JAX allows by default.
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        exec(compile(loop, 'README.md', 'exec'), {})
         names = {}
+        exec(compile(loop, 'README.md', 'exec'), names)
+        exec(compile(long_form, 'README.md', 'exec'), names)
+        masks, small = dns_jax.get_masks(names['state']), names['small']
         exec(compile(zoo, 'README.md', 'exec'), names)
         exec(compile(run, 'README.md', 'exec'), names)
-    assert float(capsys.readouterr().out) == 4.0
+    assert dns_jax.measure_sizes(small, masks).total.compression == 4.0
+    assert jnp.count_nonzero(small['fc']['kernel']) == 5  # and four biases
+    assert names['loss'] < 1e-6  # four connections are all that the network needs
+    assert names['pruner'].init(small).masks['fc']['kernel'].shape == (8, 4)
     assert names['logits'].shape == (1, 10)
+
+
+def test_the_short_form_is_short():
+    """At most 15 lines, and no idea that the paper does not have."""
+    loop = re.search(r'```python\n(.*?)```', README, re.DOTALL)[1]
+    assert len(loop.splitlines()) <= 15
+    for word in ('Rule', 'density', 'refresh', 'update_probability', 'rule', 'optax.tree'):
+        assert word not in loop
 
 
 COMPARISONS = [

@@ -140,14 +140,14 @@ def test_expand_writes_zeros_where_pruned_and_all_under_a_scalar_mask():
 def test_expand_refuses():
     with pytest.raises(ValueError, match="codebooks must have the layer 'a'"):
         expand({'b': np.zeros(1)}, {'a': {'w': np.zeros(2, int)}}, {'a': {'w': np.ones(2, bool)}})
-    with pytest.raises(ValueError, match='masks must have the structure'):
+    with pytest.raises(ValueError, match='masks must have the leaves of params'):
         expand({'': np.zeros(1)}, {'w': np.zeros(2, int)}, {'v': np.ones(2, bool)})
 
 
 @pytest.mark.parametrize(
     ('params', 'masks', 'clusters', 'error', 'message'),
     [
-        ({'a': W}, {'b': T}, 2, ValueError, 'masks must have the structure'),
+        ({'a': W}, {'b': T}, 2, ValueError, 'masks must have the leaves of params'),
         ({'a': W}, {'a': T[:1]}, 2, ValueError, r"masks\['a'\] has shape"),
         ({'a': W}, {'a': W}, 2, TypeError, r"masks\['a'\] must be boolean"),
         ({'a': np.ones(2)}, {'a': T}, 2, TypeError, r"params\['a'\].*float64"),

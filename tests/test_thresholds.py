@@ -295,8 +295,9 @@ def test_global_density_by_brute_force(dtype, arguments):
     for density in (1e-4, 0.03, 0.1, 0.3, 0.5, 0.8, 0.97, 1.0):
         new, _ = updater(global_density, *arguments)(layers, masks, np.float32(density))
         got = {layer: flat_masks(leaves) for layer, leaves in new.items()}
+        wanted = max(round(density * sizes.sum()), 1)
         if score == 'erk':
-            shares = erdos_renyi_kernel(np.array([*AXES.values()]), sizes, density * sizes.sum())
+            shares = erdos_renyi_kernel(np.array([*AXES.values()]), sizes, wanted)
             for layer, share in zip(layers, np.maximum(shares, 1), strict=True):
                 kept = int(got[layer].sum())
                 check_largest(got[layer], order[layer], before[layer], kept, 1e-6)
@@ -306,7 +307,6 @@ def test_global_density_by_brute_force(dtype, arguments):
                 assert above + 1 - 0.501 < share < kept + 0.501
             continue
         ratio = [order[layer] / unit_of(weights[layer], before[layer], score) for layer in layers]
-        wanted = max(round(density * sizes.sum()), 1)
         numbers = divide_with_floors(ratio, wanted)
         for layer, number in zip(layers, numbers, strict=True):
             check_largest(got[layer], order[layer], before[layer], number, 1e-6)
@@ -386,5 +386,6 @@ def test_density_of_the_step_under_jit_and_without(factory, schedule, density_at
             new = updated(layers, masks, way(layers, masks, jnp.int32(step)))
             for group in groups:
                 masks_of_group = np.concatenate([flat_masks(new[layer]) for layer in group])
-                wanted = max(density_at(step) * masks_of_group.size, 1)
+                # One of each layer at least.
+                wanted = max(density_at(step) * masks_of_group.size, len(group))
                 assert abs(masks_of_group.sum() - wanted) < 0.501
