@@ -16,14 +16,12 @@ import jax.numpy as jnp
 from dns_jax import counts
 from dns_jax.counts import Count
 from dns_jax.masks import discriminate
+from dns_jax.search import bisect, search
 from dns_jax.thresholds import check_hysteresis, make_band, range_exponent
 from dns_jax.typing import LayerArrays, Schedule, Thresholds
 
 TOLERANCE = 1 / 128
 """By what share of the number wanted a followed number may be off between two askings."""
-
-_INFINITY = 0x7F800000  # as bits
-_STRIDE = 1 << 17  # in bits: 1.6 to 3.1 % of a threshold
 
 
 class Share(NamedTuple):
@@ -57,7 +55,13 @@ class DensityRule:
         self, layers: LayerArrays, masks: LayerArrays, step: jax.Array
     ) -> dict[str, Thresholds]:
         """Finds the largest thresholds that keep what is wanted, in 31 passes over the weights."""
-        return self.solve(layers, masks, step)
+        nothing = dict.fromkeys(layers, Thresholds(jnp.float32(0), jnp.float32(0)))
+
+        def find(excess_at, starts, wanted):
+            del starts
+            return bisect(excess_at, len(wanted))
+
+        return self._solve(layers, masks, step, nothing, find)
 
     def is_near(
         self, layers: LayerArrays, masks: LayerArrays, step: jax.Array, exactly: jax.Array
@@ -91,72 +95,88 @@ class DensityRule:
         layers: LayerArrays,
         masks: LayerArrays,
         step: jax.Array,
-        last: Mapping[str, Thresholds] | None = None,
+        last: Mapping[str, Thresholds],
+        exactly: jax.Array,
     ) -> dict[str, Thresholds]:
-        """Finds thresholds that keep what is wanted, and those of layers they leave too little of.
+        """Finds thresholds that keep what is wanted from the last ones, in a few passes.
 
         Args:
           layers: the weights.
           masks: their masks.
           step: the count of steps, an int32 scalar.
-          last: thresholds to search from, in a few passes; without them the largest are found.
+          last: thresholds that are near.
+          exactly: whether the number must be met, a bool scalar; else within `TOLERANCE` / 8.
 
         Returns:
           The thresholds by layer.
         """
-        division = self.divide(layers, masks, step)
-        units = division.measure_units()
+
+        def find(excess_at, starts, wanted):
+            slack = [
+                jnp.where(exactly, 0.0, TOLERANCE / 8 * counts.to_float(count)) for count in wanted
+            ]
+            return search(excess_at, starts, slack)
+
+        return self._solve(layers, masks, step, last, find)
+
+    def _solve(self, layers, masks, step, last, find) -> dict[str, Thresholds]:
+        """Finds the threshold of each share, and that of layers which it leaves too little of."""
+        shares, floors, measure_units = self.divide(layers, masks, step)
+        units = measure_units()
 
         def bands_at(thresholds):
             return {
                 layer: make_band(threshold * units[layer], self.hysteresis)
-                for share, threshold in zip(division.shares, thresholds, strict=True)
+                for share, threshold in zip(shares, thresholds, strict=True)
                 for layer in share.layers
             }
 
-        def excess_at(thresholds):
+        def excess_of_shares(thresholds):
             kept = _count_by_layer(layers, masks, bands_at(thresholds))
+            kept = {layer: counts.maximum(kept[layer], floors[layer]) for layer in kept}
             return [
-                counts.minus(
-                    counts.add(
-                        [counts.maximum(kept[name], division.floors[name]) for name in share.layers]
-                    ),
-                    share.wanted,
-                )
-                for share in division.shares
+                counts.minus(counts.add([kept[layer] for layer in share.layers]), share.wanted)
+                for share in shares
             ]
 
         # A layer at its floor has a smaller threshold than the others of its share.
-        starts = last and [
+        starts = [
             functools.reduce(
-                jnp.maximum, (_middle(last[name]) / units[name] for name in share.layers)
+                jnp.maximum, (_middle(last[layer]) / units[layer] for layer in share.layers)
             )
-            for share in division.shares
+            for share in shares
         ]
-        bands = bands_at(_find(excess_at, len(division.shares), starts))
+        bands = bands_at(find(excess_of_shares, starts, [share.wanted for share in shares]))
         kept = _count_by_layer(layers, masks, bands)
-        lacking = {name: counts.minus(kept[name], division.floors[name]).high < 0 for name in bands}
+        excess = {layer: counts.minus(kept[layer], floors[layer]) for layer in bands}
 
-        def at_floors():
-            names = list(bands)
-
-            def excess_at(thresholds):
+        def lift_to_floors():
+            def excess_of_layers(thresholds):
                 own = [make_band(threshold, self.hysteresis) for threshold in thresholds]
-                kept = _count_by_layer(layers, masks, dict(zip(names, own, strict=True)))
-                return [counts.minus(kept[name], division.floors[name]) for name in names]
+                kept = _count_by_layer(layers, masks, dict(zip(bands, own, strict=True)))
+                # Of the others nothing is wanted.
+                return [
+                    jax.tree.map(
+                        lambda part, lacks=excess[layer].high < 0: jnp.where(lacks, part, 0),
+                        counts.minus(kept[layer], floors[layer]),
+                    )
+                    for layer in bands
+                ]
 
-            found = _find(excess_at, len(names), last and [_middle(last[name]) for name in names])
+            nothing = [counts.from_int(0)] * len(bands)
+            found = find(excess_of_layers, [_middle(last[layer]) for layer in bands], nothing)
             return {
-                name: jax.tree.map(
-                    functools.partial(jnp.where, lacking[name]),
+                layer: jax.tree.map(
+                    functools.partial(jnp.where, excess[layer].high < 0),
                     make_band(threshold, self.hysteresis),
-                    bands[name],
+                    bands[layer],
                 )
-                for name, threshold in zip(names, found, strict=True)
+                for layer, threshold in zip(bands, found, strict=True)
             }
 
-        any_lacking = functools.reduce(jnp.logical_or, lacking.values(), jnp.array(False))
-        return jax.lax.cond(any_lacking, at_floors, lambda: bands)
+        lacking = [count.high < 0 for count in excess.values()]
+        any_lacking = functools.reduce(jnp.logical_or, lacking, jnp.array(False))
+        return jax.lax.cond(any_lacking, lift_to_floors, lambda: bands)
 
 
 def layer_density(density: float | Schedule, hysteresis: float = 0.1) -> DensityRule:
@@ -308,127 +328,6 @@ def divide_among_layers(
     return DensityRule(divide, hysteresis, changes)
 
 
-def largest_threshold(weights: Sequence[jax.Array], wanted: Count) -> jax.Array:
-    """Finds the largest threshold at which enough weights are at least as large.
-
-    Args:
-      weights: floating point.
-      wanted: how many at least, from 1 to all.
-
-    Returns:
-      The threshold, a float32 scalar.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> float(largest_threshold([jnp.array([1.0, -3.0, 2.0])], counts.from_int(2)))
-      2.0
-    """
-    masks = [jnp.ones_like(leaf, bool) for leaf in weights]
-
-    def excess_at(thresholds):
-        bands = {'': Thresholds(thresholds[0], thresholds[0])}
-        kept = _count_by_layer({'': weights}, {'': masks}, bands)
-        return [counts.minus(kept[''], wanted)]
-
-    return _find(excess_at, 1, None)[0]
-
-
-def _find(
-    excess_at: Callable[[Sequence[jax.Array]], Sequence[Count]],
-    number: int,
-    starts: Sequence[jax.Array] | None,
-) -> list[jax.Array]:
-    """Finds for each of some thresholds the largest with an excess that is not negative.
-
-    From `starts` any will do that has the excess 0: it keeps the same connections.
-    """
-    if not number:
-        return []
-
-    def excess_of(bits):
-        found = excess_at(list(jax.lax.bitcast_convert_type(bits, jnp.float32)))
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
-
-    if starts is None:
-        bits = _bisect(excess_of, number)
-    else:
-        bits = jax.lax.bitcast_convert_type(jnp.stack(starts), jnp.int32)
-        bits = _search_from(excess_of, bits)
-    return list(jax.lax.bitcast_convert_type(bits, jnp.float32))
-
-
-def _bisect(excess_of, number) -> jax.Array:
-    def try_bit(done, bits):
-        # As integers, the bits of numbers that are not negative have the order of the numbers.
-        candidate = bits | (1 << (30 - done))
-        # Never beyond what is finite, where floors alone keep enough.
-        enough = (excess_of(candidate).high >= 0) & (candidate < _INFINITY)
-        return jnp.where(enough, candidate, bits)
-
-    return jax.lax.fori_loop(0, 31, try_bit, jnp.zeros(number, jnp.int32))
-
-
-class _Bracket(NamedTuple):
-    """The search for some thresholds, all as bits, with their excesses as floats."""
-
-    passes: jax.Array
-    candidate: jax.Array
-    low: jax.Array  # enough is kept
-    high: jax.Array  # too little is kept
-    low_excess: jax.Array
-    high_excess: jax.Array
-    done: jax.Array
-
-
-def _search_from(excess_of, starts) -> jax.Array:
-    """Widens a bracket from the starts, then closes it by interpolation and bisection in turns."""
-    starts = jnp.where((starts > 0) & (starts < _INFINITY), starts, _INFINITY // 2)
-
-    def search(bracket):
-        passes, candidate = bracket.passes, bracket.candidate
-        excess = excess_of(candidate)
-        enough, number = excess.high >= 0, counts.to_float(excess)
-        low = jnp.where(enough, candidate, bracket.low)
-        high = jnp.where(enough, bracket.high, candidate)
-        low_excess = jnp.where(enough, number, bracket.low_excess)
-        high_excess = jnp.where(enough, bracket.high_excess, number)
-        done = (number == 0) | (high - low <= 1)
-        # Four times as far in every pass, from 2 % to all of the range in eight.
-        stride = jnp.left_shift(_STRIDE, jnp.minimum(2 * passes, 12))
-        wider = candidate + jnp.where(
-            enough, jnp.minimum(stride, high - candidate), -jnp.minimum(stride, candidate - low)
-        )
-        part = (low_excess + 0.5) / (low_excess - high_excess)
-        between = jnp.where(passes % 3 == 2, 0.5, part) * (high - low).astype(jnp.float32)
-        inner = low + jnp.clip(between, 1.0, 2.0**30).astype(jnp.int32)
-        bracketed = (low > 0) & (high < _INFINITY)
-        following = jnp.clip(jnp.where(bracketed, inner, wider), low + 1, high - 1)
-        # One that is done stays, or its bracket would close further on what is no excess of it.
-        return _Bracket(
-            passes + 1,
-            *(
-                jnp.where(bracket.done, old, new)
-                for old, new in zip(
-                    bracket[1:],
-                    (following, low, high, low_excess, high_excess, done),
-                    strict=True,
-                )
-            ),
-        )
-
-    some = jnp.ones(starts.shape, jnp.float32)
-    bracket = _Bracket(
-        jnp.int32(0),
-        starts,
-        jnp.zeros_like(starts),
-        jnp.full_like(starts, _INFINITY),
-        some,
-        -some,
-        jnp.zeros(starts.shape, bool),
-    )
-    return jax.lax.while_loop(lambda bracket: ~bracket.done.all(), search, bracket).low
-
-
 def _count_by_layer(layers, masks, bands) -> dict[str, Count]:
     """Counts what h_k keeps of each layer."""
     return {
@@ -493,15 +392,25 @@ def _erdos_renyi_kernel(layers, density):
 
 def _unit(weights, masks, score) -> jax.Array:
     """The unit of a layer; 1 for a layer of zeros, whose scores are 0 in any."""
-    exponent = range_exponent(weights)
-    magnitudes = [jnp.ldexp(jnp.abs(leaf).astype(jnp.float32), -exponent) for leaf in weights]
-    if score == 'rms':
-        squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
-        unit = jnp.sqrt(squares / max(_size(weights), 1))
-    else:
+
+    def measure(exponent):
+        magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in weights]
+        if exponent is not None:
+            magnitudes = [jnp.ldexp(leaf, -exponent) for leaf in magnitudes]
+        if score == 'rms':
+            squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
+            return jnp.sqrt(squares / max(_size(weights), 1))
         kept = zip(magnitudes, masks, strict=True)
         squares = (jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept)
         # At least the largest weight, so that a layer of which nothing was kept comes back by it.
         largest = (jnp.max(leaf, initial=0.0) for leaf in magnitudes)
-        unit = functools.reduce(jnp.maximum, largest, jnp.sqrt(sum(squares, jnp.float32(0))))
-    return jnp.where(unit > 0, jnp.ldexp(unit, exponent), 1.0)
+        return functools.reduce(jnp.maximum, largest, jnp.sqrt(sum(squares, jnp.float32(0))))
+
+    def measure_in_range():
+        exponent = range_exponent(weights)
+        unit = jnp.ldexp(measure(exponent), exponent)
+        return jnp.where(unit > 0, unit, 1.0)
+
+    unit = measure(None)
+    # A square may leave the range of float32 where the weight does not.
+    return jax.lax.cond((unit > 1e-15) & (unit < 1e15), lambda: unit, measure_in_range)

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax import counts
-from dns_jax.densities import largest_threshold, layer_density
+from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
 from dns_jax.layers import as_table, group_by_layer, map_leaves, parent
 from dns_jax.masks import count_kept, discriminate
 from dns_jax.roles import is_kernel
 from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
+from dns_jax.search import bisect
 from dns_jax.stacking import restack, unstack
 from dns_jax.surgery import Rule, Surgery, surgery
 from dns_jax.thresholds import std
@@ -367,8 +368,13 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
     """Makes masks of the largest magnitudes: of each layer as many as wanted, and what ties."""
     thresholds = {}
     for layer, leaves in group_by_layer(tree, layer_of).items():
-        least = jnp.maximum(jnp.int32(wanted[layer]), 1)
-        thresholds[layer] = largest_threshold(leaves, counts.from_array(least))
+        least = counts.from_array(jnp.maximum(jnp.int32(wanted[layer]), 1))
+
+        def excess_at(found, leaves=leaves, least=least):
+            kept = [jnp.abs(leaf).astype(jnp.float32) >= found[0] for leaf in leaves]
+            return [counts.minus(counts.count_all(kept), least)]
+
+        (thresholds[layer],) = bisect(excess_at, 1)
 
     def keep(path, leaf):
         if not leaf.ndim:

@@ -138,7 +138,8 @@ def surgery(
       Guo et al. 2016, Algorithm 1.
     """
     table = {
-        pattern: _check_rule(pattern, rule, importance) for pattern, rule in as_table(rules).items()
+        pattern: _check_rule(pattern, rule, importance, splicing)
+        for pattern, rule in as_table(rules).items()
     }
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed or key.shape:
@@ -392,7 +393,7 @@ class _Plan:
         return map_leaves(of_leaf, masks)
 
 
-def _check_rule(pattern: str, rule: Any, importance: Importance) -> Rule:
+def _check_rule(pattern: str, rule: Any, importance: Importance, splicing: bool) -> Rule:
     """Checks a rule of the table and completes what it leaves open."""
     if not isinstance(rule, Rule):
         raise TypeError(f'the rule of {pattern!r} must be a dns_jax.Rule, but is {rule!r}')
@@ -407,6 +408,8 @@ def _check_rule(pattern: str, rule: Any, importance: Importance) -> Rule:
     by_density = isinstance(rule.thresholds, DensityRule)
     if every is None and not by_density:
         every = 0
+    if every is None and not splicing:
+        every = 1  # what a threshold prunes too much would not come back
     if every is not None:
         check_step(f'refresh_every of {pattern!r}', every)
     if every == 0 and by_density and rule.thresholds.changes:
@@ -473,7 +476,7 @@ def _correct(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[
     density: Any = rule.thresholds
     sigma, last = _chance(rule, count)
     wrong = (sigma > 0) & ~density.is_near(weights, masks, count, last)
-    solve = functools.partial(density.solve, weights, masks, count, bands)
+    solve = functools.partial(density.solve, weights, masks, count, bands, last)
     return wrong, jax.lax.cond(wrong, solve, lambda: bands)
 
 

@@ -51,6 +51,6 @@ def test_train_kept_needs_masks_and_weights():
     optimizer = training.train_kept(optax.identity(), optax.sgd(0.1))
     with pytest.raises(ValueError, match='the state has no masks'):
         optimizer.update(weights, optimizer.init(weights), weights)
-    optimizer = training.train_kept(pruners.one_shot(0.5, 0, KEY), optax.sgd(0.1))
+    optimizer = training.train_kept(pruners.one_shot(0.5, 0, KEY, **ALL), optax.sgd(0.1))
     with pytest.raises(ValueError, match='surgery needs the weights'):
         optimizer.update(weights, optimizer.init(weights))
