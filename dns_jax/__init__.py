@@ -19,6 +19,7 @@ from dns_jax.metrics import Size, Sizes, measure_sizes
 from dns_jax.optimizers import caffe_sgd
 from dns_jax.prune import prune_to
 from dns_jax.roles import has_axes, is_kernel, role
+from dns_jax.rules import Rule
 from dns_jax.schedules import (
     caffe_exp,
     caffe_inv,
@@ -33,7 +34,6 @@ from dns_jax.schedules import (
 )
 from dns_jax.stacking import unstack
 from dns_jax.surgery import (
-    Rule,
     SurgeryState,
     freeze,
     get_masks,

@@ -15,8 +15,9 @@ from dns_jax.densities import divide_among_layers
 from dns_jax.importance import magnitude
 from dns_jax.layers import named_leaves, parent
 from dns_jax.roles import is_kernel
+from dns_jax.rules import Rule
 from dns_jax.schedules import check_finite, check_step, update_probability
-from dns_jax.surgery import Rule, Surgery, surgery
+from dns_jax.surgery import Surgery, surgery
 from dns_jax.typing import Importance, LayerOf, Masks, Params, TakesPart
 
 _RAMP = 0.8  # of the steps; in the rest surgery repairs what it did at the density wanted

@@ -12,42 +12,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dns_jax.densities import DensityRule
 from dns_jax.importance import magnitude
 from dns_jax.layers import (
     as_table,
     find_holes,
-    map_leaves,
-    match_patterns,
     named_leaves,
     nest_leaves,
     parent,
 )
-from dns_jax.masks import apply_masks, check_parallel, discriminate, init_masks, throw_coins
+from dns_jax.masks import apply_masks, check_parallel, init_masks, throw_coins
 from dns_jax.roles import is_kernel
-from dns_jax.schedules import check_step
+from dns_jax.rules import (
+    Plan,
+    Rule,
+    ask,
+    chance,
+    complete_rule,
+    compute_thresholds,
+    is_followed,
+    start_at_zero,
+)
 from dns_jax.stacking import restack, unstack
 from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
     Params,
-    Schedule,
     TakesPart,
-    ThresholdRule,
     Thresholds,
 )
-
-
-class Rule(NamedTuple):
-    """How the layers of one group are operated on."""
-
-    thresholds: ThresholdRule  #: gives the band of each layer
-    #: σ(iter), the chance of an update, one draw for each layer: a number in [0, 1] or a schedule
-    update_probability: float | Schedule = 1.0
-    #: steps from one asking of the thresholds to the next; 0 asks once, at init. By default
-    #: densities are followed at every step, and all other rules asked once.
-    refresh_every: int | None = None
 
 
 class SurgeryState(NamedTuple):
@@ -138,7 +131,7 @@ def surgery(
       Guo et al. 2016, Algorithm 1.
     """
     table = {
-        pattern: _check_rule(pattern, rule, importance, splicing)
+        pattern: complete_rule(pattern, rule, importance, splicing)
         for pattern, rule in as_table(rules).items()
     }
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -146,7 +139,7 @@ def surgery(
         raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
     if masks is not None:
         takes_part = _has_mask(masks, stacked)
-    plan = functools.partial(_Plan, table, takes_part, layer_of, may_be_empty=masks is not None)
+    plan = functools.partial(Plan, table, takes_part, layer_of, may_be_empty=masks is not None)
 
     def init_fn(params):
         weights = unstack(stacked, params)[0] if stacked else params
@@ -160,9 +153,7 @@ def surgery(
         count, thresholds = jnp.zeros((), jnp.int32), {}
         for pattern, arrays, kept in layers.arrays(weights, own):
             # A followed density begins anew in the first update; what is jitted compiles in one.
-            compute = (
-                _no_thresholds if table[pattern].refresh_every is None else _compute_thresholds
-            )
+            compute = start_at_zero if table[pattern].refresh_every is None else compute_thresholds
             compute = jax.jit(functools.partial(compute, table[pattern].thresholds))
             thresholds |= compute(arrays, kept, count)
         # Copies: the first state may be donated, and init called again.
@@ -187,39 +178,39 @@ def surgery(
 
         def update(count, masks, bands):
             chances = {
-                layer: _chance(table[pattern], count)[0]
+                layer: chance(table[pattern], count)[0]
                 for pattern, names in layers.patterns.items()
                 for layer in names
             }
             coins = throw_coins(jax.random.fold_in(state.key, count), chances)
-            return layers.decide(seen, masks, bands, coins, splicing)
+            return layers.update(seen, masks, bands, coins, splicing)
 
         def ask_and_update(turn, carry):
             (masks, bands), count = carry, state.count + turn
             for pattern, arrays, kept in layers.arrays(seen, masks):
                 own_bands = {layer: bands[layer] for layer in arrays}
-                bands = bands | _ask(table[pattern], arrays, kept, count, own_bands)
+                bands = bands | ask(table[pattern], arrays, kept, count, own_bands)
             return update(count, masks, bands), bands
 
-        def correct(turn, carry):
+        def correct_and_update(turn, carry):
             (masks, bands), count = carry, state.count + turn
             new, wrong = {}, jnp.array(False)
             for pattern, arrays, kept in layers.arrays(seen, masks):
-                if _is_followed(table[pattern]):
+                if is_followed(table[pattern]):
                     own_bands = {layer: bands[layer] for layer in arrays}
-                    asked, solved = _correct(table[pattern], arrays, kept, count, own_bands)
+                    asked, solved = correct(table[pattern], arrays, kept, count, own_bands)
                     new, wrong = new | solved, wrong | asked
             masks = _once_if(wrong, lambda turn, masks: update(count + turn, masks, new), masks)[1]
             return masks, bands | new
 
-        due = [_chance(table[pattern], state.count)[0] > 0 for pattern in layers.patterns]
+        due = [chance(table[pattern], state.count)[0] > 0 for pattern in layers.patterns]
         due = functools.reduce(jnp.logical_or, due, jnp.array(False))
         changing = own, state.thresholds
         # After the gradient, which is taken with the old masks, and before the optimizer, which
         # writes over the weights: unordered, XLA copies both at every step.
         turns, changing = _once_if(_after(updates, due, state.count), ask_and_update, changing)
-        if any(map(_is_followed, table.values())):
-            turns, changing = _once_if(due, correct, changing)
+        if any(map(is_followed, table.values())):
+            turns, changing = _once_if(due, correct_and_update, changing)
         updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
         own, thresholds = changing
         masks = restack(stacked, state.masks, own) if stacked else own
@@ -321,110 +312,6 @@ def masked_value_and_grad(
     return masked
 
 
-class _Plan:
-    """Which layers follow which rule, and which leaves they have."""
-
-    def __init__(
-        self,
-        table: Mapping[str, Rule],
-        takes_part: TakesPart,
-        layer_of: LayerOf,
-        weights: Params,
-        may_be_empty: bool,
-    ):
-        paths: dict[str, list[str]] = {}
-        for path, leaf in named_leaves(weights):
-            if jnp.size(leaf) and takes_part(path, leaf):
-                paths.setdefault(layer_of(path), []).append(path)
-        if table and not paths and not may_be_empty:
-            names = [path for path, _ in named_leaves(weights)]
-            raise ValueError(
-                f'no leaf of params takes part, of {names}; takes_part=dns_jax.has_axes takes all '
-                'that have axes'
-            )
-        self.weights, self.takes_part = weights, takes_part
-        self.layers = dict(sorted(paths.items()))
-        matches = match_patterns(table, self.layers)
-        self.patterns = {
-            pattern: [layer for layer, (own, _) in matches.items() if own == pattern]
-            for pattern in table
-        }
-        #: of the leaves under a rule, the layer of each
-        self.paths = {path: layer for layer in matches for path in self.layers[layer]}
-
-    def arrays(self, weights, masks):
-        """Gives for each pattern the weights and the masks of its layers."""
-        weights, masks = dict(named_leaves(weights)), dict(named_leaves(masks))
-        for pattern, layers in self.patterns.items():
-            yield (
-                pattern,
-                {layer: [weights[path] for path in self.layers[layer]] for layer in layers},
-                {layer: [masks[path] for path in self.layers[layer]] for layer in layers},
-            )
-
-    def check_state(self, masks, thresholds) -> None:
-        """Refuses a state that was made under other rules, another `takes_part` or `layer_of`."""
-        if set(self.paths.values()) != set(thresholds):
-            raise ValueError(
-                f'the state has thresholds of the layers {sorted(thresholds)}, but by rules, '
-                f'takes_part and layer_of they are {sorted(set(self.paths.values()))}; to go on '
-                'from its masks under others, give them to surgery(masks=…)'
-            )
-        for path, mask in named_leaves(masks):
-            if path in self.paths and not jnp.ndim(mask):
-                raise ValueError(
-                    f'{path!r} takes part by takes_part, but not in the state; to go on from its '
-                    'masks, give them to surgery(masks=…)'
-                )
-
-    def decide(self, weights, masks, bands, coins, splicing):
-        """Applies h_k to the layers that have a band and whose coin says so."""
-        weights = dict(named_leaves(weights))
-
-        def of_leaf(path, mask):
-            layer = self.paths.get(path)
-            if layer not in bands:
-                return mask
-            new = discriminate(weights[path], mask, bands[layer])
-            if not splicing:  # a threshold of 0 would let zeros in again
-                new &= mask
-            return jnp.where(coins[layer], new, mask)
-
-        return map_leaves(of_leaf, masks)
-
-
-def _check_rule(pattern: str, rule: Any, importance: Importance, splicing: bool) -> Rule:
-    """Checks a rule of the table and completes what it leaves open."""
-    if not isinstance(rule, Rule):
-        raise TypeError(f'the rule of {pattern!r} must be a dns_jax.Rule, but is {rule!r}')
-    sigma, every = rule.update_probability, rule.refresh_every
-    if not callable(sigma):
-        if not isinstance(sigma, (int, float)) or not 0 <= sigma <= 1:
-            raise TypeError(
-                f'update_probability of {pattern!r} must be a number in [0, 1] or a schedule, but '
-                f'is {sigma!r}'
-            )
-        rule = rule._replace(update_probability=lambda step, number=float(sigma): number)
-    by_density = isinstance(rule.thresholds, DensityRule)
-    if every is None and not by_density:
-        every = 0
-    if every is None and not splicing:
-        every = 1  # what a threshold prunes too much would not come back
-    if every is not None:
-        check_step(f'refresh_every of {pattern!r}', every)
-    if every == 0 and by_density and rule.thresholds.changes:
-        raise ValueError(
-            f'refresh_every of {pattern!r} is 0, so its density would be asked once, at init, and '
-            'stay at the first value of its schedule; leave refresh_every out to follow it'
-        )
-    if every == 0 and importance is not magnitude:
-        raise ValueError(
-            f'refresh_every of {pattern!r} must be at least 1 for thresholds by '
-            f'importance={importance!r}, which is not known at the start, but is 0'
-        )
-    return rule._replace(refresh_every=every)
-
-
 def _has_mask(masks: Masks, stacked: Mapping[str, int] | None) -> TakesPart:
     """Says that those leaves take part whose mask has axes."""
     if stacked:  # a scalar stands for all slices, whose names are not asked for then
@@ -443,41 +330,6 @@ def _refuse_shards(params: Params) -> None:
                 'and counts are of whole layers: update outside of shard_map, under jit with '
                 'sharded arrays'
             )
-
-
-def _chance(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gives σ of a step, and whether it is the last: by density that is made for certain."""
-    sigma: Any = rule.update_probability
-    now, then = (jnp.asarray(sigma(step), jnp.float32) for step in (count, count + 1))
-    last = (now > 0) & (then <= 0)
-    if isinstance(rule.thresholds, DensityRule):
-        now = jnp.where(last, 1.0, now)
-    return now, last
-
-
-def _is_followed(rule: Rule) -> bool:
-    return rule.refresh_every is None
-
-
-def _ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
-    """Asks a rule for thresholds, where it is not followed and that is due."""
-    if not rule.refresh_every:
-        return bands
-    sigma, last = _chance(rule, count)
-    due = (count % rule.refresh_every == 0) & (sigma > 0)
-    if isinstance(rule.thresholds, DensityRule):
-        due |= last
-    compute = functools.partial(_compute_thresholds, rule.thresholds, weights, masks, count)
-    return jax.lax.cond(due, compute, lambda: bands)
-
-
-def _correct(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
-    """Corrects thresholds that kept another number than wanted; says whether they did."""
-    density: Any = rule.thresholds
-    sigma, last = _chance(rule, count)
-    wrong = (sigma > 0) & ~density.is_near(weights, masks, count, last)
-    solve = functools.partial(density.solve, weights, masks, count, bands, last)
-    return wrong, jax.lax.cond(wrong, solve, lambda: bands)
 
 
 def _once_if(
@@ -508,22 +360,6 @@ def _after(first: Any, value: jax.Array, count: jax.Array) -> jax.Array:
     smallest = min(jax.tree.leaves(first), key=jnp.size)
     never = (jnp.ravel(smallest)[:1] != 0).any() & (count < 0)
     return jnp.where(never, jnp.zeros_like(value), value)
-
-
-def _compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
-    """Computes the bands of a rule's layers, and holds it to their names and type."""
-    bands = rule(weights, masks, count)
-    if sorted(bands) != sorted(weights):
-        raise ValueError(f'thresholds must name the layers {list(weights)}, but name {list(bands)}')
-    return {
-        layer: Thresholds(jnp.float32(band.low), jnp.float32(band.high))
-        for layer, band in bands.items()
-    }
-
-
-def _no_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
-    """Starts a density at 0, and lets it refuse what it could not keep."""
-    return jax.tree.map(jnp.zeros_like, jax.eval_shape(rule, weights, masks, count))
 
 
 def _is_surgery_state(node: Any) -> bool:

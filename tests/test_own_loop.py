@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -132,22 +133,26 @@ def test_an_interrupted_command_keeps_its_rows(config, trained, monkeypatch):
     assert [(row['method'], row['commit']) for row in rows_in(config)] == [('surgery', 'abc')]
 
 
-def test_a_gpt_keeps_its_embeddings_and_norms(config, text):
+def test_a_gpt_has_rows_of_its_own(config, text, trained):
     config = dataclasses.replace(
-        config,
-        network='gpt',
-        density='0.25',
-        methods='surgery',
-        dense_steps=0,  # what is not trained is not compiled
-        text=str(text),
+        config, network='gpt', density='0.25', methods='surgery', text=str(text)
     )
-    for row in own_runs.run_all(config):
-        # Of 8 characters a block has 8·(24 + 8 + 32 + 32) weights in kernels, the output 8·6.
-        dense = row['parameters'] - 8 * (24 + 8 + 32 + 32 + 6)
-        assert row['kept'] == pytest.approx(dense + 0.25 * 816, abs=1)
-        assert row['unit'] == 'nats'
-        assert row['test'] is None
-        assert 1 < row['validation'] < 4
+    (row,) = own_runs.run_all(config)
+    assert own_runs._to_run(row) == Run('gpt', 'surgery', 0.25, 0, 2, 10)
+    assert row['unit'] == 'nats'
+    assert row['test'] is None
+    assert row['validation'] == row['validation_before'] == pytest.approx(np.log(6), abs=1)
+    assert own_runs.read_rows(Path(config.output)) == [row]
+    assert ' nats |      | ' in own_runs.to_table([row])
+
+
+def test_a_gpt_learns(text, small):
+    task = own_networks.characters(text)
+    network = own_runs.Network(*nnx.split(task.make(0), nnx.Param, ...))
+    nothing = dns_jax.surgery({}, jax.random.key(0))
+    trained, masks = own_runs.train(task, network, nothing, (0, 0), 40)
+    before, after = (own_runs.measure(task, one, masks, 'validation') for one in (network, trained))
+    assert after < before - 0.3, before
 
 
 def test_batch_statistics_are_trained_and_read(config):
@@ -234,7 +239,7 @@ def test_a_short_text_is_refused(tmp_path):
 
 
 def test_a_file_of_other_rows_is_refused(config):
-    path = own_runs.Path(config.output)
+    path = Path(config.output)
     path.parent.mkdir()
     path.write_text('network,error\ncnn,1\n')
     with pytest.raises(ValueError, match='must have the columns'):
