@@ -41,6 +41,7 @@ class Division(NamedTuple):
 
 
 Divide = Callable[[LayerArrays, LayerArrays, jax.Array], Division]
+"""Maps weights, masks and the step count to what is wanted of the layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +302,7 @@ def divide_among_layers(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from dns_jax import counts
       >>> rule = divide_among_layers(lambda step, sizes: counts.from_int(1), False, hysteresis=0.0)
       >>> weights, masks = {'fc': [jnp.array([1.0, -3.0])]}, {'fc': [jnp.ones(2, bool)]}
       >>> float(rule(weights, masks, 0)['fc'].low)

@@ -45,6 +45,7 @@ def find_holes(tree: Any) -> list[str]:
       The path of each `optax.MaskedNode`.
 
     Example:
+      >>> import optax
       >>> find_holes({'conv1': {'kernel': 1.0, 'bias': optax.MaskedNode()}})
       ['conv1/bias']
     """

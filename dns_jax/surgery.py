@@ -29,6 +29,7 @@ from dns_jax.rules import (
     chance,
     complete_rule,
     compute_thresholds,
+    correct,
     is_followed,
     start_at_zero,
 )

@@ -45,8 +45,9 @@ OUR_OWN |= {'masks.check_parallel', 'masks.find_empty_layers', 'importance.chanc
 OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'pruners.one_shot'}
 OUR_OWN |= {'schedules.check_step', 'schedules.check_steps', 'schedules.check_finite'}
 OUR_OWN |= {f'thresholds.{name}' for name in ('check_hysteresis', 'make_band', 'range_exponent')}
-OUR_OWN |= {f'densities.{name}' for name in ('divide_among_layers', 'largest_threshold')}
-OUR_OWN |= {'densities.layer_density', 'surgery.freeze', 'surgery.get_masks'}
+OUR_OWN |= {f'densities.{name}' for name in ('divide_among_layers', 'layer_density')}
+OUR_OWN |= {f'densities.DensityRule.{name}' for name in ('is_near', 'solve')}
+OUR_OWN |= {'surgery.freeze', 'surgery.get_masks'}
 
 each_function = pytest.mark.parametrize('name', FUNCTIONS)
 
