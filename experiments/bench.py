@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dns_jax
-from experiments import command_line, models, progress, timing, train
+from experiments import command_line, loops, models, progress, timing, train
 from experiments.tool_flags import BenchConfig
 
 _BATCH_SIZE = 64
@@ -91,7 +91,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
     Returns:
       `{network: {dense_ms, surgery_ms, ratio, refresh_ms, steps_per_s, dense_mib, surgery_mib},
-      large: {weights, refresh_ms, sort_ms}, peer: …}`.
+      large: {weights, refresh_ms, sort_ms}, loops: as of `loops.measure`, peer: …}`.
 
     Raises:
       ValueError: if the peer's answer is not JSON.
@@ -125,6 +125,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
             'surgery_mib': programs[name, 'surgery'].peak_mebibytes(),
         }
     table['large'] = measure_large_layer()
+    table['loops'] = loops.measure(config.rounds)
     if peer_rows:
         table['peer'] = {
             name: {
@@ -189,6 +190,7 @@ def bench(config: BenchConfig) -> None:
         f'thresholds of {large["weights"]:,} weights: {large["refresh_ms"]:.0f} ms, their sort '
         f'{large["sort_ms"]:.0f} ms'
     )
+    print('\n'.join(loops.format_rows(table['loops'])))
     print(json.dumps(table))
 
 
