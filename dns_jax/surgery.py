@@ -358,8 +358,10 @@ def _once_if(
 
 def _after(first: Any, value: jax.Array, count: jax.Array) -> jax.Array:
     """Gives a value as it is, but not before others are known."""
-    smallest = min(jax.tree.leaves(first), key=jnp.size)
-    never = (jnp.ravel(smallest)[:1] != 0).any() & (count < 0)
+    known = min(filter(jnp.size, jax.tree.leaves(first)), key=jnp.size, default=None)
+    if known is None or value.dtype == jax.dtypes.float0:
+        return value
+    never = (known != 0).any() & (count < 0)
     return jnp.where(never, jnp.zeros_like(value), value)
 
 

@@ -2,10 +2,10 @@
 
 python -m experiments.own_loop --flagfile=experiments/flagfiles/own_loop_cnn.flags
 
-A CNN with BatchNorm, or a small GPT, is pruned by `dns_jax.prune_to`, and by gradual pruning with
-the best settings found for it, from the same dense networks in as many steps. A row of the file is
-one run; a command that is given again makes those that are missing, so it may be interrupted. One
-process at a time may write to a file.
+A CNN with BatchNorm, or a small GPT, is pruned by `dns_jax.prune_to`, and by gradual pruning along
+as long a ramp, from the same dense networks on the same batches. A row of the file is one run; a
+command that is given again makes those that are missing, so it may be interrupted. One process at a
+time may write to a file.
 """
 
 from experiments import command_line, own_runs

@@ -188,7 +188,7 @@ class Phase:
             return
         self.state, self.done = state, self.done + len(chunk.losses)
         for layer, events in chunk.events.items():
-            self._kept[layer] += int(events.spliced.sum() - events.pruned.sum())
+            self._kept[layer] += int(np.sum(events.spliced) - np.sum(events.pruned))
         self._unrecorded.append(chunk)
         if self.done % self.trainer.config.record_every == 0 or self.done == self.steps:
             since = jax.tree.map(lambda *parts: np.concatenate(parts), *self._unrecorded)
@@ -296,7 +296,10 @@ def _train(
 
 
 def _to_lists(chunk: train.Chunk) -> list[Any]:
-    events = {layer: [array.tolist() for array in pair] for layer, pair in chunk.events.items()}
+    events = {
+        layer: [np.asarray(counts).tolist() for counts in pair]
+        for layer, pair in chunk.events.items()
+    }
     return [chunk.losses.tolist(), events]
 
 

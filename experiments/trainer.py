@@ -166,7 +166,7 @@ class Trainer:
         without = jax.tree.map(lambda mask, back: mask & ~back, final.masks, returns.returned)
         others = probes.remove_others(final_masks, returned, self.config.seed)
         removed = dns_jax.count_events(final_masks, others).values()
-        measured['others_removed'] = sum(int(event.pruned.sum()) for event in removed)
+        measured['others_removed'] = sum(int(np.sum(event.pruned)) for event in removed)
         loss = train.make_loss(self.network, self.inputs)
         for name, masks in (
             *(('', final.masks), ('_without', without)),
@@ -195,8 +195,8 @@ class Trainer:
             'loss': float(np.mean(chunk.losses)),
             'validation_error': self.error(pruned, self.dataset.validation),
             'kept': {layer: size.kept for layer, size in sizes.layers.items()},
-            'pruned': {layer: int(event.pruned.sum()) for layer, event in chunk.events.items()},
-            'spliced': {layer: int(event.spliced.sum()) for layer, event in chunk.events.items()},
+            'pruned': {layer: int(np.sum(event.pruned)) for layer, event in chunk.events.items()},
+            'spliced': {layer: int(np.sum(event.spliced)) for layer, event in chunk.events.items()},
         }
         hosts.on_first(lambda: self.records.append(record))
         self.on_record(record)

@@ -147,7 +147,7 @@ def test_pruners_of_nine_billion_weights_can_be_traced(name):
 @pytest.mark.parametrize('density', [1e-8, 0.05, 1 / 3, 1.0])
 def test_what_is_wanted_of_nine_billion(density):
     weights = np.broadcast_to(np.float32(1), (60_000, 50_000))  # that takes no memory
-    layers = dict.fromkeys(LARGE, [weights])
+    layers = {name: [weights] for name in LARGE}
     division = dns_jax.layer_density(density).divide(layers, layers, jnp.int32(0))
     for share in division.shares:
         assert abs(counts.to_int(share.wanted) / (density * 3e9) - 1) < 2e-7

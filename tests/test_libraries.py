@@ -21,10 +21,10 @@ from dns_jax.layers import map_leaves, named_leaves, parent
 from dns_jax.sparse import load_sparse
 
 PAGE = (Path(__file__).parents[1] / 'docs' / 'libraries.md').read_text()
-PREAMBLE, *SECTIONS = PAGE.split('\n## ')
-SECTIONS = {section.partition('\n')[0]: section for section in SECTIONS}
-COMPLETE_PREAMBLE, *COMPLETE = SECTIONS.pop('Complete recipes').split('\n### ')
-COMPLETE = {section.partition('\n')[0]: section for section in COMPLETE}
+PREAMBLE, *PARTS = PAGE.split('\n## ')
+SECTIONS = {part.partition('\n')[0]: part for part in PARTS}
+COMPLETE_PREAMBLE, *PARTS = SECTIONS.pop('Complete recipes').split('\n### ')
+COMPLETE = {part.partition('\n')[0]: part for part in PARTS}
 RECIPES = {name: text for name, text in SECTIONS.items() if '```python' in text}
 # Of each recipe, its row in the report and what its layers are called.
 ROWS = {

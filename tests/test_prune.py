@@ -69,7 +69,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(('steps', 'start', 'asked', 'dtype'), CASES)
+@pytest.mark.parametrize(
+    ('steps', 'start', 'asked', 'dtype'),
+    [
+        case if number in (0, 3, 9) else pytest.param(*case, marks=pytest.mark.slow)
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_met_exactly_at_the_end_and_frozen_after(steps, start, asked, dtype):
     weights = over_steps(start + steps + 3, dtype)
     if dtype == jnp.bfloat16:  # no ties: every magnitude once
@@ -155,9 +161,10 @@ def test_biases_too():
     assert sum(dns_jax.count_kept(state.masks).values()) == round(0.25 * TOTAL)
 
 
+@pytest.mark.slow
 def test_all_ways_of_running_give_the_same_masks():
     pruner, weights = prune_to(density=0.1, steps=6), over_steps(8)
-    state, masks = run(pruner, weights)
+    state, _ = run(pruner, weights)
     for how in (jax.jit, lambda function: function):
         update, own = how(pruner.update), pruner.init(network())
         for step in range(8):
@@ -168,9 +175,7 @@ def test_all_ways_of_running_give_the_same_masks():
 
     @jax.jit
     def sometimes(params, state, flag):
-        return jax.lax.cond(
-            flag, lambda: pruner.update(params, state, params)[1], lambda: state
-        )
+        return jax.lax.cond(flag, lambda: pruner.update(params, state, params)[1], lambda: state)
 
     own = pruner.init(network())
     for step in range(8):
@@ -179,6 +184,7 @@ def test_all_ways_of_running_give_the_same_masks():
     chex.assert_trees_all_equal(own.masks, state.masks)
 
 
+@pytest.mark.slow
 def test_vmap_over_networks_and_keys():
     keys = jax.random.split(jax.random.key(3), 3)
     seeds = [over_steps(7), jax.tree.map(lambda leaf: leaf[::-1], over_steps(7))]
@@ -217,7 +223,17 @@ def test_going_on_from_masks_does_not_bring_back_all_that_was_pruned():
     assert kept_of(masks).max() <= round(0.3 * KERNELS) * (1 + densities.TOLERANCE)
 
 
-@pytest.mark.parametrize('wrap', ['chain', 'MultiSteps', 'apply_if_finite', 'inject', 'nested'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        'chain',
+        'MultiSteps',
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ('apply_if_finite', 'inject', 'nested')
+        ),
+    ],
+)
 def test_in_a_loop_of_ones_own(wrap):
     def chain(rate):
         return optax.chain(prune_to(compression=4, steps=6), optax.adam(rate))
@@ -262,11 +278,9 @@ def test_in_a_loop_of_ones_own(wrap):
     assert nonzero == TOTAL // 4 - (TOTAL - KERNELS)
 
 
-def test_a_resumed_run_is_the_same(tmp_path):
+def test_a_resumed_run_is_the_same():
     pruner, weights = prune_to(density=0.1, steps=6), over_steps(8)
     whole, _ = run(pruner, weights)
     half, _ = run(pruner, jax.tree.map(lambda leaf: leaf[:3], weights))
-    end, _ = run(
-        prune_to(density=0.1, steps=6), jax.tree.map(lambda leaf: leaf[3:], weights), half
-    )
+    end, _ = run(prune_to(density=0.1, steps=6), jax.tree.map(lambda leaf: leaf[3:], weights), half)
     chex.assert_trees_all_equal(end, whole)

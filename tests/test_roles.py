@@ -467,7 +467,10 @@ BY_HAND = [
     *[('relative_position_bias_table', (49, 2), 'embedding')],
     *[('cls', (1, 1, 8), 'embedding'), ('mask_token', (1, 8), 'embedding')],
     *[('posembed_input/pos_embedding', (1, 9, 8), 'embedding')],
-    *[('patch_embed/kernel', (4, 4, 3, 8), 'kernel'), ('patch_embed/weight', (8, 3, 4, 4), 'kernel')],
+    *[
+        ('patch_embed/kernel', (4, 4, 3, 8), 'kernel'),
+        ('patch_embed/weight', (8, 3, 4, 4), 'kernel'),
+    ],
     *[('attn/value', (8, 2, 4), 'kernel'), ('attn/key/bias', (2, 4), 'bias')],
     *[('attn/in_proj_weight', (24, 8), 'kernel'), ('attn/in_proj_bias', (24,), 'bias')],
     *[('gru/weight_hh_l0', (24, 8), 'kernel'), ('gru/bias_hh_l0', (24,), 'bias')],
