@@ -19,7 +19,6 @@ from dns_jax.metrics import Size, Sizes, measure_sizes
 from dns_jax.optimizers import caffe_sgd
 from dns_jax.prune import prune_to
 from dns_jax.roles import has_axes, is_kernel, role
-from dns_jax.rules import Rule
 from dns_jax.schedules import (
     caffe_exp,
     caffe_inv,
@@ -46,6 +45,7 @@ from dns_jax.typing import (
     LayerOf,
     Masks,
     Params,
+    Rule,
     Schedule,
     TakesPart,
     ThresholdRule,

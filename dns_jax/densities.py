@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax import counts
+from dns_jax._search import bisect, search
 from dns_jax.counts import Count
 from dns_jax.masks import discriminate
-from dns_jax.search import bisect, search
 from dns_jax.thresholds import check_hysteresis, make_band, range_exponent
 from dns_jax.typing import LayerArrays, Schedule, Thresholds
 

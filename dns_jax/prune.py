@@ -15,10 +15,9 @@ from dns_jax.densities import divide_among_layers
 from dns_jax.importance import magnitude
 from dns_jax.layers import named_leaves, parent
 from dns_jax.roles import is_kernel
-from dns_jax.rules import Rule
 from dns_jax.schedules import check_finite, check_step, update_probability
 from dns_jax.surgery import Surgery, surgery
-from dns_jax.typing import Importance, LayerOf, Masks, Params, TakesPart
+from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart
 
 _RAMP = 0.8  # of the steps; in the rest surgery repairs what it did at the density wanted
 
@@ -46,8 +45,8 @@ def prune_to(
       \text{kept}(i) = K + (n - K)\left(1 - \min\left(\tfrac{i - \text{start}}{0.8 \cdot
       \text{steps}}, 1\right)\right)^3
 
-    with n the connections that take part and K those to be kept of them. Layers share K by
-    `global_density`; masks are updated, and connections spliced, at every step.
+    with n the connections that take part, or those that `masks` keep, and K those to be kept.
+    Layers share K by `global_density`; masks are updated, and connections spliced, at every step.
 
     Args:
       steps: steps of surgery, at least 1. The more the better: half of what the network was
@@ -97,6 +96,10 @@ def prune_to(
     check_step('steps', steps, 1)
     check_step('start', start)
     check_step('start + steps', start + steps, 1)
+    given = None
+    if masks is not None:
+        with_axes = [mask for _, mask in named_leaves(masks) if jnp.ndim(mask)]
+        given = counts.to_int(counts.count_all(with_axes))
     sigma = update_probability(power=0, start=start, stop=start + steps)
     ramp_steps = int(_RAMP * (steps - 1))
 
@@ -117,7 +120,8 @@ def prune_to(
                     f'need; {parameters - all_of_them} other parameters stay dense'
                 )
             done = jnp.clip(_float32(step - start) / max(ramp_steps, 1), 0.0, 1.0)
-            share = (final + (all_of_them - final) * (1.0 - done) ** 3) / all_of_them
+            first = all_of_them if given is None else given
+            share = (final + (first - final) * (1.0 - done) ** 3) / all_of_them
             falling = counts.from_share(share, all_of_them)
             at_end = step >= start + ramp_steps
             return jax.tree.map(

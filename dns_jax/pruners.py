@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax import counts
+from dns_jax._search import bisect
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
 from dns_jax.layers import as_table, group_by_layer, map_leaves, parent
 from dns_jax.masks import count_kept, discriminate
 from dns_jax.roles import is_kernel
-from dns_jax.rules import Rule
 from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
-from dns_jax.search import bisect
 from dns_jax.stacking import restack, unstack
 from dns_jax.surgery import Surgery, surgery
 from dns_jax.thresholds import std
@@ -29,6 +28,7 @@ from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
+    Rule,
     Schedule,
     TakesPart,
     ThresholdRule,

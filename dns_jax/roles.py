@@ -18,7 +18,7 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(('scale', 'scales', 'gamma', 'slope'), 'scale'),
     **dict.fromkeys(('embedding', 'embeddings', 'embed', 'emb', 'embs', 'encoding'), 'embedding'),
     **dict.fromkeys(('pos', 'posemb', 'position', 'positions', 'table'), 'embedding'),
-    **dict.fromkeys(('token', 'tokens', 'cls', 'wte', 'wpe'), 'embedding'),
+    **dict.fromkeys(('token', 'tokens', 'cls', 'vocab', 'lookup', 'wte', 'wpe'), 'embedding'),
     **dict.fromkeys(('mean', 'var', 'variance', 'average', 'count', 'counter'), 'statistic'),
 }
 _FIRST_WORDS = ('kernel', 'bias', 'embedding')  # say it too, as in bias_ih
@@ -56,7 +56,9 @@ def role(path: str, leaf: Any) -> Role:
     around = _words(parents[-1]) if parents else []
     if any(map(_NORM.search, around)):
         return 'scale'
-    if axes == 2 and any(map(_EMBEDDING.search, around)):
+    if axes == 2 and (
+        any(map(_EMBEDDING.search, around)) or _ROLES.get((around or [''])[-1]) == 'embedding'
+    ):
         return 'embedding'
     if axes < 2:
         return 'scale' if axes == 0 or words[:1] in (['w'], ['weight']) else 'bias'

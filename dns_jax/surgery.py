@@ -12,6 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dns_jax._rules import (
+    Plan,
+    ask,
+    chance,
+    complete_rule,
+    compute_thresholds,
+    correct,
+    is_followed,
+    start_at_zero,
+)
 from dns_jax.importance import magnitude
 from dns_jax.layers import (
     as_table,
@@ -22,23 +32,13 @@ from dns_jax.layers import (
 )
 from dns_jax.masks import apply_masks, check_parallel, init_masks, throw_coins
 from dns_jax.roles import is_kernel
-from dns_jax.rules import (
-    Plan,
-    Rule,
-    ask,
-    chance,
-    complete_rule,
-    compute_thresholds,
-    correct,
-    is_followed,
-    start_at_zero,
-)
 from dns_jax.stacking import restack, unstack
 from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
     Params,
+    Rule,
     TakesPart,
     Thresholds,
 )
@@ -214,7 +214,7 @@ def surgery(
             turns, changing = _once_if(due, correct_and_update, changing)
         updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
         own, thresholds = changing
-        masks = restack(stacked, state.masks, own) if stacked else own
+        masks = restack(stacked, params, own) if stacked else own
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, SurgeryState(count, state.key, masks, thresholds)
 

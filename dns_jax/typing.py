@@ -54,3 +54,14 @@ ThresholdRule = Callable[[LayerArrays, LayerArrays, jax.Array], dict[str, Thresh
 A rule sees all its layers at once, so that it may divide one budget among them, and the masks,
 for what h_k keeps within a band depends on them.
 """
+
+
+class Rule(NamedTuple):
+    """How the layers of one group are operated on."""
+
+    thresholds: ThresholdRule  #: gives the band of each layer
+    #: σ(iter), the chance of an update, one draw for each layer: a number in [0, 1] or a schedule
+    update_probability: float | Schedule = 1.0
+    #: steps from one asking of the thresholds to the next; 0 asks once, at init. By default
+    #: densities are followed at every step, and all other rules asked once.
+    refresh_every: int | None = None

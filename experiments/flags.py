@@ -154,7 +154,8 @@ class Config:
     stop: str = flag(
         '100%',
         'First step, or share of the surgery steps, without mask updates; one for all, or '
-        'LAYER:STEP,… With a density to reach, the last update before it reaches it exactly.',
+        'LAYER:STEP,… The last update before it reaches a density exactly; with --update_power=0 '
+        'that is the last choice of thresholds, where the ramp is done by then.',
     )
     hysteresis: float = flag(
         0.1,

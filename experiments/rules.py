@@ -138,7 +138,7 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
     """
     if config.c_rate:
         rates = _by_layer(config, 'c_rate', dns_jax.group_by_layer(params))
-        windows, every = _update_steps(config, rates), config.refresh_statistics
+        windows, every, ramps = _update_steps(config, rates), config.refresh_statistics, {}
         thresholds = {
             layer: dns_jax.mean_std(rate, config.hysteresis) for layer, rate in rates.items()
         }
@@ -159,6 +159,10 @@ def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule
         }
     rules = {}
     for layer, (start, stop) in windows.items():
+        if layer in ramps and every and not config.update_power:
+            last = (stop - 1) // every * every
+            if last >= max(start, ramps[layer][1]):
+                stop = last + 1  # training settles under the last thresholds that fit
         probability = dns_jax.update_probability(
             config.update_gamma, config.update_power, stop, start
         )

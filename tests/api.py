@@ -12,7 +12,7 @@ HEAD = """# The public API
 
 Every public name of `dns_jax`, by the module that has it, with the first line of its docstring;
 `help` has the rest. Those in bold are names of `dns_jax` itself, which needs jax, numpy and optax
-alone. Names that begin with an underscore may change at any time.
+alone. Names and modules that begin with an underscore may change at any time.
 """
 
 
@@ -25,11 +25,10 @@ class Name(NamedTuple):
 
 
 def modules():
-    """The module of each file but the package's own, by name, parsed."""
+    """The module of each file but the package's own and private ones, by name, parsed."""
     paths = sorted(PACKAGE.glob('*.py'))
     trees = {path.stem: ast.parse(path.read_text(encoding='utf-8')) for path in paths}
-    del trees['__init__']
-    return trees
+    return {name: tree for name, tree in trees.items() if not name.startswith('_')}
 
 
 def names_of(tree):

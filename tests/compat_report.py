@@ -18,6 +18,8 @@ TABLES = {
     'optimizers': 'Optimizers of optax, after 20 steps in one trace',
     'wrappers': 'Wrappers of optax',
     'transformations': 'Transformations and modes of JAX',
+    'field': 'Situations from the field',
+    'recipes': 'Complete recipes of docs/libraries.md',
     'libraries': 'Model libraries, the same masks and weights from the same start',
     'faults': 'Faults survived',
     'readers': 'Readers of files and flags, under damaged input',

@@ -332,13 +332,18 @@ def test_shards_under_shard_map_are_refused_with_the_way_out(name, mesh):
     pruner = MAKERS[name]()
     whole = pruner.init(network())
 
-    def update(params):
+    def update(with_init, params):
         parts = pruner.init(params) if with_init else whole
         state = pruner.update(params, parts, params)[1]
         return state.masks['fc1']['kernel']
 
     for with_init in (True, False):
-        mapped = jax.shard_map(update, mesh=mesh, in_specs=jax.P('x'), out_specs=jax.P('x'))
+        mapped = jax.shard_map(
+            functools.partial(update, with_init),
+            mesh=mesh,
+            in_specs=jax.P('x'),
+            out_specs=jax.P('x'),
+        )
         with pytest.raises(ValueError, match=r'fc1/.*shard_map.*jit'):
             jax.eval_shape(mapped, network())
 

@@ -682,6 +682,27 @@ def test_there_is_a_last_update(stop, last):
 
 
 @pytest.mark.parametrize(
+    ('fields', 'last'),
+    [
+        ({}, 90),
+        ({'stop': '95'}, 90),
+        ({'stop': '91'}, 90),
+        ({'stop': ''}, 90),
+        ({'ramp_end': '91'}, 99),
+        ({'start': '93'}, 99),
+        ({'refresh_every': 0}, 99),
+    ],
+)
+def test_masks_stay_from_the_last_refresh_on_if_the_density_is_reached_by_then(fields, last):
+    params = {'fc1': {'kernel': jnp.ones((2, 2))}}
+    fields = {'refresh_every': 10, **fields}
+    (rule,) = rules.make_rules(
+        Config('tiny', density=0.5, surgery_steps=100, **fields), params
+    ).values()
+    assert max(step for step in range(100) if rule.update_probability(step) > 0) == last
+
+
+@pytest.mark.parametrize(
     'fields',
     [
         {'refresh_every': 500},

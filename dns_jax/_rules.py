@@ -1,11 +1,11 @@
-"""Rules of surgery: what they are, which layers follow them, when they are asked for thresholds.
+"""Rules at work: which layers follow them, and when they are asked for thresholds.
 
 Owns no state: `surgery` carries the thresholds from step to step.
 """
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,11 @@ from dns_jax.typing import (
     Importance,
     LayerOf,
     Params,
-    Schedule,
+    Rule,
     TakesPart,
     ThresholdRule,
     Thresholds,
 )
-
-
-class Rule(NamedTuple):
-    """How the layers of one group are operated on."""
-
-    thresholds: ThresholdRule  #: gives the band of each layer
-    #: σ(iter), the chance of an update, one draw for each layer: a number in [0, 1] or a schedule
-    update_probability: float | Schedule = 1.0
-    #: steps from one asking of the thresholds to the next; 0 asks once, at init. By default
-    #: densities are followed at every step, and all other rules asked once.
-    refresh_every: int | None = None
 
 
 class Plan:
