@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from dns_jax.densities import DensityRule
 from dns_jax.importance import magnitude
-from dns_jax.layers import map_leaves, match_patterns, named_leaves
+from dns_jax.layers import abridge, map_leaves, match_patterns, named_leaves
 from dns_jax.masks import discriminate
+from dns_jax.roles import has_axes
 from dns_jax.schedules import check_step
 from dns_jax.typing import (
     Importance,
@@ -53,7 +54,7 @@ class Plan:
             if jnp.size(leaf) and takes_part(path, leaf):
                 paths.setdefault(layer_of(path), []).append(path)
         if table and not paths and not may_be_empty:
-            names = [path for path, _ in named_leaves(weights)]
+            names = abridge(path for path, _ in named_leaves(weights))
             raise ValueError(
                 f'no leaf of params takes part, of {names}; takes_part=dns_jax.has_axes takes all '
                 'that have axes'
@@ -77,18 +78,19 @@ class Plan:
                 {layer: [masks[path] for path in self.layers[layer]] for layer in layers},
             )
 
-    def check_state(self, masks, thresholds) -> None:
+    def check_state(self, masks, thresholds, stacked) -> None:
         """Refuses a state that was made under other rules, another `takes_part` or `layer_of`."""
         if set(self.paths.values()) != set(thresholds):
             raise ValueError(
-                f'the state has thresholds of the layers {sorted(thresholds)}, but by rules, '
-                f'takes_part and layer_of they are {sorted(set(self.paths.values()))}; to go on '
+                f'the state has thresholds of the layers {abridge(sorted(thresholds))}, but by rules, '
+                f'takes_part and layer_of they are {abridge(sorted(set(self.paths.values())))}; to go on '
                 'from its masks under others, give them to surgery(masks=…)'
             )
+        # Of a stack a slice that takes no part has the mask of those that do.
         taking_part = {path for paths in self.layers.values() for path in paths}
         for path, mask in named_leaves(masks):
-            by_state, by_rules = jnp.ndim(mask) > 0, path in self.paths
-            if by_rules > by_state or by_state > (path in taking_part):
+            by_state, by_rules = has_axes(path, mask), path in self.paths
+            if by_rules > by_state or (by_state > (path in taking_part) and not stacked):
                 raise ValueError(
                     f'{path!r} takes part by {"the rules" if by_rules else "the state"} alone; to '
                     'go on from its masks, give them to surgery(masks=…)'
@@ -129,6 +131,11 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
     if not isinstance(rule, Rule):
         raise TypeError(f'the rule of {pattern!r} must be a dns_jax.Rule, but is {rule!r}')
     sigma, every = rule.update_probability, rule.refresh_every
+    if not callable(rule.thresholds):
+        raise TypeError(
+            f'thresholds of {pattern!r} must be a rule such as dns_jax.mean_std(c_rate) makes, but is '
+            f'{rule.thresholds!r}'
+        )
     if not callable(sigma):
         error = TypeError if not isinstance(sigma, (int, float)) else ValueError
         if error is TypeError or not 0 <= sigma <= 1:
@@ -247,7 +254,9 @@ def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, 
     """
     bands = rule(weights, masks, count)
     if sorted(bands) != sorted(weights):
-        raise ValueError(f'thresholds must name the layers {list(weights)}, but name {list(bands)}')
+        raise ValueError(
+            f'thresholds must name the layers {abridge(weights)}, but name {abridge(bands)}'
+        )
     return {
         layer: Thresholds(jnp.float32(band.low), jnp.float32(band.high))
         for layer, band in bands.items()

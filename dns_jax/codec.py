@@ -33,7 +33,7 @@ import numpy as np
 from dns_jax.entropy import Decoder, Encoder, decode_mask, encode_mask
 from dns_jax.files import check_metadata, write_whole
 from dns_jax.header import Reader, encode_number, encode_text
-from dns_jax.layers import leaf_path, nest_leaves, parent
+from dns_jax.layers import named_leaves, nest_leaves, parent
 from dns_jax.masks import check_parallel
 from dns_jax.sharing import MAX_CLUSTERS, SharedNetwork, round_codebooks
 
@@ -177,12 +177,11 @@ def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     masks = check_parallel(network.assignments, network.masks)
     check_metadata(network.metadata)
     leaves = []
-    for (key_path, leaf), mask in zip(
-        jax.tree.leaves_with_path(network.assignments), jax.tree.leaves(masks), strict=True
-    ):
+    named = named_leaves(network.assignments)
+    for (path, leaf), mask in zip(named, jax.tree.leaves(masks), strict=True):
         takes_part = jnp.ndim(mask) == jnp.ndim(leaf)
         mask = np.asarray(mask) if jnp.ndim(mask) else np.ones(jnp.shape(leaf), bool)
-        leaves.append(_Leaf(leaf_path(key_path), np.asarray(leaf), mask, takes_part))
+        leaves.append(_Leaf(path, np.asarray(leaf), mask, takes_part))
     if sum(len(leaf.path) for leaf in leaves) > _MAX_CHARACTERS:
         raise ValueError(f'the paths of the leaves have over {_MAX_CHARACTERS} characters')
     leaves.sort(key=lambda leaf: leaf.path)

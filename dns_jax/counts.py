@@ -114,10 +114,9 @@ def from_share(share: jax.Array, whole: int) -> Count:
       2
     """
     if whole < _LARGE:
-        number = jnp.round(share * whole)
-        # The largest float32 that an int32 can be made of.
-        number = jnp.minimum(number, float(_LARGE - 128)).astype(jnp.int32)
-        return from_array(jnp.clip(number, 1, whole))
+        # The largest float32 that an int32 can be made of; all is asked for by name.
+        number = jnp.minimum(jnp.round(share * whole), float(_LARGE - 128)).astype(jnp.int32)
+        return from_array(jnp.where(share >= 1, whole, jnp.clip(number, 1, whole)))
     high = share * jnp.float32(whole / 2**16)
     count = _carry(jnp.floor(high).astype(jnp.int32), ((high % 1) * 2**16).astype(jnp.int32))
     return minimum(maximum(count, from_int(1)), from_int(whole))

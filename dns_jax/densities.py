@@ -317,7 +317,7 @@ def divide_among_layers(
     def divide(layers, masks, step):
         sizes = {layer: _size(leaves) for layer, leaves in layers.items()}
         count = wanted(step, sizes)
-        share = counts.to_float(count) / max(sum(sizes.values()), 1)
+        share = counts.to_float(count) / float(max(sum(sizes.values()), 1))
         if score == 'erk':
             return _each_by_itself(layers, _erdos_renyi_kernel(layers, share))
         floors = {layer: _floor(floor * share, size) for layer, size in sizes.items()}
@@ -380,16 +380,16 @@ def _erdos_renyi_kernel(layers, density):
     axes = {layer: max(sum(kernel.shape), 1) for layer, kernel in kernels.items()}
 
     def kept_at(factor):
-        return {layer: jnp.minimum(factor * axes[layer], sizes[layer]) for layer in layers}
+        return {layer: jnp.minimum(factor * axes[layer], float(sizes[layer])) for layer in layers}
 
     def halve(_, ends):
         middle = (ends[0] + ends[1]) / 2
-        enough = sum(kept_at(middle).values()) >= density * sum(sizes.values())
+        enough = sum(kept_at(middle).values()) >= density * float(sum(sizes.values()))
         return jnp.where(enough, ends[0], middle), jnp.where(enough, middle, ends[1])
 
     ends = jnp.float32(0), jnp.float32(max(sizes[layer] / axes[layer] for layer in layers))
     kept = kept_at(jax.lax.fori_loop(0, 30, halve, ends)[1])
-    return {layer: kept[layer] / max(sizes[layer], 1) for layer in layers}
+    return {layer: kept[layer] / float(max(sizes[layer], 1)) for layer in layers}
 
 
 def _unit(weights, masks, score) -> jax.Array:
@@ -401,7 +401,7 @@ def _unit(weights, masks, score) -> jax.Array:
             magnitudes = [jnp.ldexp(leaf, -exponent) for leaf in magnitudes]
         if score == 'rms':
             squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
-            return jnp.sqrt(squares / max(_size(weights), 1))
+            return jnp.sqrt(squares / float(max(_size(weights), 1)))
         kept = zip(magnitudes, masks, strict=True)
         squares = (jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept)
         # At least the largest weight, so that a layer of which nothing was kept comes back by it.

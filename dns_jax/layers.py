@@ -70,27 +70,6 @@ def map_leaves(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), mapped)
 
 
-def leaf_path(key_path: jax.tree_util.KeyPath) -> str:
-    """Writes a JAX key path as names joined by slashes.
-
-    Args:
-      key_path: as `jax.tree_util.tree_flatten_with_path` gives it.
-
-    Returns:
-      The path, such as `conv1/kernel`, and `''` for a bare array. The attribute `value`
-      that a Flax NNX variable puts at the end is left out.
-
-    Example:
-      >>> import jax
-      >>> tree = {'conv1': {'kernel': 1.0}}
-      >>> [leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
-      ['conv1/kernel']
-    """
-    if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey('value'):
-        key_path = key_path[:-1]
-    return jax.tree_util.keystr(key_path, simple=True, separator='/')
-
-
 def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
     """Makes the nested dict of leaves, by the parts of their paths: `named_leaves` the other way.
 
@@ -234,9 +213,28 @@ def match_patterns(
         if pattern not in used:
             raise ValueError(
                 f'pattern {pattern!r} is the first match of no layer; the patterns are '
-                f'{list(table)}, the layers {layers}'
+                f'{abridge(table)}, the layers {abridge(layers)}'
             )
     return matches
+
+
+def abridge(names: Iterable[str]) -> str:
+    """Lists some names for a message; a network may have hundreds.
+
+    Args:
+      names: what is listed.
+
+    Returns:
+      The list, or its first eight names and how many there are.
+
+    Example:
+      >>> abridge(['fc1', 'fc2']), abridge(map(str, range(500)))[-19:]
+      ("['fc1', 'fc2']", "'7', … 500 in all]")
+    """
+    names = list(names)
+    if len(names) <= 8:
+        return repr(names)
+    return f'[{", ".join(map(repr, names[:8]))}, … {len(names)} in all]'
 
 
 def _named_nodes(tree: Any, top: str = '') -> list[tuple[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from dns_jax.counts import count_all, to_int
-from dns_jax.layers import find_holes, group_by_layer, map_leaves, named_leaves, parent
+from dns_jax.layers import abridge, find_holes, group_by_layer, map_leaves, named_leaves, parent
 from dns_jax.roles import is_kernel
 from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds, Tree
 
@@ -152,7 +152,9 @@ def update_masks(
     layers = list(group_by_layer(masks, layer_of))
     for name, table in (('thresholds', thresholds), ('update_probability', update_probability)):
         if sorted(table) != layers:
-            raise ValueError(f'{name} must name the layers {layers}, but names {sorted(table)}')
+            raise ValueError(
+                f'{name} must name the layers {abridge(layers)}, but names {abridge(sorted(table))}'
+            )
     coins = throw_coins(key, update_probability)
     leaves = iter(jax.tree.leaves(params))
 
@@ -340,20 +342,14 @@ def _in_structure_of(params, weights_of, masks_of, left_out) -> Masks:
         else:
             raise ValueError(
                 f'masks must have the leaves of params, but lack {path!r}; they have '
-                f'{_some(masks_of)}'
+                f'{abridge(masks_of)}'
             )
     if masks_of:
         raise ValueError(
-            f'masks must have the leaves of params, but have {_some(masks_of)} too, which params '
+            f'masks must have the leaves of params, but have {abridge(masks_of)} too, which params '
             'lack'
         )
     return jax.tree.unflatten(jax.tree.structure(params), aligned)
-
-
-def _some(names) -> str:
-    """Lists a few names, since a network may have hundreds."""
-    names = list(names)
-    return ', '.join(map(repr, names[:3])) + (', …' if len(names) > 3 else '') or 'no other'
 
 
 def _count(layer: str, masks: Sequence[Any]) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax.counts import count_all, to_int
-from dns_jax.layers import group_by_layer, named_leaves, parent
+from dns_jax.layers import abridge, group_by_layer, named_leaves, parent
 from dns_jax.masks import check_parallel
 from dns_jax.roles import role
 from dns_jax.typing import LayerOf, Masks, Params
@@ -28,13 +28,13 @@ class Size(NamedTuple):
 
     @property
     def density(self) -> float:
-        """Kept parameters / parameters.
+        """Kept parameters / parameters; 1 where there are none.
 
         Example:
           >>> Size(100, 25, 100, 25, 400, 200).density
           0.25
         """
-        return self.kept / self.parameters
+        return self.kept / self.parameters if self.parameters else 1.0
 
     @property
     def compression(self) -> float:
@@ -102,7 +102,9 @@ def measure_sizes(
     weights_of = dict(sorted(weights_of.items()))
     masks_of = group_by_layer(masks, layer_of, lambda path, leaf: True)
     if unknown := sorted(positions.keys() - weights_of.keys()):
-        raise ValueError(f'positions names {unknown}; the layers are {list(weights_of)}')
+        raise ValueError(
+            f'positions names {abridge(unknown)}; the layers are {abridge(weights_of)}'
+        )
     layers = {
         layer: _measure_layer(weights_of[layer], masks_of[layer], positions.get(layer, 1))
         for layer in weights_of

@@ -121,7 +121,8 @@ def prune_to(
                 )
             done = jnp.clip(_float32(step - start) / max(ramp_steps, 1), 0.0, 1.0)
             first = all_of_them if given is None else given
-            share = (final + (first - final) * (1.0 - done) ** 3) / all_of_them
+            share = float(final) + float(first - final) * (1.0 - done) ** 3
+            share = share / float(all_of_them)
             falling = counts.from_share(share, all_of_them)
             at_end = step >= start + ramp_steps
             return jax.tree.map(

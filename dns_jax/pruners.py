@@ -321,7 +321,7 @@ def regrow(
             weights, masks, gradients = unstack(stacked, *trees) if stacked else trees
             scores = growth(jax.random.fold_in(state.key, count), weights, gradients)
             masks = _exchange(share, scores, weights, masks, layer_of)
-            return restack(stacked, before, masks) if stacked else masks
+            return restack(stacked, params, masks) if stacked else masks
 
         masks = jax.lax.cond(
             (count > 0) & (count < stop) & (count % every == 0), exchange, lambda: pruned.masks

@@ -54,6 +54,8 @@ def role(path: str, leaf: Any) -> Role:
     if words and words[0] in _FIRST_WORDS:
         return _ROLES[words[0]]
     around = _words(parents[-1]) if parents else []
+    if around and around[-1] in _ROLES and words[:1] not in (['w'], ['weight']):
+        return _ROLES[around[-1]]  # what is within a kernel, as the value of a box, is one
     if any(map(_NORM.search, around)):
         return 'scale'
     if axes == 2 and (
@@ -91,7 +93,7 @@ def has_axes(path: str, leaf: Any) -> bool:
       leaf: an array, or anything with a shape.
 
     Returns:
-      True where the leaf has at least one axis.
+      True where the leaf has at least one axis and one element.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,7 +101,7 @@ def has_axes(path: str, leaf: Any) -> bool:
       (True, False)
     """
     del path
-    return jnp.ndim(leaf) > 0
+    return jnp.ndim(leaf) > 0 and jnp.size(leaf) > 0
 
 
 def _words(name: str) -> list[str]:

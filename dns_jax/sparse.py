@@ -1,7 +1,7 @@
 """The sparse artefact of a pruned network: a file that holds the kept weights alone.
 
 Owns the file format. It is safetensors, so any reader of that will do, and nothing in a file is
-ever run. A leaf with the path `p` (`dns_jax.layers.leaf_path`) is
+ever run. A leaf with the path `p` (`dns_jax.layers.named_leaves`) is
 
   - the tensor `p:values`, float32: its kept weights;
   - the tensor `p:indices`, uint32: their flat positions in C order, ascending;
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dns_jax.files import check_float32, check_metadata, write_whole
-from dns_jax.layers import leaf_path, nest_leaves
+from dns_jax.layers import named_leaves, nest_leaves
 from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks, Params
 
@@ -89,7 +89,7 @@ def save_sparse(
         if key.endswith(':shape'):
             raise ValueError(f'metadata has the key {key!r}, which is one of a shape')
 
-    leaves = [(leaf_path(key_path), leaf) for key_path, leaf in jax.tree.leaves_with_path(params)]
+    leaves = named_leaves(params)
     nest_leaves(leaves)  # what cannot be nested could not be loaded
     tensors = {}
     for (name, leaf), mask in zip(leaves, jax.tree.leaves(masks), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dns_jax.layers import map_leaves, named_leaves, nest_leaves
+from dns_jax.layers import abridge, map_leaves, named_leaves, nest_leaves
 
 
 def unstack(stacked: Mapping[str, int], tree: Any, *others: Any) -> tuple[Any, ...]:
@@ -43,8 +43,7 @@ def unstack(stacked: Mapping[str, int], tree: Any, *others: Any) -> tuple[Any, .
     check_nodes(stacked, [path for path, _ in named[0]])
     slices: list[list[tuple[str, Any]]] = [[] for _ in named]
     for (path, leaf), *rest in zip(*named, strict=True):
-        axes = stacked_axes(stacked, path, leaf)
-        names = _slice_names(path, axes)
+        axes, names = stacked_axes(stacked, path, leaf), slice_paths(stacked, path, leaf)
         for into, array in zip(slices, (leaf, *(other for _, other in rest)), strict=True):
             into += zip(names, _take_apart(array, axes), strict=True)
     return tuple(map(nest_leaves, slices))
@@ -72,7 +71,7 @@ def restack(stacked: Mapping[str, int], like: Any, apart: Any) -> Any:
 
     def together(path, leaf):
         axes = stacked_axes(stacked, path, leaf)
-        own = [slices[name] for name in _slice_names(path, axes)]
+        own = [slices[name] for name in slice_paths(stacked, path, leaf)]
         if all(jnp.ndim(each) == 0 for each in own):
             return own[0]
         shape = max((jnp.shape(each) for each in own), key=len)
@@ -106,7 +105,7 @@ def check_nodes(stacked: Mapping[str, int], paths: Iterable[str]) -> None:
     for pattern in stacked:
         if not any(_is_node(node, pattern) for node in nodes):
             raise ValueError(
-                f'stacked names the node {pattern!r}, which has no leaves among {paths}'
+                f'stacked names the node {pattern!r}, which has no leaves among {abridge(paths)}'
             )
 
 
@@ -143,6 +142,32 @@ def stacked_axes(stacked: Mapping[str, int], path: str, leaf: Any) -> list[tuple
     return found
 
 
+def slice_paths(stacked: Mapping[str, int], path: str, leaf: Any) -> list[str]:
+    """Names the slices of a leaf.
+
+    Args:
+      stacked: as for `unstack`.
+      path: the path of the leaf.
+      leaf: an array.
+
+    Returns:
+      The path of each slice, or that of the leaf where it is not stacked.
+
+    Raises:
+      ValueError: if the leaf lacks an axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> slice_paths({'blocks': 0}, 'blocks/fc/kernel', jnp.zeros((2, 16, 16)))
+      ['blocks/0/fc/kernel', 'blocks/1/fc/kernel']
+    """
+    names = [path.split('/') if path else []]
+    for inserted, (at, _, length) in enumerate(stacked_axes(stacked, path, leaf)):
+        at += inserted
+        names = [[*n[:at], str(index), *n[at:]] for n in names for index in range(length)]
+    return ['/'.join(name) for name in names]
+
+
 def _nodes(path: str) -> list[str]:
     """Lists the nodes a leaf lies in, from the whole tree to the leaf itself."""
     parts = path.split('/') if path else []
@@ -155,15 +180,6 @@ def _is_node(node: str, pattern: str) -> bool:
     return (node == '') == (pattern == '') and (
         len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
     )
-
-
-def _slice_names(path: str, axes: list[tuple[int, int, int]]) -> list[str]:
-    parts = path.split('/') if path else []
-    names = [parts]
-    for inserted, (at, _, length) in enumerate(axes):
-        at += inserted
-        names = [[*n[:at], str(index), *n[at:]] for n in names for index in range(length)]
-    return ['/'.join(name) for name in names]
 
 
 def _take_apart(array: Any, axes: list[tuple[int, int, int]]) -> list[Any]:

@@ -31,8 +31,8 @@ from dns_jax.layers import (
     parent,
 )
 from dns_jax.masks import apply_masks, check_parallel, init_masks, throw_coins
-from dns_jax.roles import is_kernel
-from dns_jax.stacking import restack, unstack
+from dns_jax.roles import has_axes, is_kernel
+from dns_jax.stacking import restack, slice_paths, unstack
 from dns_jax.typing import (
     Importance,
     LayerOf,
@@ -117,7 +117,7 @@ def surgery(
 
     Example:
       >>> import jax, optax
-      >>> from dns_jax import mean_std, update_probability
+      >>> from dns_jax import Rule, mean_std, update_probability
       >>> params = {'fc1': {'kernel': jax.numpy.array([[0.1, 2.0], [-0.2, -3.0]])}}
       >>> rule = Rule(mean_std(c_rate=0.0), update_probability(stop=1000))
       >>> optimizer = optax.chain(surgery(rule, jax.random.key(0)), optax.sgd(0.1))
@@ -139,10 +139,11 @@ def surgery(
     if not typed or key.shape:
         raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
     if masks is not None:
-        takes_part = _has_mask(masks, stacked)
+        takes_part = _has_mask(masks, stacked or {})
     plan = functools.partial(Plan, table, takes_part, layer_of, may_be_empty=masks is not None)
 
     def init_fn(params):
+        _refuse_shards(params)
         weights = unstack(stacked, params)[0] if stacked else params
         layers = plan(weights)
         if masks is None:
@@ -170,7 +171,7 @@ def surgery(
         if stacked:
             weights, own, gradients = unstack(stacked, weights, own, gradients)
         layers = plan(weights)
-        layers.check_state(own, state.thresholds)
+        layers.check_state(own, state.thresholds, stacked)
         # No coin is thrown with a negative count.
         seen = importance(jax.random.fold_in(state.key, ~state.count), weights, gradients)
         if not splicing:
@@ -259,7 +260,7 @@ def get_masks(state: Any) -> Masks:
 
     Example:
       >>> import jax, optax
-      >>> from dns_jax import mean_std
+      >>> from dns_jax import Rule, mean_std
       >>> params = {'kernel': jax.numpy.ones((1, 2))}
       >>> pruner = surgery(Rule(mean_std(0.0)), jax.random.key(0))
       >>> get_masks(optax.chain(pruner, optax.adam(1e-3)).init(params))
@@ -313,24 +314,37 @@ def masked_value_and_grad(
     return masked
 
 
-def _has_mask(masks: Masks, stacked: Mapping[str, int] | None) -> TakesPart:
-    """Says that those leaves take part whose mask has axes."""
-    if stacked:  # a scalar stands for all slices, whose names are not asked for then
-        with_axes = {path: mask for path, mask in named_leaves(masks) if jnp.ndim(mask)}
-        masks = unstack(stacked, nest_leaves(with_axes.items()))[0]
-    paths = {path for path, mask in named_leaves(masks) if jnp.ndim(mask)}
+def _has_mask(masks: Masks, stacked: Mapping[str, int]) -> TakesPart:
+    """Says that those leaves take part whose mask has axes, with all their slices."""
+    paths = {
+        name
+        for path, mask in named_leaves(masks)
+        if has_axes(path, mask)
+        for name in slice_paths(stacked, path, mask)
+    }
     return lambda path, leaf: path in paths
 
 
 def _refuse_shards(params: Params) -> None:
     """Refuses what would take one threshold for each shard."""
-    for path, leaf in named_leaves(params):
-        if axes := getattr(jax.typeof(leaf), 'vma', None):
+    way_out = 'thresholds are of whole layers: update under jit with sharded arrays instead'
+    for axis in jax.sharding.get_abstract_mesh().manual_axes:
+        if not _varying(jax.lax.axis_index(axis)):
             raise ValueError(
-                f'params[{path!r}] is a shard along {sorted(axes)} under shard_map, but thresholds '
-                'and counts are of whole layers: update outside of shard_map, under jit with '
-                'sharded arrays'
+                'surgery cannot tell shards from whole weights under shard_map with '
+                f'check_vma=False, or pmap, and {way_out}, or under shard_map with check_vma=True'
             )
+    for path, leaf in named_leaves(params):
+        if axes := _varying(leaf):
+            raise ValueError(
+                f'params[{path!r}] is a shard along {sorted(axes)} under shard_map, but {way_out}'
+            )
+
+
+def _varying(leaf: jax.typing.ArrayLike) -> Any:
+    """Finds the mesh axes along which shards differ, by what JAX 0.10 and others before call it."""
+    aval = jax.typeof(leaf)
+    return getattr(getattr(aval, 'manual_axis_type', aval), 'varying', getattr(aval, 'vma', ()))
 
 
 def _once_if(

@@ -18,7 +18,7 @@ from networks import random_network
 from dns_jax.codec import load_coded, save_coded
 from dns_jax.entropy import Encoder
 from dns_jax.header import encode_number, encode_text
-from dns_jax.layers import leaf_path
+from dns_jax.layers import named_leaves
 from dns_jax.masks import check_parallel
 from dns_jax.sharing import SharedNetwork, expand
 from dns_jax.sharing import share_weights as share
@@ -41,7 +41,7 @@ def bits(array):
 
 def by_path(tree):
     """The leaves, whose order may be another in nested dicts."""
-    return {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return dict(named_leaves(tree))
 
 
 def assert_comes_back(path, network):

@@ -176,7 +176,9 @@ def test_the_events_of_a_chunk_are_those_of_its_steps(params, split, run_chunk, 
 def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
     """One step of plain descent, against NumPy's derivative of softmax and two layers."""
     asleep = dns_jax.Rule(dns_jax.mean_std(0.0), dns_jax.update_probability(start=9))
-    optimizer = optax.chain(dns_jax.surgery(asleep, jax.random.key(0), dns_jax.has_axes), optax.sgd(0.5))
+    optimizer = optax.chain(
+        dns_jax.surgery(asleep, jax.random.key(0), dns_jax.has_axes), optax.sgd(0.5)
+    )
     state = train.TrainState(params, optimizer.init(params))
     masks = jax.tree.map(lambda leaf: jnp.abs(leaf) > jnp.abs(leaf).mean(), params)
     state = state._replace(opt_state=optax.tree.set(state.opt_state, masks=masks))
