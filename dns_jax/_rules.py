@@ -82,9 +82,10 @@ class Plan:
         """Refuses a state that was made under other rules, another `takes_part` or `layer_of`."""
         if set(self.paths.values()) != set(thresholds):
             raise ValueError(
-                f'the state has thresholds of the layers {abridge(sorted(thresholds))}, but by rules, '
-                f'takes_part and layer_of they are {abridge(sorted(set(self.paths.values())))}; to go on '
-                'from its masks under others, give them to surgery(masks=…)'
+                f'the state has thresholds of the layers {abridge(sorted(thresholds))}, but by '
+                'rules, takes_part and layer_of they are '
+                f'{abridge(sorted(set(self.paths.values())))}; to go on from its masks under '
+                'others, give them to surgery(masks=…)'
             )
         # Of a stack a slice that takes no part has the mask of those that do.
         taking_part = {path for paths in self.layers.values() for path in paths}
@@ -133,8 +134,8 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
     sigma, every = rule.update_probability, rule.refresh_every
     if not callable(rule.thresholds):
         raise TypeError(
-            f'thresholds of {pattern!r} must be a rule such as dns_jax.mean_std(c_rate) makes, but is '
-            f'{rule.thresholds!r}'
+            f'thresholds of {pattern!r} must be a rule, such as dns_jax.mean_std(c_rate) makes, but '
+            f'is {rule.thresholds!r}'
         )
     if not callable(sigma):
         error = TypeError if not isinstance(sigma, (int, float)) else ValueError
