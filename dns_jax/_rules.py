@@ -4,6 +4,7 @@ Owns no state: `surgery` carries the thresholds from step to step.
 """
 
 import functools
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,11 @@ class Plan:
         may_be_empty: bool,
     ):
         paths: dict[str, list[str]] = {}
+        seen: set[str] = set()
         for path, leaf in named_leaves(weights):
+            if path in seen:
+                raise ValueError(f'two leaves of params have the path {path!r}')
+            seen.add(path)
             if jnp.size(leaf) and takes_part(path, leaf):
                 paths.setdefault(layer_of(path), []).append(path)
         if table and not paths and not may_be_empty:
@@ -134,13 +139,13 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
     sigma, every = rule.update_probability, rule.refresh_every
     if not callable(rule.thresholds):
         raise TypeError(
-            f'thresholds of {pattern!r} must be a rule, such as dns_jax.mean_std(c_rate) makes, but '
+            f'thresholds of {pattern!r} must be a rule, as dns_jax.mean_std(c_rate) makes one, but '
             f'is {rule.thresholds!r}'
         )
     if not callable(sigma):
-        error = TypeError if not isinstance(sigma, (int, float)) else ValueError
-        if error is TypeError or not 0 <= sigma <= 1:
-            raise error(
+        is_number = isinstance(sigma, (numbers.Real, jax.Array)) and jnp.ndim(sigma) == 0
+        if not is_number or not 0 <= sigma <= 1:
+            raise (ValueError if is_number else TypeError)(
                 f'update_probability of {pattern!r} must be a number in [0, 1] or a schedule, but '
                 f'is {sigma!r}'
             )
@@ -234,7 +239,7 @@ def correct(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[s
     density: Any = rule.thresholds
     sigma, last = chance(rule, count)
     wrong = (sigma > 0) & ~density.is_near(weights, masks, count, last)
-    solve = functools.partial(density.solve, weights, masks, count, bands, last)
+    solve = functools.partial(density.solve, weights, masks, count, bands)
     return wrong, jax.lax.cond(wrong, solve, lambda: bands)
 
 

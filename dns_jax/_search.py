@@ -52,16 +52,14 @@ class _Bracket(NamedTuple):
 
     passes: jax.Array
     candidate: jax.Array
-    low: jax.Array  # enough is kept; in the end the threshold
+    low: jax.Array  # enough is kept
     high: jax.Array  # too little is kept
     low_excess: jax.Array
     high_excess: jax.Array
     done: jax.Array
 
 
-def search(
-    excess_at: Excess, starts: Sequence[jax.Array], slack: Sequence[jax.typing.ArrayLike]
-) -> list[jax.Array]:
+def search(excess_at: Excess, starts: Sequence[jax.Array]) -> list[jax.Array]:
     """Finds thresholds that keep what is wanted from others that are near, in a few passes.
 
     Widens a bracket from the starts, then closes it by interpolation and bisection in turns.
@@ -69,29 +67,27 @@ def search(
     Args:
       excess_at: as for `bisect`.
       starts: where to begin; 0 where nothing is known.
-      slack: by how many connections each may miss; at 0 it finds the number wanted, or where
-        weights tie the largest threshold that keeps enough.
 
     Returns:
-      The thresholds, float32 scalars.
+      Thresholds that keep the number wanted, float32 scalars; where weights tie, the largest that
+      keeps enough.
 
     Example:
       >>> import jax.numpy as jnp
       >>> weights = jnp.array([1.0, 3.0, 2.0])
       >>> excess = lambda t: [counts.minus(counts.count_all([weights >= t[0]]), counts.from_int(2))]
-      >>> (threshold,) = search(excess, [jnp.float32(0.5)], [0.0])
+      >>> (threshold,) = search(excess, [jnp.float32(0.5)])
       >>> 1 < float(threshold) <= 2
       True
     """
     bits = jax.lax.bitcast_convert_type(jnp.stack(list(starts)), jnp.int32)
     bits = jnp.where((bits > 0) & (bits < _INFINITY), bits, _INFINITY // 2)
-    allowed = jnp.stack([jnp.float32(number) for number in slack])
 
     def narrow(bracket):
         passes, candidate = bracket.passes, bracket.candidate
         number = counts.to_float(_excess_of_bits(excess_at, candidate))
-        enough, near = number >= 0, jnp.abs(number) <= allowed
-        low = jnp.where(enough | near, candidate, bracket.low)
+        enough = number >= 0
+        low = jnp.where(enough, candidate, bracket.low)
         high = jnp.where(enough, bracket.high, candidate)
         low_excess = jnp.where(enough, number, bracket.low_excess)
         high_excess = jnp.where(enough, bracket.high_excess, number)
@@ -105,7 +101,7 @@ def search(
         between = low + jnp.clip(part, 1.0, 2.0**30).astype(jnp.int32)
         bracketed = (low > 0) & (high < _INFINITY)
         following = jnp.clip(jnp.where(bracketed, between, wider), low + 1, high - 1)
-        done = near | (high - low <= 1)
+        done = (number == 0) | (high - low <= 1)
         new = following, low, high, low_excess, high_excess, done
         # What is done stays, while others are searched for.
         kept = (jnp.where(bracket.done, *pair) for pair in zip(bracket[1:], new, strict=True))

@@ -17,7 +17,7 @@ from dns_jax import counts
 from dns_jax._search import bisect, search
 from dns_jax.counts import Count
 from dns_jax.masks import discriminate
-from dns_jax.thresholds import check_hysteresis, make_band, range_exponent
+from dns_jax.thresholds import check_hysteresis, make_band, range_scale
 from dns_jax.typing import LayerArrays, Schedule, Thresholds
 
 TOLERANCE = 1 / 128
@@ -58,11 +58,9 @@ class DensityRule:
         """Finds the largest thresholds that keep what is wanted, in 31 passes over the weights."""
         nothing = dict.fromkeys(layers, Thresholds(jnp.float32(0), jnp.float32(0)))
 
-        def find(excess_at, starts, wanted):
-            del starts
-            return bisect(excess_at, len(wanted))
-
-        return self._solve(layers, masks, step, nothing, find)
+        return self._solve(
+            layers, masks, step, nothing, lambda excess_at, starts: bisect(excess_at, len(starts))
+        )
 
     def is_near(
         self, layers: LayerArrays, masks: LayerArrays, step: jax.Array, exactly: jax.Array
@@ -97,7 +95,6 @@ class DensityRule:
         masks: LayerArrays,
         step: jax.Array,
         last: Mapping[str, Thresholds],
-        exactly: jax.Array,
     ) -> dict[str, Thresholds]:
         """Finds thresholds that keep what is wanted from the last ones, in a few passes.
 
@@ -106,24 +103,24 @@ class DensityRule:
           masks: their masks.
           step: the count of steps, an int32 scalar.
           last: thresholds that are near.
-          exactly: whether the number must be met, a bool scalar; else within `TOLERANCE` / 8.
 
         Returns:
           The thresholds by layer.
         """
-
-        def find(excess_at, starts, wanted):
-            slack = [
-                jnp.where(exactly, 0.0, TOLERANCE / 8 * counts.to_float(count)) for count in wanted
-            ]
-            return search(excess_at, starts, slack)
-
-        return self._solve(layers, masks, step, last, find)
+        return self._solve(layers, masks, step, last, search)
 
     def _solve(self, layers, masks, step, last, find) -> dict[str, Thresholds]:
         """Finds the threshold of each share, and that of layers which it leaves too little of."""
         shares, floors, measure_units = self.divide(layers, masks, step)
         units = measure_units()
+        # All weights of a layer of zeros tie: no threshold keeps some of them.
+        floors = {
+            layer: jax.tree.map(
+                lambda part, alive=units[layer] > 0: jnp.where(alive, part, 0), floors[layer]
+            )
+            for layer in floors
+        }
+        units = {layer: jnp.where(unit > 0, unit, 1.0) for layer, unit in units.items()}
 
         def bands_at(thresholds):
             return {
@@ -147,7 +144,7 @@ class DensityRule:
             )
             for share in shares
         ]
-        bands = bands_at(find(excess_of_shares, starts, [share.wanted for share in shares]))
+        bands = bands_at(find(excess_of_shares, starts))
         kept = _count_by_layer(layers, masks, bands)
         excess = {layer: counts.minus(kept[layer], floors[layer]) for layer in bands}
 
@@ -164,8 +161,7 @@ class DensityRule:
                     for layer in bands
                 ]
 
-            nothing = [counts.from_int(0)] * len(bands)
-            found = find(excess_of_layers, [_middle(last[layer]) for layer in bands], nothing)
+            found = find(excess_of_layers, [_middle(last[layer]) for layer in bands])
             return {
                 layer: jax.tree.map(
                     functools.partial(jnp.where, excess[layer].high < 0),
@@ -393,12 +389,12 @@ def _erdos_renyi_kernel(layers, density):
 
 
 def _unit(weights, masks, score) -> jax.Array:
-    """The unit of a layer; 1 for a layer of zeros, whose scores are 0 in any."""
+    """The unit of a layer, 0 where all its weights are 0."""
 
-    def measure(exponent):
+    def measure(scale):
         magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in weights]
-        if exponent is not None:
-            magnitudes = [jnp.ldexp(leaf, -exponent) for leaf in magnitudes]
+        if scale is not None:
+            magnitudes = [leaf / scale for leaf in magnitudes]
         if score == 'rms':
             squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
             return jnp.sqrt(squares / float(max(_size(weights), 1)))
@@ -409,9 +405,8 @@ def _unit(weights, masks, score) -> jax.Array:
         return functools.reduce(jnp.maximum, largest, jnp.sqrt(sum(squares, jnp.float32(0))))
 
     def measure_in_range():
-        exponent = range_exponent(weights)
-        unit = jnp.ldexp(measure(exponent), exponent)
-        return jnp.where(unit > 0, unit, 1.0)
+        scale = range_scale(weights)
+        return measure(scale) * scale
 
     unit = measure(None)
     # A square may leave the range of float32 where the weight does not.

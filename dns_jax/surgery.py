@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from dns_jax._rules import (
     Plan,
@@ -371,9 +372,11 @@ def _once_if(
 
 
 def _after(first: Any, value: jax.Array, count: jax.Array) -> jax.Array:
-    """Gives a value as it is, but not before others are known."""
+    """Gives a value of a traced step as it is, but not before others are known."""
     known = min(filter(jnp.size, jax.tree.leaves(first)), key=jnp.size, default=None)
-    if known is None or value.dtype == jax.dtypes.float0:
+    # Narrow floats pay for a copy: in what XLA makes of the select they may round otherwise.
+    narrow = jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32
+    if known is None or narrow or not isinstance(value, Tracer):
         return value
     never = (known != 0).any() & (count < 0)
     return jnp.where(never, jnp.zeros_like(value), value)

@@ -164,33 +164,35 @@ def make_band(middle: Any, hysteresis: float) -> Thresholds:
     return Thresholds((1 - hysteresis) * middle, (1 + hysteresis) * middle)
 
 
-def range_exponent(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Finds a power of two that brings the largest magnitude to about 1.
+def range_scale(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Finds the power of two that the largest magnitude is about as large as.
 
-    Squares and sums of what is scaled by it stay within float32, to the same bits.
+    Squares and sums of what is divided by it stay within float32, with the same bits.
 
     Args:
       arrays: floating point.
 
     Returns:
-      The exponent e, an int32 scalar in [−126, 126]: scale by 2^−e.
+      A float32 scalar from 2^−126 to 2^126.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> int(range_exponent([jnp.array([0.0, -1e-20])]))
-      -66
+      >>> float(range_scale([jnp.array([0.0, -5.0])]))
+      8.0
     """
     largest = jnp.float32(0)
     for array in arrays:
         if array.size:
             largest = jnp.maximum(largest, jnp.max(jnp.abs(array)).astype(jnp.float32))
-    return jnp.clip(jnp.frexp(largest)[1], -126, 126)
+    # By the bits of the exponent: jnp.frexp and jnp.ldexp make infinities on their way.
+    exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) + 1
+    return jax.lax.bitcast_convert_type(jnp.clip(exponent, 1, 253) << 23, jnp.float32)
 
 
 def _nonzero_statistics(arrays: Sequence[jax.Array]) -> Statistics:
     """Mean and standard deviation over the non-zero entries of some arrays together."""
-    exponent = range_exponent(arrays)
-    wide = [jnp.ldexp(array.astype(jnp.float32), -exponent) for array in arrays]
+    scale = range_scale(arrays)
+    wide = [array.astype(jnp.float32) / scale for array in arrays]
     count = jnp.maximum(
         sum((jnp.sum(array != 0, dtype=jnp.float32) for array in wide), jnp.float32(0)), 1.0
     )
@@ -198,4 +200,4 @@ def _nonzero_statistics(arrays: Sequence[jax.Array]) -> Statistics:
     squares = sum(
         (jnp.sum(jnp.square(array - mean), where=array != 0) for array in wide), jnp.float32(0)
     )
-    return Statistics(jnp.ldexp(mean, exponent), jnp.ldexp(jnp.sqrt(squares / count), exponent))
+    return Statistics(mean * scale, jnp.sqrt(squares / count) * scale)

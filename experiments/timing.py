@@ -36,7 +36,7 @@ def make_optimizer(kind: str, refresh_every: int) -> optax.GradientTransformatio
         every = refresh_every if kind == 'density' else 0
         rules['*'] = dns_jax.Rule(thresholds, dns_jax.update_probability(power=0), every)
     return optax.chain(
-        dns_jax.surgery(rules, jax.random.key(0)),
+        dns_jax.surgery(rules, jax.random.key(0), dns_jax.has_axes),
         dns_jax.caffe_sgd(dns_jax.caffe_inv(0.01, 1e-4, 0.75)),
     )
 

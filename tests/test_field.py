@@ -389,15 +389,11 @@ def test_shards_are_refused_without_check_vma_too(mesh):
         jax.eval_shape(mapped, network())
 
 
-def test_pmap_over_whole_weights():
+def test_pmap_is_refused_since_shards_look_like_whole_weights_there():
     pruner, params = MAKERS['norm'](), network()
     together = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), params)
-    state = jax.pmap(pruner.init)(together)
-    state = jax.pmap(lambda params, state: pruner.update(params, state, params)[1])(together, state)
-    _, alone = jax.jit(pruner.update)(params, pruner.init(params), params)
-    for number in (0, 7):
-        own = jax.tree.map(lambda leaf, at=number: leaf[at], state.masks)
-        chex.assert_trees_all_equal(own, alone.masks)
+    with pytest.raises(ValueError, match=r'pmap.*jit'):
+        jax.pmap(pruner.init)(together)
 
 
 def test_gradients_that_differ_from_device_to_device_are_refused(mesh):
@@ -890,7 +886,7 @@ def by_numpy(state, like):
     leaves = jax.tree.leaves(without_keys(state))
     np.savez(file, **{str(number): leaf for number, leaf in enumerate(leaves)})
     file.seek(0)
-    loaded = np.load(file)
+    loaded = np.load(file, allow_pickle=False)
     return jax.tree.unflatten(
         jax.tree.structure(like), [loaded[str(number)] for number in range(len(leaves))]
     )
