@@ -1,6 +1,7 @@
 """The table that tests make of what works with surgery: pytest --compat=results/compat.md.
 
-A test makes itself a row with the fixture `compat`, and becomes green by passing.
+A test makes itself a row with the fixture `compat`, and becomes green by passing. In a module with
+a `COMPAT_TABLE` every test function is a row of that table.
 """
 
 import collections
@@ -40,7 +41,9 @@ class CompatReport:
         for name, value in report.user_properties:
             if name == 'compat':
                 table, row, found = value
-                self.rows[table][row] = report.outcome, found if report.passed else ''
+                # A row of several tests fails with any of them.
+                if self.rows[table].get(row, ('passed',))[0] != 'failed':
+                    self.rows[table][row] = report.outcome, found if report.passed else ''
 
     def pytest_sessionfinish(self):
         if unknown := self.rows.keys() - TABLES.keys():
@@ -80,6 +83,14 @@ def pytest_configure(config):
     # The workers of a session in parallel send their reports to the one process that writes.
     if config.getoption('compat') and not hasattr(config, 'workerinput'):
         config.pluginmanager.register(CompatReport(config.getoption('compat')))
+
+
+@pytest.fixture(autouse=True)
+def row_of_module(request, record_property):
+    """Makes every test a row where its module names a table."""
+    if table := getattr(request.module, 'COMPAT_TABLE', None):
+        name = request.node.originalname.removeprefix('test_').replace('_', ' ')
+        record_property('compat', [table, name, ''])
 
 
 @pytest.fixture

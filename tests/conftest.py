@@ -3,11 +3,16 @@
 import hypothesis
 import jax
 import pytest
-from compat_report import compat, pytest_addoption, pytest_configure
+from compat_report import compat, pytest_addoption, pytest_configure, row_of_module
 
 from experiments import data
 
-__all__ = ['compat', 'pytest_addoption', 'pytest_configure']  # pytest finds them here by name
+__all__ = [
+    'compat',
+    'pytest_addoption',
+    'pytest_configure',
+    'row_of_module',
+]  # pytest finds them here by name
 
 jax.config.update('jax_num_cpu_devices', 8)  # for the meshes of the sharding tests
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -8,6 +8,8 @@ import pytest
 import dns_jax
 from dns_jax import Rule, counts, surgery
 
+COMPAT_TABLE = 'field'
+
 BORDERS = [0, 1, 65535, 65536, 65537, 2**24 + 1, 2**31 - 1, 2**31, 2**32 + 5, 8 * 10**9, 2**45 - 1]
 
 

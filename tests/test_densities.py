@@ -11,6 +11,9 @@ import dns_jax
 from dns_jax import Rule, densities, importance, pruners, surgery, update_probability
 from dns_jax.thresholds import std
 
+COMPAT_TABLE = 'field'
+
+
 SHAPES = {'a': [(13, 7), (7,)], 'b': [(31, 9)], 'c': [(5, 4)], 'd': [(60, 40)]}
 
 

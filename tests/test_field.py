@@ -40,6 +40,8 @@ from dns_jax import (
 )
 from dns_jax.layers import named_leaves
 
+COMPAT_TABLE = 'field'
+
 KEY = jax.random.key(0)
 
 

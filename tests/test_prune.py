@@ -13,6 +13,8 @@ import pytest
 import dns_jax
 from dns_jax import densities, get_masks, has_axes, importance, measure_sizes, prune_to
 
+COMPAT_TABLE = 'field'
+
 SHAPES = {
     'fc1': {'kernel': (13, 17), 'bias': (17,)},
     'fc2': {'kernel': (17, 11), 'bias': (11,)},

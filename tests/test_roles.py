@@ -18,6 +18,8 @@ import dns_jax
 from dns_jax import Rule, caffe_sgd, has_axes, init_masks, is_kernel, layer_density, role, surgery
 from dns_jax.layers import group_by_layer, named_leaves
 
+COMPAT_TABLE = 'field'
+
 NAMES = ('query', 'key', 'value', 'out')
 
 

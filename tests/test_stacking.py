@@ -15,6 +15,9 @@ from dns_jax.layers import named_leaves, nest_leaves
 from dns_jax.stacking import restack, unstack
 from dns_jax.thresholds import std
 
+COMPAT_TABLE = 'field'
+
+
 STEPS = 10
 SHAPES = {'fc/kernel': (8, 6), 'fc/bias': (6,), 'norm/scale': (6,)}
 OUTER = {'embed/embedding': (9, 8), 'head/kernel': (8, 5), 'head/bias': (5,)}
