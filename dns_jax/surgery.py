@@ -214,7 +214,8 @@ def surgery(
         turns, changing = _once_if(_after(updates, due, state.count), ask_and_update, changing)
         if any(map(is_followed, table.values())):
             turns, changing = _once_if(due, correct_and_update, changing)
-        updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
+            updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
         own, thresholds = changing
         masks = restack(stacked, params, own) if stacked else own
         count = jnp.asarray(optax.safe_increment(state.count))
