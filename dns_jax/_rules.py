@@ -17,6 +17,7 @@ from dns_jax.layers import abridge, map_leaves, match_patterns, named_leaves
 from dns_jax.masks import discriminate
 from dns_jax.roles import has_axes
 from dns_jax.schedules import check_step
+from dns_jax.stacking import slice_paths
 from dns_jax.typing import (
     Importance,
     LayerOf,
@@ -92,11 +93,11 @@ class Plan:
                 f'{abridge(sorted(set(self.paths.values())))}; to go on from its masks under '
                 'others, give them to surgery(masks=…)'
             )
-        # Of a stack a slice that takes no part has the mask of those that do.
         taking_part = {path for paths in self.layers.values() for path in paths}
         for path, mask in named_leaves(masks):
-            by_state, by_rules = has_axes(path, mask), path in self.paths
-            if by_rules > by_state or (by_state > (path in taking_part) and not stacked):
+            slices = slice_paths(stacked or {}, path, mask) if jnp.ndim(mask) else [path]
+            by_state, by_rules = has_axes(path, mask), not self.paths.keys().isdisjoint(slices)
+            if by_rules > by_state or by_state > (not taking_part.isdisjoint(slices)):
                 raise ValueError(
                     f'{path!r} takes part by {"the rules" if by_rules else "the state"} alone; to '
                     'go on from its masks, give them to surgery(masks=…)'
@@ -216,9 +217,7 @@ def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
     if not rule.refresh_every:
         return bands
     sigma, last = chance(rule, count)
-    due = (count % rule.refresh_every == 0) & (sigma > 0)
-    if isinstance(rule.thresholds, DensityRule):
-        due |= last
+    due = last | ((count % rule.refresh_every == 0) & (sigma > 0))
     compute = functools.partial(compute_thresholds, rule.thresholds, weights, masks, count)
     return jax.lax.cond(due, compute, lambda: bands)
 
@@ -238,7 +237,8 @@ def correct(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[s
     """
     density: Any = rule.thresholds
     sigma, last = chance(rule, count)
-    wrong = (sigma > 0) & ~density.is_near(weights, masks, count, last)
+    unknown = functools.reduce(jnp.logical_or, (band.high < 0 for band in bands.values()))
+    wrong = (sigma > 0) & (unknown | ~density.is_near(weights, masks, count, last))
     solve = functools.partial(density.solve, weights, masks, count, bands)
     return wrong, jax.lax.cond(wrong, solve, lambda: bands)
 
@@ -269,8 +269,8 @@ def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, 
     }
 
 
-def start_at_zero(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
-    """Starts a density at thresholds of 0, and lets it refuse what it could not keep.
+def start_unknown(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
+    """Starts a density at −1, no threshold yet, and lets it refuse what it cannot keep.
 
     Args:
       rule: of thresholds.
@@ -281,4 +281,5 @@ def start_at_zero(rule: ThresholdRule, weights, masks, count) -> dict[str, Thres
     Returns:
       The thresholds by layer, float32 scalars.
     """
-    return jax.tree.map(jnp.zeros_like, jax.eval_shape(rule, weights, masks, count))
+    shapes = jax.eval_shape(rule, weights, masks, count)
+    return jax.tree.map(lambda bound: jnp.full(bound.shape, -1, bound.dtype), shapes)

@@ -85,9 +85,17 @@ class DensityRule:
             )
             slack = TOLERANCE * counts.to_float(share.wanted)
             near &= jnp.abs(excess) <= jnp.where(exactly, 0.0, slack)
-        for layer, floor in division.floors.items():
-            near &= counts.minus(kept[layer], floor).high >= 0
-        return near
+        lacking = [
+            counts.minus(kept[layer], floor).high < 0 for layer, floor in division.floors.items()
+        ]
+
+        def has_floors():
+            floors = _within_reach(division.floors, layers)
+            enough = [counts.minus(kept[layer], floors[layer]).high >= 0 for layer in floors]
+            return functools.reduce(jnp.logical_and, enough, jnp.array(True))
+
+        any_lacking = functools.reduce(jnp.logical_or, lacking, jnp.array(False))
+        return near & jax.lax.cond(any_lacking, has_floors, lambda: jnp.array(True))
 
     def solve(
         self,
@@ -113,13 +121,7 @@ class DensityRule:
         """Finds the threshold of each share, and that of layers which it leaves too little of."""
         shares, floors, measure_units = self.divide(layers, masks, step)
         units = measure_units()
-        # All weights of a layer of zeros tie: no threshold keeps some of them.
-        floors = {
-            layer: jax.tree.map(
-                lambda part, alive=units[layer] > 0: jnp.where(alive, part, 0), floors[layer]
-            )
-            for layer in floors
-        }
+        floors = _within_reach(floors, layers)
         units = {layer: jnp.where(unit > 0, unit, 1.0) for layer, unit in units.items()}
 
         def bands_at(thresholds):
@@ -236,9 +238,9 @@ def global_density(
     - `erk`: no unit. Layers get connections in proportion to the sum of their kernel's axes
       (Erdős-Rényi kernel), at most all, and each keeps its largest.
 
-    Whatever its score, a layer keeps at least one connection and the share `floor`·d of them, by a
-    lower threshold of its own; what it keeps so is counted in d, and the others keep less. Counted
-    and found as by `layer_density`.
+    By `norm` and `rms` a layer keeps at least one connection and the share `floor`·d of them, if as
+    many are not zero, by a lower threshold of its own; what it keeps so is counted in d, and the
+    others keep less. Counted and found as by `layer_density`.
 
     Args:
       density: kept / all connections, in (0, 1], or a schedule of it, as in
@@ -336,6 +338,14 @@ def _count_by_layer(layers, masks, bands) -> dict[str, Count]:
             ]
         )
         for layer, leaves in layers.items()
+    }
+
+
+def _within_reach(floors, layers) -> dict[str, Count]:
+    """Caps floors at the weights that are not zero: those that are tie, and all would be kept."""
+    return {
+        layer: counts.minimum(floor, counts.count_all([leaf != 0 for leaf in layers[layer]]))
+        for layer, floor in floors.items()
     }
 
 

@@ -247,7 +247,8 @@ def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, Any]:
 def find_empty_layers(masks: Masks, layer_of: LayerOf = parent) -> list[str]:
     """Names the layers of which surgery has left nothing: a network with one answers all alike.
 
-    Cheap enough for every record of one's own loop; NaN never tells.
+    Cheap enough for every record of one's own loop; NaN never tells. Of layers that are stacked in
+    one array, `unstack` the masks first.
 
     Args:
       masks: the masks T, concrete.

@@ -60,7 +60,7 @@ def measure_sizes(
     positions: Mapping[str, int] | None = None,
     layer_of: LayerOf = parent,
 ) -> Sizes:
-    r"""Measures a network under its masks.
+    r"""Measures a network under its masks; one with stacked layers after `unstack`, if by layer.
 
     A weight of a kernel costs one multiply-add at each position where the kernel is applied:
     output height × width for a convolution, 1 for a fully connected layer. All other leaves

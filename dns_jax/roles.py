@@ -19,11 +19,13 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(('embedding', 'embeddings', 'embed', 'emb', 'embs', 'encoding'), 'embedding'),
     **dict.fromkeys(('pos', 'posemb', 'position', 'positions', 'table'), 'embedding'),
     **dict.fromkeys(('token', 'tokens', 'cls', 'vocab', 'lookup', 'wte', 'wpe'), 'embedding'),
+    **dict.fromkeys(('prompt', 'prompts', 'latents', 'codebook', 'memory'), 'embedding'),
     **dict.fromkeys(('mean', 'var', 'variance', 'average', 'count', 'counter'), 'statistic'),
 }
 _FIRST_WORDS = ('kernel', 'bias', 'embedding')  # say it too, as in bias_ih
 _NORM = re.compile(r'norms?$|^(ln|bn|gn|rms)$')
-_EMBEDDING = re.compile(r'^(pos)?emb|^(wte|wpe)$')
+_NO_NORM = {'ada', 'modulation', 'spectral', 'weight'}  # beside `norm`, of what has kernels
+_EMBEDDING = re.compile(r'^(pos)?emb|^(wte|wpe|vocab|lookup|tokens?|pos|positions?|table)$')
 
 
 def role(path: str, leaf: Any) -> Role:
@@ -49,18 +51,21 @@ def role(path: str, leaf: Any) -> Role:
     words, axes = _words(name), jnp.ndim(leaf)
     if words == ['b'] and name[0] == 'b':  # Haiku's; B of a low-rank pair is a matrix
         return 'bias'
-    if words and words[-1] in _ROLES:
-        return _ROLES[words[-1]]
-    if words and words[0] in _FIRST_WORDS:
-        return _ROLES[words[0]]
+    shared = words[:1] in (['w'], ['weight'], ['weights'])  # a name of all kinds of layers
     around = _words(parents[-1]) if parents else []
-    if around and around[-1] in _ROLES and words[:1] not in (['w'], ['weight']):
-        return _ROLES[around[-1]]  # what is within a kernel, as the value of a box, is one
-    if any(map(_NORM.search, around)):
+    # The name of a box or a node around says it too, where the leaf's own says nothing.
+    for said in (words, [] if shared else around):
+        if said and said[-1] in _ROLES and (_ROLES[said[-1]] != 'statistic' or axes < 2):
+            return _ROLES[said[-1]]
+        if said and said[0] in _FIRST_WORDS:
+            return _ROLES[said[0]]
+    if {'rel', 'pos'} <= set(words) or words == ['weight', 'g']:
+        return 'embedding' if 'pos' in words else 'scale'
+    if shared and around[-1:] == ['bias']:
+        return 'bias'
+    if any(map(_NORM.search, around)) and not (axes > 1 and _NO_NORM & set(around)):
         return 'scale'
-    if axes == 2 and (
-        any(map(_EMBEDDING.search, around)) or _ROLES.get((around or [''])[-1]) == 'embedding'
-    ):
+    if axes == 2 and 'patch' not in around and any(map(_EMBEDDING.search, around)):
         return 'embedding'
     if axes < 2:
         return 'scale' if axes == 0 or words[:1] in (['w'], ['weight']) else 'bias'

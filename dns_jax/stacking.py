@@ -24,13 +24,13 @@ def unstack(stacked: Mapping[str, int], tree: Any, *others: Any) -> tuple[Any, .
         the path may be a shell-style wildcard, `''` is the whole tree. Within a stacked node the
         axes of another are counted in one slice.
       tree: any pytree of arrays.
-      *others: trees with the leaves of `tree`, such as masks; a scalar stands for all slices.
+      *others: trees with leaves of the same paths, such as masks; a scalar stands for all slices.
 
     Returns:
       For each tree the nested dict of its slices, with the index of a slice behind its node.
 
     Raises:
-      ValueError: if a node has no leaves, or a leaf lacks the axis.
+      ValueError: if a node has no leaves, a leaf lacks the axis, or another tree a leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,13 +39,15 @@ def unstack(stacked: Mapping[str, int], tree: Any, *others: Any) -> tuple[Any, .
       >>> apart['blocks']['1']['kernel']
       Array([3., 4.], dtype=float32)
     """
-    named = [named_leaves(each) for each in (tree, *others)]
-    check_nodes(stacked, [path for path, _ in named[0]])
-    slices: list[list[tuple[str, Any]]] = [[] for _ in named]
-    for (path, leaf), *rest in zip(*named, strict=True):
+    named, others_of = named_leaves(tree), [dict(named_leaves(other)) for other in others]
+    check_nodes(stacked, [path for path, _ in named])
+    slices: list[list[tuple[str, Any]]] = [[] for _ in (tree, *others)]
+    for path, leaf in named:
         axes, names = stacked_axes(stacked, path, leaf), slice_paths(stacked, path, leaf)
-        for into, array in zip(slices, (leaf, *(other for _, other in rest)), strict=True):
-            into += zip(names, _take_apart(array, axes), strict=True)
+        for into, leaves in zip(slices, ({path: leaf}, *others_of), strict=True):
+            if path not in leaves:
+                raise ValueError(f'others must have the leaves of tree, but one lacks {path!r}')
+            into += zip(names, _take_apart(leaves[path], axes), strict=True)
     return tuple(map(nest_leaves, slices))
 
 

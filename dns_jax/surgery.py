@@ -21,7 +21,7 @@ from dns_jax._rules import (
     compute_thresholds,
     correct,
     is_followed,
-    start_at_zero,
+    start_unknown,
 )
 from dns_jax.importance import magnitude
 from dns_jax.layers import (
@@ -85,8 +85,9 @@ def surgery(
     `refresh_every` = N again at steps 0, N, 2N and so on while σ > 0, just before the masks are
     updated. Densities are followed at every step instead: the last thresholds stay while they keep
     the number wanted to one in 128, and of every layer its floor, else it is asked anew. The last
-    update, after which σ is 0, always has thresholds that are asked anew and, by density, is made
-    in every layer: what was wanted is met then, whatever the steps are.
+    update, after which σ is 0, has thresholds that are asked anew, but for `refresh_every=0`. By
+    density it is made in every layer, so what was wanted is met then, whatever the steps are, up to
+    weights that tie: zeros, or many of a narrow type. `update` belongs under `jit`.
 
     Args:
       rules: one rule for all layers, or `{pattern: rule}`: a layer follows the first pattern
@@ -156,7 +157,7 @@ def surgery(
         count, thresholds = jnp.zeros((), jnp.int32), {}
         for pattern, arrays, kept in layers.arrays(weights, own):
             # A followed density begins anew in the first update; what is jitted compiles in one.
-            compute = start_at_zero if table[pattern].refresh_every is None else compute_thresholds
+            compute = start_unknown if table[pattern].refresh_every is None else compute_thresholds
             compute = jax.jit(functools.partial(compute, table[pattern].thresholds))
             thresholds |= compute(arrays, kept, count)
         # Copies: the first state may be donated, and init called again.
@@ -172,7 +173,7 @@ def surgery(
         if stacked:
             weights, own, gradients = unstack(stacked, weights, own, gradients)
         layers = plan(weights)
-        layers.check_state(own, state.thresholds, stacked)
+        layers.check_state(state.masks, state.thresholds, stacked)
         # No coin is thrown with a negative count.
         seen = importance(jax.random.fold_in(state.key, ~state.count), weights, gradients)
         if not splicing:
@@ -186,6 +187,9 @@ def surgery(
                 for layer in names
             }
             coins = throw_coins(jax.random.fold_in(state.key, count), chances)
+            for pattern, names in layers.patterns.items():
+                if is_followed(table[pattern]):  # it has no thresholds before it is corrected
+                    coins |= {layer: coins[layer] & (bands[layer].high >= 0) for layer in names}
             return layers.update(seen, masks, bands, coins, splicing)
 
         def ask_and_update(turn, carry):
@@ -401,6 +405,6 @@ def _merge(found: Sequence[Masks]) -> Masks:
             merged[path] = mask
     left_out = [path for masks in found for path in find_holes(masks)]
     for path in left_out:  # in no surgery at all
-        if not any(name == path or name.startswith(f'{path}/') for name in merged):
+        if not any(not path or name == path or name.startswith(f'{path}/') for name in merged):
             merged[path] = optax.MaskedNode()
     return nest_leaves(merged.items())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dns_jax.layers import group_by_layer, parent
-from dns_jax.masks import apply_masks, count_kept
+from dns_jax.masks import apply_masks, check_parallel, count_kept
 from dns_jax.surgery import get_masks
 from dns_jax.typing import LayerOf, Masks
 
@@ -57,7 +57,7 @@ def train_kept(
         updates, pruner_state = pruner.update(updates, state[0], params, **extra_args)
         if params is None:
             raise ValueError('train_kept needs the weights: call update(updates, state, params)')
-        masks = get_masks(pruner_state)
+        masks = check_parallel(params, get_masks(pruner_state))
         updates = apply_masks(updates, masks)
         updates, optimizer_state = optimizer.update(updates, state[1], params, **extra_args)
         updates = jax.tree.map(

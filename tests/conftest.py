@@ -37,3 +37,10 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tfds')
     data.load('digits', folder)
     return folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_compiled_programs():
+    """Linux lets a process map 65,530 areas of memory; every compiled program takes some."""
+    yield
+    jax.clear_caches()
