@@ -57,7 +57,7 @@ class Plan:
             if path in seen:
                 raise ValueError(f'two leaves of params have the path {path!r}')
             seen.add(path)
-            if jnp.size(leaf) and takes_part(path, leaf):
+            if 0 not in jnp.shape(leaf) and takes_part(path, leaf):
                 paths.setdefault(layer_of(path), []).append(path)
         if table and not paths and not may_be_empty:
             names = abridge(path for path, _ in named_leaves(weights))

@@ -51,7 +51,7 @@ def init_masks(params: Params, takes_part: TakesPart = is_kernel) -> Masks:
         raise ValueError(f'params must have at least one leaf, but is {params!r}')
 
     def init(path, weights):
-        if not takes_part(path, weights) or not jnp.size(weights):
+        if not takes_part(path, weights) or 0 in jnp.shape(weights):
             return jnp.ones((), bool)
         dtype = jnp.result_type(weights)
         if not jnp.issubdtype(dtype, jnp.floating):

@@ -107,7 +107,7 @@ def prune_to(
     sigma = update_probability(power=0, start=start, stop=start + changing)
 
     def make(params: Params) -> Surgery:
-        parameters = sum(jnp.size(leaf) for _, leaf in named_leaves(params))
+        parameters = sum(math.prod(jnp.shape(leaf)) for _, leaf in named_leaves(params))
 
         def wanted(step, sizes):
             all_of_them = sum(sizes.values())

@@ -25,7 +25,7 @@ _ROLES: dict[str, Role] = {
 _FIRST_WORDS = ('kernel', 'bias', 'embedding')  # say it too, as in bias_ih
 _NORM = re.compile(r'norms?$|^(ln|bn|gn|rms)$')
 _NO_NORM = {'ada', 'modulation', 'spectral', 'weight'}  # beside `norm`, of what has kernels
-_EMBEDDING = re.compile(r'^(pos)?emb|^(wte|wpe|vocab|lookup|tokens?|pos|positions?|table)$')
+_EMBEDDING = re.compile(r'\b(pos)?emb|\b(wte|wpe)\b|\b(vocab|lookup|tokens?|pos|positions?|table)$')
 
 
 def role(path: str, leaf: Any) -> Role:
@@ -65,7 +65,7 @@ def role(path: str, leaf: Any) -> Role:
         return 'bias'
     if any(map(_NORM.search, around)) and not (axes > 1 and _NO_NORM & set(around)):
         return 'scale'
-    if axes == 2 and 'patch' not in around and any(map(_EMBEDDING.search, around)):
+    if axes == 2 and 'patch' not in around and _EMBEDDING.search(' '.join(around)):
         return 'embedding'
     if axes < 2:
         return 'scale' if axes == 0 or words[:1] in (['w'], ['weight']) else 'bias'
@@ -106,7 +106,7 @@ def has_axes(path: str, leaf: Any) -> bool:
       (True, False)
     """
     del path
-    return jnp.ndim(leaf) > 0 and jnp.size(leaf) > 0
+    return jnp.ndim(leaf) > 0 and 0 not in jnp.shape(leaf)
 
 
 def _words(name: str) -> list[str]:

@@ -15,7 +15,10 @@ SURVIVORS = re.findall(r'^\| `(\w+)` \| `(.+?)` \| `(.+?)` \| (.+) \|$', PAGE, r
 
 
 def test_the_table_adds_up_and_all_survivors_are_explained():
-    assert [row[0] for row in TABLE] == list(mutation.SUITES)
+    measured = [row[0] for row in TABLE]
+    # What is not, the page says.
+    assert all(f'`{module}`' in PAGE for module in mutation.SUITES)
+    assert set(measured) <= set(mutation.SUITES)
     for module, mutants, killed, survived, share in TABLE:
         assert int(killed) + int(survived) == int(mutants)
         assert float(share) == round(100 * int(killed) / int(mutants), 1) >= 90

@@ -45,8 +45,8 @@ def caffe(params, gradients, rates, momentum, decay, bias_scale, decay_biases=Tr
     path = []
     for rate, gradient in zip(rates, gradients, strict=True):
         for name in params:
-            local_rate = rate if name == 'kernel' else rate * bias_scale
-            decay_mult = 1 if name == 'kernel' or decay_biases else 0
+            local_rate = rate * bias_scale if name == 'bias' else rate
+            decay_mult = 1 if name != 'bias' or decay_biases else 0
             diff = gradient[name] + decay * decay_mult * params[name]
             history[name] = local_rate * diff + momentum * history[name]
             params[name] = params[name] - history[name]
