@@ -3,9 +3,10 @@
 import json
 import sys
 
+import jax
 import pytest
 
-from experiments import bench
+from experiments import bench, loops
 from experiments.tool_flags import BenchConfig
 
 PEER = """
@@ -20,6 +21,9 @@ def small(monkeypatch):
     """One network, few steps: what it prints is tested, not how fast it is."""
     monkeypatch.setattr(bench, '_STEPS_PER_CALL', {'lenet300': 3})
     monkeypatch.setattr(bench, '_LARGE_LAYER', (30, 20))
+    monkeypatch.setattr(loops, '_BATCHES', 2)
+    with jax.numpy_dtype_promotion('standard'):  # as optax's Adam needs it
+        yield
 
 
 @pytest.fixture
@@ -44,6 +48,10 @@ def test_bench_measures_and_prints(small, peer, capsys):
     assert 0.2 < row['surgery_mib'] - row['dense_mib'] < 2
     assert table['peer'] == {'lenet300': {'dense_ms': 1000.0, 'surgery_ms': 2000.0}}
     assert f'{2000 / row["surgery_ms"]:.2f}× as fast' in out
+    for loop in loops.LOOPS:
+        for name in loops.OPTIMIZERS:
+            assert min(table['loops'][loop][name].values()) > 0
+            assert f'{loop} step, {name}: dense' in out
 
 
 def test_rounds_are_the_timed_calls(small, monkeypatch):

@@ -458,7 +458,7 @@ def test_a_search_from_anywhere_finds_what_bisection_finds(number):
 
     @jax.jit
     def both(density, last):
-        again = rule.solve(layers, masks, density, last, jnp.array(True))
+        again = rule.solve(layers, masks, density, last)
         return rule(layers, masks, density), again
 
     for _ in range(8):
