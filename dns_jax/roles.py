@@ -55,8 +55,9 @@ def role(path: str, leaf: Any) -> Role:
     around = _words(parents[-1]) if parents else []
     # The name of a box or a node around says it too, where the leaf's own says nothing.
     for said in (words, [] if shared else around):
-        if said and said[-1] in _ROLES and (_ROLES[said[-1]] != 'statistic' or axes < 2):
-            return _ROLES[said[-1]]
+        found = _ROLES.get(said[-1]) if said else None
+        if found and (found != 'statistic' or axes < 2 or len(said) == 1):  # w_mean may be a kernel
+            return found
         if said and said[0] in _FIRST_WORDS:
             return _ROLES[said[0]]
     if {'rel', 'pos'} <= set(words) or words == ['weight', 'g']:
