@@ -5,7 +5,6 @@ the end.
 """
 
 import functools
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import dns_jax
 from dns_jax import training
 from dns_jax.sparse import save_sparse
 from experiments import divergence, hosts, meshes, models, probes, references, report, train
+from experiments.commits import describe_commit
 from experiments.feeds import open_feed
 from experiments.flags import Config
 from experiments.parsers import parse_learning_rate
@@ -67,7 +67,7 @@ class Trainer:
         )
         self.setbacks: dict[str, int] = {}  # how often each phase went back to a checkpoint
         # Of the code that runs, which may be changed on disk before the end.
-        self.commit = _commit()
+        self.commit = describe_commit()
         self.error = train.make_error(self.network, self.inputs)
         self.reference = references.read(config, self.dense_state()) if config.reference else None
         self.folder = Path(config.workdir)
@@ -207,15 +207,3 @@ def _size_summary(size: dns_jax.Size) -> dict[str, Any]:
     # JSON has no infinity: a layer of which nothing is kept has no compression.
     compression = size.compression if size.kept else None
     return {**size._asdict(), 'density': size.density, 'compression': compression}
-
-
-def _commit() -> str:
-    """Names the commit the code stands at, marked where the code differs from it."""
-    command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
-    try:
-        answer = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:  # no git here, which must not fail a run at its end
-        return 'unknown'
-    return answer.stdout.strip() or 'unknown'

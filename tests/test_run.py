@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, report, run, trainer
+from experiments import commits, data, report, run
 from experiments.divergence import Diverged
 from experiments.flags import Config
 
@@ -416,7 +416,7 @@ def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
 
 
 def test_a_commit_is_named_or_unknown(monkeypatch, tmp_path):
-    assert trainer._commit()
+    assert commits.describe_commit()
     # A machine without git must not fail a run at its end.
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert trainer._commit() == 'unknown'
+    assert commits.describe_commit() == 'unknown'
