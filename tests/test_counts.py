@@ -143,7 +143,9 @@ PRUNERS = {
 def test_pruners_of_nine_billion_weights_can_be_traced(name):
     pruner = PRUNERS[name]()
     state = jax.eval_shape(pruner.init, LARGE)
-    jax.eval_shape(pruner.update, LARGE, state, LARGE)
+    updates, after = jax.eval_shape(pruner.update, LARGE, state, LARGE)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, LARGE)
 
 
 @pytest.mark.parametrize('density', [1e-8, 0.05, 1 / 3, 1.0])
