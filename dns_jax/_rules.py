@@ -270,16 +270,6 @@ def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, 
 
 
 def start_unknown(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
-    """Starts a density at −1, no threshold yet, and lets it refuse what it cannot keep.
-
-    Args:
-      rule: of thresholds.
-      weights: by layer.
-      masks: of these.
-      count: of steps, an int32 scalar.
-
-    Returns:
-      The thresholds by layer, float32 scalars.
-    """
+    """Starts a density at −1, no threshold yet, and lets it refuse what it cannot keep."""
     shapes = jax.eval_shape(rule, weights, masks, count)
     return jax.tree.map(lambda bound: jnp.full(bound.shape, -1, bound.dtype), shapes)
