@@ -202,7 +202,7 @@ def is_followed(rule: Rule) -> bool:
 
 
 def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
-    """Asks a rule for thresholds, where it is not followed and that is due.
+    """Asks a rule for thresholds where that is due; those of a followed density follow.
 
     Args:
       rule: completed.
@@ -214,9 +214,15 @@ def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
     Returns:
       The thresholds by layer.
     """
+    sigma, last = chance(rule, count)
+    if is_followed(rule):
+        density: Any = rule.thresholds
+        # Where a coin failed, the number kept says nothing of the thresholds.
+        sure = (sigma >= 1) & (functools.reduce(jnp.minimum, [b.high for b in bands.values()]) >= 0)
+        followed = density.follow(weights, masks, count, bands)
+        return jax.tree.map(functools.partial(jnp.where, sure), followed, bands)
     if not rule.refresh_every:
         return bands
-    sigma, last = chance(rule, count)
     due = last | ((count % rule.refresh_every == 0) & (sigma > 0))
     compute = functools.partial(compute_thresholds, rule.thresholds, weights, masks, count)
     return jax.lax.cond(due, compute, lambda: bands)
@@ -239,7 +245,7 @@ def correct(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[s
     sigma, last = chance(rule, count)
     unknown = functools.reduce(jnp.logical_or, (band.high < 0 for band in bands.values()))
     wrong = (sigma > 0) & (unknown | ~density.is_near(weights, masks, count, last))
-    solve = functools.partial(density.solve, weights, masks, count, bands)
+    solve = functools.partial(density.solve, weights, masks, count, bands, last | unknown)
     return wrong, jax.lax.cond(wrong, solve, lambda: bands)
 
 

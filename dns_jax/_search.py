@@ -15,7 +15,6 @@ from dns_jax import counts
 from dns_jax.counts import Count
 
 _INFINITY = 0x7F800000  # as bits
-_STRIDE = 1 << 17  # in bits: 0.8 to 1.6 % of a threshold
 
 Excess = Callable[[list[jax.Array]], list[Count]]
 """Maps thresholds, float32 scalars, to how many more than wanted each of them keeps."""
@@ -47,77 +46,134 @@ def bisect(excess_at: Excess, number: int) -> list[jax.Array]:
     return _as_floats(jax.lax.fori_loop(0, 31, try_bit, jnp.zeros(number, jnp.int32)))
 
 
+class Aim(NamedTuple):
+    """How many connections one threshold is to keep."""
+
+    wanted: jax.Array  #: shape=(), dtype=jnp.float32
+    whole: jax.typing.ArrayLike  #: how many there are
+    slack: jax.typing.ArrayLike  #: by how many the number kept may be off
+
+
+def follow(kept: jax.Array, aim: Aim) -> jax.Array:
+    r"""Says by what factor a threshold is to move, to keep what is wanted.
+
+    .. math::
+      \frac{\ln(\text{wanted} / \text{whole})}{\ln(\text{kept} / \text{whole})}
+
+    which is right where magnitudes have an exponential distribution.
+
+    Args:
+      kept: how many it keeps now, a float32.
+      aim: how many it is to keep.
+
+    Returns:
+      The factor, from 1/2 to 2, a float32; 1 where as many are kept as wanted.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(follow(jnp.float32(50), Aim(jnp.float32(25), 100, 0)))
+      2.0
+    """
+    # Neither is 0 or all, so that no logarithm is infinite or 0.
+    kept, wanted = (jnp.clip(number / aim.whole, 1e-9, 1 - 1e-6) for number in (kept, aim.wanted))
+    return jnp.clip(jnp.log(wanted) / jnp.log(kept), 0.5, 2.0)
+
+
 class _Bracket(NamedTuple):
-    """Where the thresholds lie, all as bits, with the excess at both ends as floats."""
+    """Where the thresholds lie, all as bits, with ln(kept / wanted) at both ends."""
 
     passes: jax.Array
     candidate: jax.Array
     low: jax.Array  # enough is kept
     high: jax.Array  # too little is kept
-    low_excess: jax.Array
-    high_excess: jax.Array
+    above: jax.Array
+    below: jax.Array
+    enough: jax.Array  # at the last candidate
+    found: jax.Array
     done: jax.Array
 
 
-def search(excess_at: Excess, starts: Sequence[jax.Array]) -> list[jax.Array]:
+def search(
+    excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]
+) -> list[jax.Array]:
     """Finds thresholds that keep what is wanted from others that are near, in a few passes.
 
-    Widens a bracket from the starts, then closes it by interpolation and bisection in turns.
+    Goes from the starts by `follow`, ever farther, to where there is enough below and too little
+    above, and closes in by interpolation and bisection in turns.
 
     Args:
       excess_at: as for `bisect`.
       starts: where to begin; 0 where nothing is known.
+      aims: what is wanted of each.
 
     Returns:
-      Thresholds that keep the number wanted, float32 scalars; where weights tie, the largest that
-      keeps enough.
+      Thresholds that keep the number wanted, but for the slack, float32 scalars; where weights
+      tie, the largest that keeps enough.
 
     Example:
       >>> import jax.numpy as jnp
       >>> weights = jnp.array([1.0, 3.0, 2.0])
       >>> excess = lambda t: [counts.minus(counts.count_all([weights >= t[0]]), counts.from_int(2))]
-      >>> (threshold,) = search(excess, [jnp.float32(0.5)])
+      >>> (threshold,) = search(excess, [jnp.float32(0.5)], [Aim(jnp.float32(2), 3, 0)])
       >>> 1 < float(threshold) <= 2
       True
     """
-    bits = jax.lax.bitcast_convert_type(jnp.stack(list(starts)), jnp.int32)
+    aim = Aim(*(jnp.stack([jnp.float32(part) for part in parts]) for parts in zip(*aims, strict=True)))
+    bits = _as_bits(jnp.stack(list(starts)))
     bits = jnp.where((bits > 0) & (bits < _INFINITY), bits, _INFINITY // 2)
 
     def narrow(bracket):
         passes, candidate = bracket.passes, bracket.candidate
-        number = counts.to_float(_excess_of_bits(excess_at, candidate))
+        number = jnp.stack([counts.to_float(excess) for excess in excess_at(_as_floats(candidate))])
         enough = number >= 0
         low = jnp.where(enough, candidate, bracket.low)
         high = jnp.where(enough, bracket.high, candidate)
-        low_excess = jnp.where(enough, number, bracket.low_excess)
-        high_excess = jnp.where(enough, bracket.high_excess, number)
-        # Four times as far in every pass, so that some ten reach any float.
-        stride = jnp.left_shift(_STRIDE, jnp.minimum(2 * passes, 12))
-        wider = candidate + jnp.where(
-            enough, jnp.minimum(stride, high - candidate), -jnp.minimum(stride, candidate - low)
+        height = jnp.log(jnp.maximum(number + aim.wanted, 0.5) / aim.wanted)
+        # An end that stays counts half in the next interpolation, lest it stay for ever.
+        stays = jnp.where(enough == bracket.enough, 0.5, 1.0)
+        above = jnp.where(enough, height, bracket.above * stays)
+        below = jnp.where(enough, bracket.below * stays, height)
+        # Twice as far in every pass, and at least by a stride, so that some ten reach any float.
+        threshold = jax.lax.bitcast_convert_type(candidate, jnp.float32)
+        power = jnp.float32(2) ** jnp.minimum(passes, 6).astype(jnp.float32)
+        farther = follow(number + aim.wanted, aim) ** power
+        farther = _as_bits(jnp.clip(threshold * farther, 0.0, 3e38))
+        stride = jnp.left_shift(1, jnp.minimum(4 * passes, 28))
+        wider = jnp.where(
+            enough,
+            jnp.maximum(farther, candidate + jnp.minimum(stride, high - candidate)),
+            jnp.minimum(farther, candidate - jnp.minimum(stride, candidate - low)),
         )
-        part = low_excess / (low_excess - high_excess)
+        part = above / (above - below)
         part = jnp.where(passes % 4 == 3, 0.5, part) * (high - low).astype(jnp.float32)
         between = low + jnp.clip(part, 1.0, 2.0**30).astype(jnp.int32)
         bracketed = (low > 0) & (high < _INFINITY)
         following = jnp.clip(jnp.where(bracketed, between, wider), low + 1, high - 1)
-        done = (number == 0) | (high - low <= 1)
-        new = following, low, high, low_excess, high_excess, done
+        near, closed = jnp.abs(number) <= aim.slack, high - low <= 1
+        found = jnp.where(near, candidate, low)
+        new = following, low, high, above, below, enough, found, near | closed
         # What is done stays, while others are searched for.
         kept = (jnp.where(bracket.done, *pair) for pair in zip(bracket[1:], new, strict=True))
         return _Bracket(passes + 1, *kept)
 
-    some = jnp.ones(bits.shape, jnp.float32)
+    unknown = jnp.zeros(bits.shape, jnp.float32)
     bracket = _Bracket(
         jnp.int32(0),
         candidate=bits,
         low=jnp.zeros_like(bits),
         high=jnp.full_like(bits, _INFINITY),
-        low_excess=some,
-        high_excess=-some,
+        above=unknown,
+        below=unknown,
+        enough=jnp.zeros(bits.shape, bool),
+        found=bits,
         done=jnp.zeros(bits.shape, bool),
     )
-    return _as_floats(jax.lax.while_loop(lambda state: ~state.done.all(), narrow, bracket).low)
+    bracket = jax.lax.while_loop(lambda state: ~state.done.all(), narrow, bracket)
+    return _as_floats(bracket.found)
+
+
+def _as_bits(thresholds: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(thresholds, jnp.int32)
 
 
 def _as_floats(bits: jax.Array) -> list[jax.Array]:

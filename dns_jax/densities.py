@@ -8,13 +8,12 @@ at which h_k keeps it: anew, or from the last ones, which hardly move. Counts ar
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dns_jax import counts
-from dns_jax._search import bisect, search
+from dns_jax import _search, counts
 from dns_jax.counts import Count
 from dns_jax.masks import discriminate
 from dns_jax.thresholds import check_hysteresis, make_band, range_scale
@@ -22,6 +21,8 @@ from dns_jax.typing import LayerArrays, Schedule, Thresholds
 
 TOLERANCE = 1 / 128
 """By what share of the number wanted a followed number may be off between two askings."""
+
+_UNITS_LAST = 16  # steps, after which units are measured anew
 
 
 class Share(NamedTuple):
@@ -36,8 +37,8 @@ class Division(NamedTuple):
 
     shares: Sequence[Share]
     floors: Mapping[str, Count]  #: by layer: what each keeps at least
-    #: measures what `|w|` is compared in, by layer, float32 scalars
-    measure_units: Callable[[], Mapping[str, jax.Array]]
+    #: measures what `|w|` is compared in, by layer, float32 scalars; None where that is 1
+    measure_units: Callable[[], Mapping[str, jax.Array]] | None
 
 
 Divide = Callable[[LayerArrays, LayerArrays, jax.Array], Division]
@@ -59,8 +60,45 @@ class DensityRule:
         nothing = dict.fromkeys(layers, Thresholds(jnp.float32(0), jnp.float32(0)))
 
         return self._solve(
-            layers, masks, step, nothing, lambda excess_at, starts: bisect(excess_at, len(starts))
+            layers,
+            masks,
+            step,
+            nothing,
+            jnp.array(True),
+            lambda excess_at, starts, aims: _search.bisect(excess_at, len(starts)),
         )
+
+    def follow(
+        self,
+        layers: LayerArrays,
+        masks: LayerArrays,
+        step: jax.Array,
+        last: Mapping[str, Thresholds],
+    ) -> dict[str, Thresholds]:
+        """Moves the last thresholds towards what is wanted now, by what they kept: in no pass.
+
+        Args:
+          layers: the weights.
+          masks: their masks, updated by the last thresholds.
+          step: the count of steps, an int32 scalar.
+          last: the last thresholds by layer.
+
+        Returns:
+          The thresholds by layer. One that keeps a layer at its floor goes on doing so.
+        """
+        division = self.divide(layers, masks, step)
+        kept = {layer: counts.count_all(leaves) for layer, leaves in masks.items()}
+        followed = {}
+        for share in division.shares:
+            together = counts.to_float(counts.add([kept[layer] for layer in share.layers]))
+            factor = _search.follow(together, _aim(share.wanted, share.layers, layers))
+            for layer in share.layers:
+                number, floor = (counts.to_float(of[layer]) for of in (kept, division.floors))
+                to_floor = _search.follow(number, _aim(division.floors[layer], [layer], layers))
+                at_floor = number <= (1 + 2 * TOLERANCE) * floor
+                own = jnp.where(at_floor, jnp.minimum(factor, to_floor), factor)
+                followed[layer] = Thresholds(*(own * bound for bound in last[layer]))
+        return followed
 
     def is_near(
         self, layers: LayerArrays, masks: LayerArrays, step: jax.Array, exactly: jax.Array
@@ -74,28 +112,31 @@ class DensityRule:
           exactly: whether the number must be met, a bool scalar.
 
         Returns:
-          A bool scalar.
+          A bool scalar; False too at every 16th step where layers have units.
         """
         division = self.divide(layers, masks, step)
         kept = {layer: counts.count_all(leaves) for layer, leaves in masks.items()}
         near = jnp.array(True)
+        if division.measure_units:
+            near = step % _UNITS_LAST != 0
         for share in division.shares:
             excess = counts.to_float(
                 counts.minus(counts.add([kept[layer] for layer in share.layers]), share.wanted)
             )
             slack = TOLERANCE * counts.to_float(share.wanted)
             near &= jnp.abs(excess) <= jnp.where(exactly, 0.0, slack)
-        lacking = [
-            counts.minus(kept[layer], floor).high < 0 for layer, floor in division.floors.items()
-        ]
+        part = jnp.where(exactly, 1.0, 1.0 - TOLERANCE)
 
-        def has_floors():
-            floors = _within_reach(division.floors, layers)
-            enough = [counts.minus(kept[layer], floors[layer]).high >= 0 for layer in floors]
-            return functools.reduce(jnp.logical_and, enough, jnp.array(True))
+        def lacks(floors):
+            lacking = [
+                counts.to_float(kept[layer]) < part * counts.to_float(floor)
+                for layer, floor in floors.items()
+            ]
+            return functools.reduce(jnp.logical_or, lacking, jnp.array(False))
 
-        any_lacking = functools.reduce(jnp.logical_or, lacking, jnp.array(False))
-        return near & jax.lax.cond(any_lacking, has_floors, lambda: jnp.array(True))
+        # Only of what seems to lack it is asked how many weights are not zero.
+        within_reach = lambda: lacks(_within_reach(division.floors, layers))  # noqa: E731
+        return near & ~jax.lax.cond(lacks(division.floors), within_reach, lambda: jnp.array(False))
 
     def solve(
         self,
@@ -103,6 +144,7 @@ class DensityRule:
         masks: LayerArrays,
         step: jax.Array,
         last: Mapping[str, Thresholds],
+        exactly: jax.Array,
     ) -> dict[str, Thresholds]:
         """Finds thresholds that keep what is wanted from the last ones, in a few passes.
 
@@ -111,18 +153,22 @@ class DensityRule:
           masks: their masks.
           step: the count of steps, an int32 scalar.
           last: thresholds that are near.
+          exactly: whether the number must be met, a bool scalar; else within `TOLERANCE`.
 
         Returns:
           The thresholds by layer.
         """
-        return self._solve(layers, masks, step, last, search)
+        return self._solve(layers, masks, step, last, exactly, _search.search)
 
-    def _solve(self, layers, masks, step, last, find) -> dict[str, Thresholds]:
+    def _solve(self, layers, masks, step, last, exactly, find) -> dict[str, Thresholds]:
         """Finds the threshold of each share, and that of layers which it leaves too little of."""
         shares, floors, measure_units = self.divide(layers, masks, step)
-        units = measure_units()
         floors = _within_reach(floors, layers)
-        units = {layer: jnp.where(unit > 0, unit, 1.0) for layer, unit in units.items()}
+        slack = jnp.where(exactly, 0.0, TOLERANCE)
+        units = dict.fromkeys(layers, jnp.float32(1))
+        if measure_units:
+            measured = measure_units()
+            units = {layer: _move_unit(last[layer], measured[layer]) for layer in layers}
 
         def bands_at(thresholds):
             return {
@@ -146,7 +192,8 @@ class DensityRule:
             )
             for share in shares
         ]
-        bands = bands_at(find(excess_of_shares, starts))
+        aims = [_aim(share.wanted, share.layers, layers, slack) for share in shares]
+        bands = bands_at(find(excess_of_shares, starts, aims))
         kept = _count_by_layer(layers, masks, bands)
         excess = {layer: counts.minus(kept[layer], floors[layer]) for layer in bands}
 
@@ -163,7 +210,8 @@ class DensityRule:
                     for layer in bands
                 ]
 
-            found = find(excess_of_layers, [_middle(last[layer]) for layer in bands])
+            aims = [_aim(floors[layer], [layer], layers, slack) for layer in bands]
+            found = find(excess_of_layers, [_middle(last[layer]) for layer in bands], aims)
             return {
                 layer: jax.tree.map(
                     functools.partial(jnp.where, excess[layer].high < 0),
@@ -349,6 +397,23 @@ def _within_reach(floors, layers) -> dict[str, Count]:
     }
 
 
+def _aim(wanted: Count, names: Sequence[str], layers, slack: Any = 0.0) -> _search.Aim:
+    """Says what one threshold of some layers is to keep, but for the share `slack` of it."""
+    number = counts.to_float(wanted)
+    return _search.Aim(number, sum(_size(layers[layer]) for layer in names), slack * number)
+
+
+def _move_unit(last: Thresholds, unit: jax.Array) -> jax.Array:
+    """Moves the unit of a layer from that which its last threshold had, by an eighth of the way.
+
+    All the way would be too far. A layer that keeps more has a larger unit, by which it keeps less:
+    of n connections n^(−e/2) where e is by how many percent they fall for one of the threshold. In
+    the tails of magnitudes e is 6 and more, and two layers take turns in having all.
+    """
+    unit = jnp.where(unit > 0, unit, 1.0)
+    return jnp.where(last.low > 0, _middle(last) ** 0.875 * unit**0.125, unit)
+
+
 def _middle(band: Thresholds) -> jax.Array:
     return (band.low + band.high) / 2
 
@@ -376,7 +441,7 @@ def _each_by_itself(layers, densities) -> Division:
     return Division(
         [Share([layer], count) for layer, count in wanted.items()],
         {layer: counts.from_int(0) for layer in layers},
-        lambda: {layer: jnp.float32(1) for layer in layers},
+        None,
     )
 
 

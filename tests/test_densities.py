@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dns_jax
-from dns_jax import Rule, densities, importance, pruners, surgery, update_probability
+from dns_jax import Rule, _search, densities, importance, pruners, surgery, update_probability
 from dns_jax.thresholds import std
 
 COMPAT_TABLE = 'field'
@@ -457,15 +457,14 @@ def test_a_search_from_anywhere_finds_what_bisection_finds(number):
     rule = dns_jax.global_density(lambda step: step, hysteresis=[0.0, 0.1, 0.3, 0.6][number])
 
     @jax.jit
-    def both(density, last):
-        again = rule.solve(layers, masks, density, last)
-        return rule(layers, masks, density), again
+    def both(density, away):
+        anew = rule(layers, masks, density)
+        near = jax.tree.map(lambda bound: bound * away, anew)  # units stay by what the last were
+        return anew, rule.solve(layers, masks, density, near, jnp.array(True))
 
     for _ in range(8):
         density = jnp.float32(random.uniform(0.01, 1))
-        middle = np.exp(random.uniform(-40, 40))
-        last = {layer: dns_jax.Thresholds(*map(jnp.float32, (middle, middle))) for layer in layers}
-        anew, again = both(density, last)
+        anew, again = both(density, jnp.float32(np.exp(random.uniform(-40, 40))))
         for layer in layers:
             for one, two in zip(
                 kept_by(anew, layers, masks)[layer],
@@ -473,6 +472,100 @@ def test_a_search_from_anywhere_finds_what_bisection_finds(number):
                 strict=True,
             ):
                 np.testing.assert_array_equal(one, two)
+
+
+def by_lamp(layers, wanted):
+    """Layers' shares by LAMP's score, w² / Σ v² over |v| ≥ |w|, of the `wanted` largest."""
+    scores = {}
+    for layer, (leaf,) in layers.items():
+        squares = np.sort(np.asarray(leaf, np.float64).ravel() ** 2)[::-1]
+        scores[layer] = squares / np.cumsum(squares)
+    last = np.sort(np.concatenate([*scores.values()]))[-wanted]
+    return {layer: int((own >= last).sum()) for layer, own in scores.items()}
+
+
+@pytest.mark.parametrize('density', [0.02, 0.1])
+def test_shares_settle_where_every_unit_is_that_of_what_is_kept(density):
+    """Without damping one layer takes what the other had, and they take turns."""
+    random = np.random.default_rng(0)
+    layers = {
+        'normal': [random.normal(size=(300, 100)).astype(np.float32)],
+        'uniform': [random.uniform(-1, 1, (100, 100)).astype(np.float32)],
+        'heavy': [random.laplace(size=(100, 50)).astype(np.float32)],
+    }
+    params = {layer: {'kernel': jnp.asarray(leaf)} for layer, (leaf,) in layers.items()}
+    pruner = surgery(Rule(dns_jax.global_density(density, hysteresis=0.0)), jax.random.key(0))
+
+    @jax.jit
+    def run(state):
+        def step(state, _):
+            state = pruner.update(params, state, params)[1]
+            return state, dns_jax.count_kept(state.masks)
+
+        return jax.lax.scan(step, state, length=400)[1]
+
+    kept = jax.device_get(run(pruner.init(params)))
+    wanted = by_lamp(layers, round(density * 45_000))
+    for layer, number in wanted.items():
+        assert abs(kept[layer][-1] - number) <= 0.1 * number + 1
+        assert np.ptp(kept[layer][-100:]) <= 0.1 * number + 1
+
+
+def searches_and_passes(monkeypatch):
+    """Counts, when what is traced from now on runs: a list of the passes of each search."""
+    passes, search = [], _search.search
+
+    def counted(excess_at, starts, aims):
+        def noted(thresholds):
+            jax.debug.callback(lambda: passes.append(passes.pop() + 1), ordered=True)
+            return excess_at(thresholds)
+
+        jax.debug.callback(lambda: passes.append(0), ordered=True)
+        return search(noted, starts, aims)
+
+    monkeypatch.setattr(_search, 'search', counted)
+    return passes
+
+
+def test_thresholds_follow_weights_that_drift_without_a_search(monkeypatch):
+    passes = searches_and_passes(monkeypatch)
+    params = {'fc': {'kernel': jax.random.normal(jax.random.key(0), (200, 50))}}
+    density = lambda step: 0.2 * jnp.exp(-0.005 * jnp.float32(step))  # noqa: E731
+    pruner = surgery(Rule(dns_jax.layer_density(density)), jax.random.key(0))
+
+    @jax.jit
+    def run(state):
+        def step(carry, key):
+            state, params = carry
+            state = pruner.update(params, state, params)[1]
+            noise = 0.01 * jax.random.normal(key, (200, 50))
+            params = jax.tree.map(lambda leaf: leaf + noise, params)
+            return (state, params), state.masks['fc']['kernel'].sum()
+
+        return jax.lax.scan(step, (state, params), jax.random.split(jax.random.key(1), 100))[1]
+
+    kept = np.asarray(run(pruner.init(params)))
+    wanted = 10_000 * np.asarray(density(np.arange(100)))
+    assert (abs(kept - wanted) <= densities.TOLERANCE * wanted + 1).all()
+    assert 1 <= len(passes) <= 10
+
+
+def test_a_search_from_near_takes_few_passes(monkeypatch):
+    passes = searches_and_passes(monkeypatch)
+    layers, masks = draw(0, shapes={'a': [(300, 100)], 'b': [(100, 100)]})
+    rule = dns_jax.layer_density(lambda density: density)
+
+    @jax.jit
+    def solve(density, away):
+        near = jax.tree.map(lambda bound: bound * away, rule(layers, masks, density))
+        return rule.solve(layers, masks, density, near, jnp.array(False))
+
+    for density in (0.02, 0.1, 0.5):
+        for away in (0.97, 1.01):
+            jax.block_until_ready(solve(jnp.float32(density), jnp.float32(away)))
+    jax.effects_barrier()
+    assert len(passes) == 6
+    assert max(passes) <= 6
 
 
 def test_densities_of_numbers_that_float32_rounds():
