@@ -5,7 +5,8 @@ Owns no state: `surgery` carries the thresholds from step to step.
 
 import functools
 import numbers
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 from dns_jax.densities import DensityRule
 from dns_jax.importance import magnitude
 from dns_jax.layers import abridge, map_leaves, match_patterns, named_leaves
-from dns_jax.masks import discriminate
+from dns_jax.masks import discriminate, throw_coins
 from dns_jax.roles import has_axes
 from dns_jax.schedules import check_step
 from dns_jax.stacking import slice_paths
 from dns_jax.typing import (
     Importance,
+    LayerArrays,
     LayerOf,
     Params,
     Rule,
@@ -67,19 +69,19 @@ class Plan:
             )
         self.layers = dict(sorted(paths.items()))
         matches = match_patterns(table, self.layers)
-        self.patterns = {
-            pattern: [layer for layer, (own, _) in matches.items() if own == pattern]
-            for pattern in table
-        }
+        self.rules = [
+            (rule, [layer for layer, (own, _) in matches.items() if own == pattern])
+            for pattern, rule in table.items()
+        ]
         # Of the leaves under a rule, the layer of each.
         self.paths = {path: layer for layer in matches for path in self.layers[layer]}
 
-    def arrays(self, weights, masks):
-        """Gives for each pattern the weights and the masks of its layers."""
+    def arrays(self, weights, masks) -> Iterator[tuple[Rule, LayerArrays, LayerArrays]]:
+        """Gives each rule with the weights and the masks of its layers."""
         weights, masks = dict(named_leaves(weights)), dict(named_leaves(masks))
-        for pattern, layers in self.patterns.items():
+        for rule, layers in self.rules:
             yield (
-                pattern,
+                rule,
                 {layer: [weights[path] for path in self.layers[layer]] for layer in layers},
                 {layer: [masks[path] for path in self.layers[layer]] for layer in layers},
             )
@@ -103,20 +105,79 @@ class Plan:
                     'go on from its masks, give them to surgery(masks=…)'
                 )
 
-    def update(self, weights, masks, bands, coins, splicing):
-        """Applies h_k to the layers that have a band and whose coin says so."""
+    def is_due(self, count) -> jax.Array:
+        """Says whether any layer may be updated at a step."""
+        due = (chance(rule, count)[0] > 0 for rule, _ in self.rules)
+        return functools.reduce(jnp.logical_or, due, jnp.array(False))
+
+    def operate(self, weights, key, count, masks, bands, splicing):
+        """Updates thresholds and masks: an iteration of Algorithm 1 up to its optimizer."""
+        for rule, seen, kept in self.arrays(weights, masks):
+            bands = bands | ask(rule, seen, kept, count, _of(seen, bands))
+        masks = self._update(weights, key, count, masks, bands, splicing)
+        if not any(is_followed(rule) for rule, _ in self.rules):
+            return masks, bands
+        judged = [
+            follow(rule, seen, kept, count, _of(seen, bands))
+            for rule, seen, kept in self.arrays(weights, masks)
+        ]
+
+        def correct_and_update(turn, carry):
+            masks, corrected = carry[0], dict(bands)
+            rules = self.arrays(weights, masks)
+            for (wrong, _), (rule, seen, kept) in zip(judged, rules, strict=True):
+                corrected |= correct(wrong, rule, seen, kept, count + turn, _of(seen, bands))
+            masks = self._update(weights, key, count + turn, masks, corrected, splicing)
+            return masks, corrected
+
+        moved = functools.reduce(operator.or_, (own for _, own in judged))
+        any_wrong = functools.reduce(jnp.logical_or, (wrong for wrong, _ in judged))
+        return once_if(any_wrong, correct_and_update, (masks, moved))[1]
+
+    def _update(self, weights, key, count, masks, bands, splicing):
+        """Applies h_k to the layers that have a threshold and whose coin says so."""
+        chances, known = {}, {}
+        for rule, layers in self.rules:
+            chances |= dict.fromkeys(layers, chance(rule, count)[0])
+            if is_followed(rule):  # it has no thresholds before it is corrected
+                known |= {layer: bands[layer].high >= 0 for layer in layers}
+        coins = throw_coins(jax.random.fold_in(key, count), chances)
+        coins |= {layer: coins[layer] & is_known for layer, is_known in known.items()}
         weights = dict(named_leaves(weights))
 
         def of_leaf(path, mask):
-            layer = self.paths.get(path)
-            if layer not in bands:
+            if path not in self.paths:
                 return mask
+            layer = self.paths[path]
             new = discriminate(weights[path], mask, bands[layer])
             if not splicing:  # a threshold of 0 would let zeros in again
                 new &= mask
             return jnp.where(coins[layer], new, mask)
 
         return map_leaves(of_leaf, masks)
+
+
+def once_if(
+    due: jax.Array, step: Callable[[jax.Array, Any], Any], carry: Any
+) -> tuple[jax.Array, Any]:
+    """Takes a step or none, as a loop of one turn or none.
+
+    Not by a cond, for which XLA copies what is carried even where nothing is due.
+
+    Args:
+      due: whether the step is taken.
+      step: of the number of the turn, always 0, and the carry. XLA does not know the turn: what
+        depends on it is not computed before the loop, where nothing may be due.
+      carry: what the step changes.
+
+    Returns:
+      How many turns there were, and the carry.
+    """
+    return jax.lax.while_loop(
+        lambda state: state[0] < due.astype(jnp.int32),
+        lambda state: (state[0] + 1, step(*state)),
+        (jnp.int32(0), carry),
+    )
 
 
 def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: bool) -> Rule:
@@ -202,7 +263,7 @@ def is_followed(rule: Rule) -> bool:
 
 
 def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
-    """Asks a rule for thresholds where that is due; those of a followed density follow.
+    """Asks a rule for thresholds, where it is not followed and that is due.
 
     Args:
       rule: completed.
@@ -214,39 +275,68 @@ def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
     Returns:
       The thresholds by layer.
     """
-    sigma, last = chance(rule, count)
-    if is_followed(rule):
-        density: Any = rule.thresholds
-        # Where a coin failed, the number kept says nothing of the thresholds.
-        sure = (sigma >= 1) & (functools.reduce(jnp.minimum, [b.high for b in bands.values()]) >= 0)
-        followed = density.follow(weights, masks, count, bands)
-        return jax.tree.map(functools.partial(jnp.where, sure), followed, bands)
     if not rule.refresh_every:
         return bands
+    sigma, last = chance(rule, count)
     due = last | ((count % rule.refresh_every == 0) & (sigma > 0))
     compute = functools.partial(compute_thresholds, rule.thresholds, weights, masks, count)
     return jax.lax.cond(due, compute, lambda: bands)
 
 
-def correct(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
-    """Corrects thresholds of a density that is followed, where they kept another number.
+def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
+    """Judges thresholds by what they kept, and moves them for the next step.
 
     Args:
       rule: completed.
       weights: by layer, what its thresholds are compared with.
-      masks: of these, updated by the last thresholds.
+      masks: of these, updated by the thresholds.
       count: of steps, an int32 scalar.
-      bands: the last thresholds by layer.
+      bands: the thresholds by layer.
 
     Returns:
-      Whether they were wrong, a bool scalar, and the thresholds by layer.
+      Whether they must be corrected now, a bool scalar, and the moved ones by layer. Thresholds
+      stay where the rule is not followed.
     """
+    if not is_followed(rule):
+        return jnp.array(False), bands
     density: Any = rule.thresholds
-    sigma, last = chance(rule, count)
-    unknown = functools.reduce(jnp.logical_or, (band.high < 0 for band in bands.values()))
-    wrong = (sigma > 0) & (unknown | ~density.is_near(weights, masks, count, last))
-    solve = functools.partial(density.solve, weights, masks, count, bands, last | unknown)
-    return wrong, jax.lax.cond(wrong, solve, lambda: bands)
+    (sigma, last), (following, _) = (chance(rule, when) for when in (count, count + 1))
+    near, moved = density.follow(weights, masks, count, bands, last)
+    unknown = _unknown(bands)
+    # Where a coin fails, what is kept says nothing of the thresholds.
+    stay = unknown | (sigma < 1) | (following < 1)
+    bands = jax.tree.map(lambda own, new: jnp.where(stay, own, new), bands, moved)
+    return (sigma > 0) & (unknown | ~near), bands
+
+
+def correct(wrong, rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
+    """Corrects the thresholds of a rule where `follow` said that they must be.
+
+    Args:
+      wrong: whether they must be, a bool scalar.
+      rule: completed.
+      weights: by layer, what its thresholds are compared with.
+      masks: of these, updated by the thresholds.
+      count: of steps, an int32 scalar.
+      bands: the thresholds by layer.
+
+    Returns:
+      The thresholds by layer.
+    """
+    if not is_followed(rule):
+        return bands
+    density: Any = rule.thresholds
+    exactly = chance(rule, count)[1] | _unknown(bands)
+    solve = functools.partial(density.solve, weights, masks, count, bands, exactly)
+    return jax.lax.cond(wrong, solve, lambda: bands)
+
+
+def _unknown(bands) -> jax.Array:
+    return functools.reduce(jnp.logical_or, (band.high < 0 for band in bands.values()))
+
+
+def _of(layers, bands) -> dict[str, Thresholds]:
+    return {layer: bands[layer] for layer in layers}
 
 
 def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:

@@ -93,9 +93,7 @@ class _Bracket(NamedTuple):
     done: jax.Array
 
 
-def search(
-    excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]
-) -> list[jax.Array]:
+def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) -> list[jax.Array]:
     """Finds thresholds that keep what is wanted from others that are near, in a few passes.
 
     Goes from the starts by `follow`, ever farther, to where there is enough below and too little
@@ -118,7 +116,7 @@ def search(
       >>> 1 < float(threshold) <= 2
       True
     """
-    aim = Aim(*(jnp.stack([jnp.float32(part) for part in parts]) for parts in zip(*aims, strict=True)))
+    aim = jax.tree.map(lambda *parts: jnp.stack([jnp.float32(part) for part in parts]), *aims)
     bits = _as_bits(jnp.stack(list(starts)))
     bits = jnp.where((bits > 0) & (bits < _INFINITY), bits, _INFINITY // 2)
 

@@ -36,7 +36,7 @@ class Division(NamedTuple):
     """What is wanted of the layers of a rule at one step."""
 
     shares: Sequence[Share]
-    floors: Mapping[str, Count]  #: by layer: what each keeps at least
+    floors: Mapping[str, Count]  #: by layer: what each keeps at least, if not nothing
     #: measures what `|w|` is compared in, by layer, float32 scalars; None where that is 1
     measure_units: Callable[[], Mapping[str, jax.Array]] | None
 
@@ -74,69 +74,47 @@ class DensityRule:
         masks: LayerArrays,
         step: jax.Array,
         last: Mapping[str, Thresholds],
-    ) -> dict[str, Thresholds]:
-        """Moves the last thresholds towards what is wanted now, by what they kept: in no pass.
+        exactly: jax.Array,
+    ) -> tuple[jax.Array, dict[str, Thresholds]]:
+        """Judges the last thresholds by what they kept, and moves them for the next step.
 
         Args:
           layers: the weights.
           masks: their masks, updated by the last thresholds.
           step: the count of steps, an int32 scalar.
           last: the last thresholds by layer.
-
-        Returns:
-          The thresholds by layer. One that keeps a layer at its floor goes on doing so.
-        """
-        division = self.divide(layers, masks, step)
-        kept = {layer: counts.count_all(leaves) for layer, leaves in masks.items()}
-        followed = {}
-        for share in division.shares:
-            together = counts.to_float(counts.add([kept[layer] for layer in share.layers]))
-            factor = _search.follow(together, _aim(share.wanted, share.layers, layers))
-            for layer in share.layers:
-                number, floor = (counts.to_float(of[layer]) for of in (kept, division.floors))
-                to_floor = _search.follow(number, _aim(division.floors[layer], [layer], layers))
-                at_floor = number <= (1 + 2 * TOLERANCE) * floor
-                own = jnp.where(at_floor, jnp.minimum(factor, to_floor), factor)
-                followed[layer] = Thresholds(*(own * bound for bound in last[layer]))
-        return followed
-
-    def is_near(
-        self, layers: LayerArrays, masks: LayerArrays, step: jax.Array, exactly: jax.Array
-    ) -> jax.Array:
-        """Says whether masks keep what is wanted: the number within `TOLERANCE`, and every floor.
-
-        Args:
-          layers: the weights.
-          masks: their masks.
-          step: the count of steps, an int32 scalar.
           exactly: whether the number must be met, a bool scalar.
 
         Returns:
-          A bool scalar; False too at every 16th step where layers have units.
+          Whether the number is near what is wanted, and every layer at its floor or above, by
+          `TOLERANCE`, a bool scalar; False too at every 16th step where layers have units. And
+          thresholds for the next step; one that keeps a layer at its floor goes on doing so.
         """
-        division = self.divide(layers, masks, step)
         kept = {layer: counts.count_all(leaves) for layer, leaves in masks.items()}
-        near = jnp.array(True)
-        if division.measure_units:
-            near = step % _UNITS_LAST != 0
+        division, following = (self.divide(layers, masks, when) for when in (step, step + 1))
+        slack = jnp.where(exactly, 0.0, TOLERANCE)
+        near = [step % _UNITS_LAST != 0] if division.measure_units else []
         for share in division.shares:
-            excess = counts.to_float(
-                counts.minus(counts.add([kept[layer] for layer in share.layers]), share.wanted)
-            )
-            slack = TOLERANCE * counts.to_float(share.wanted)
-            near &= jnp.abs(excess) <= jnp.where(exactly, 0.0, slack)
-        part = jnp.where(exactly, 1.0, 1.0 - TOLERANCE)
-
-        def lacks(floors):
-            lacking = [
-                counts.to_float(kept[layer]) < part * counts.to_float(floor)
-                for layer, floor in floors.items()
-            ]
-            return functools.reduce(jnp.logical_or, lacking, jnp.array(False))
-
-        # Only of what seems to lack it is asked how many weights are not zero.
-        within_reach = lambda: lacks(_within_reach(division.floors, layers))  # noqa: E731
-        return near & ~jax.lax.cond(lacks(division.floors), within_reach, lambda: jnp.array(False))
+            together = counts.add([kept[layer] for layer in share.layers])
+            excess = counts.to_float(counts.minus(together, share.wanted))
+            near.append(jnp.abs(excess) <= slack * counts.to_float(share.wanted))
+        for layer, floor in division.floors.items():
+            near.append(counts.to_float(kept[layer]) >= (1 - slack) * counts.to_float(floor))
+        factors = {}
+        for share in following.shares:
+            together = counts.to_float(counts.add([kept[layer] for layer in share.layers]))
+            factor = _search.follow(together, _aim(share.wanted, share.layers, layers))
+            factors |= dict.fromkeys(share.layers, factor)
+        for layer, floor in following.floors.items():
+            number, aim = counts.to_float(kept[layer]), _aim(floor, [layer], layers)
+            to_floor = jnp.minimum(factors[layer], _search.follow(number, aim))
+            at_floor = number <= (1 + 2 * TOLERANCE) * aim.wanted
+            factors[layer] = jnp.where(at_floor, to_floor, factors[layer])
+        moved = {
+            layer: Thresholds(*(factors[layer] * bound for bound in band))
+            for layer, band in last.items()
+        }
+        return functools.reduce(jnp.logical_and, near), moved
 
     def solve(
         self,
@@ -165,7 +143,7 @@ class DensityRule:
         shares, floors, measure_units = self.divide(layers, masks, step)
         floors = _within_reach(floors, layers)
         slack = jnp.where(exactly, 0.0, TOLERANCE)
-        units = dict.fromkeys(layers, jnp.float32(1))
+        units: dict[str, Any] = dict.fromkeys(layers, 1.0)
         if measure_units:
             measured = measure_units()
             units = {layer: _move_unit(last[layer], measured[layer]) for layer in layers}
@@ -179,7 +157,7 @@ class DensityRule:
 
         def excess_of_shares(thresholds):
             kept = _count_by_layer(layers, masks, bands_at(thresholds))
-            kept = {layer: counts.maximum(kept[layer], floors[layer]) for layer in kept}
+            kept |= {layer: counts.maximum(kept[layer], floor) for layer, floor in floors.items()}
             return [
                 counts.minus(counts.add([kept[layer] for layer in share.layers]), share.wanted)
                 for share in shares
@@ -194,6 +172,8 @@ class DensityRule:
         ]
         aims = [_aim(share.wanted, share.layers, layers, slack) for share in shares]
         bands = bands_at(find(excess_of_shares, starts, aims))
+        if not floors:
+            return bands
         kept = _count_by_layer(layers, masks, bands)
         excess = {layer: counts.minus(kept[layer], floors[layer]) for layer in bands}
 
@@ -440,7 +420,7 @@ def _each_by_itself(layers, densities) -> Division:
     wanted = {layer: _floor(densities[layer], _size(leaves)) for layer, leaves in layers.items()}
     return Division(
         [Share([layer], count) for layer, count in wanted.items()],
-        {layer: counts.from_int(0) for layer in layers},
+        {},
         None,
     )
 

@@ -188,7 +188,11 @@ def throw_coins(
     if not layers:
         return {}
     probability = jnp.stack([jnp.float32(update_probability[layer]) for layer in layers])
-    coins = jax.random.uniform(key, (len(layers),), jnp.float32) < probability
+    coins = jax.lax.cond(
+        ((probability <= 0) | (probability >= 1)).all(),
+        lambda: probability >= 1,  # what any draw would say, and drawing takes time
+        lambda: jax.random.uniform(key, (len(layers),), jnp.float32) < probability,
+    )
     return dict(zip(layers, coins, strict=True))
 
 

@@ -13,16 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from dns_jax._rules import (
-    Plan,
-    ask,
-    chance,
-    complete_rule,
-    compute_thresholds,
-    correct,
-    is_followed,
-    start_unknown,
-)
+from dns_jax._rules import Plan, complete_rule, compute_thresholds, once_if, start_unknown
 from dns_jax.importance import magnitude
 from dns_jax.layers import (
     as_table,
@@ -31,7 +22,7 @@ from dns_jax.layers import (
     nest_leaves,
     parent,
 )
-from dns_jax.masks import apply_masks, check_parallel, init_masks, throw_coins
+from dns_jax.masks import apply_masks, check_parallel, init_masks
 from dns_jax.roles import has_axes, is_kernel
 from dns_jax.stacking import restack, slice_paths, unstack
 from dns_jax.typing import (
@@ -83,11 +74,12 @@ def surgery(
 
     A rule is asked for thresholds from the params given to `init`, and where it has
     `refresh_every` = N again at steps 0, N, 2N and so on while σ > 0, just before the masks are
-    updated. Densities are followed at every step instead: the last thresholds stay while they keep
-    the number wanted to one in 128, and of every layer its floor, else it is asked anew. The last
-    update, after which σ is 0, has thresholds that are asked anew, but for `refresh_every=0`. By
-    density it is made in every layer, so what was wanted is met then, whatever the steps are, up to
-    weights that tie: zeros, or many of a narrow type. `update` belongs under `jit`.
+    updated. Densities are followed at every step instead: the thresholds move by what they kept,
+    and are searched for anew where that is off by more than one in 128, or a layer is below its
+    floor. The last update, after which σ is 0, has thresholds that are asked anew, but for
+    `refresh_every=0`. By density it is made in every layer, so what was wanted is met then,
+    whatever the steps are, up to weights that tie: zeros, or many of a narrow type. `update`
+    belongs under `jit`.
 
     Args:
       rules: one rule for all layers, or `{pattern: rule}`: a layer follows the first pattern
@@ -155,10 +147,10 @@ def surgery(
             start = check_parallel(params, masks)
             own = unstack(stacked, params, start)[1] if stacked else start
         count, thresholds = jnp.zeros((), jnp.int32), {}
-        for pattern, arrays, kept in layers.arrays(weights, own):
+        for rule, arrays, kept in layers.arrays(weights, own):
             # A followed density begins anew in the first update; what is jitted compiles in one.
-            compute = start_unknown if table[pattern].refresh_every is None else compute_thresholds
-            compute = jax.jit(functools.partial(compute, table[pattern].thresholds))
+            compute = start_unknown if rule.refresh_every is None else compute_thresholds
+            compute = jax.jit(functools.partial(compute, rule.thresholds))
             thresholds |= compute(arrays, kept, count)
         # Copies: the first state may be donated, and init called again.
         start = jax.tree.map(lambda mask: jnp.array(mask, bool), start)
@@ -180,47 +172,17 @@ def surgery(
             seen = apply_masks(seen, own)
         seen = jax.lax.stop_gradient(seen)  # a loop of unknown length has no gradient
 
-        def update(count, masks, bands):
-            chances = {
-                layer: chance(table[pattern], count)[0]
-                for pattern, names in layers.patterns.items()
-                for layer in names
-            }
-            coins = throw_coins(jax.random.fold_in(state.key, count), chances)
-            for pattern, names in layers.patterns.items():
-                if is_followed(table[pattern]):  # it has no thresholds before it is corrected
-                    coins |= {layer: coins[layer] & (bands[layer].high >= 0) for layer in names}
-            return layers.update(seen, masks, bands, coins, splicing)
+        def operate(turn, carry):
+            masks, thresholds = carry
+            count = state.count + turn
+            return layers.operate(seen, state.key, count, masks, thresholds, splicing)
 
-        def ask_and_update(turn, carry):
-            (masks, bands), count = carry, state.count + turn
-            for pattern, arrays, kept in layers.arrays(seen, masks):
-                own_bands = {layer: bands[layer] for layer in arrays}
-                bands = bands | ask(table[pattern], arrays, kept, count, own_bands)
-            return update(count, masks, bands), bands
-
-        def correct_and_update(turn, carry):
-            (masks, bands), count = carry, state.count + turn
-            new, wrong = {}, jnp.array(False)
-            for pattern, arrays, kept in layers.arrays(seen, masks):
-                if is_followed(table[pattern]):
-                    own_bands = {layer: bands[layer] for layer in arrays}
-                    asked, solved = correct(table[pattern], arrays, kept, count, own_bands)
-                    new, wrong = new | solved, wrong | asked
-            masks = _once_if(wrong, lambda turn, masks: update(count + turn, masks, new), masks)[1]
-            return masks, bands | new
-
-        due = [chance(table[pattern], state.count)[0] > 0 for pattern in layers.patterns]
-        due = functools.reduce(jnp.logical_or, due, jnp.array(False))
-        changing = own, state.thresholds
         # After the gradient, which is taken with the old masks, and before the optimizer, which
         # writes over the weights: unordered, XLA copies both at every step.
-        turns, changing = _once_if(_after(updates, due, state.count), ask_and_update, changing)
-        if any(map(is_followed, table.values())):
-            turns, changing = _once_if(due, correct_and_update, changing)
+        due = _after(updates, layers.is_due(state.count), state.count)
+        turns, (own, thresholds) = once_if(due, operate, (own, state.thresholds))
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
             updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
-        own, thresholds = changing
         masks = restack(stacked, params, own) if stacked else own
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, SurgeryState(count, state.key, masks, thresholds)
@@ -351,29 +313,6 @@ def _varying(leaf: jax.typing.ArrayLike) -> Any:
     """Finds the mesh axes along which shards differ, by what JAX 0.10 and others before call it."""
     aval = jax.typeof(leaf)
     return getattr(getattr(aval, 'manual_axis_type', aval), 'varying', getattr(aval, 'vma', ()))
-
-
-def _once_if(
-    due: jax.Array, step: Callable[[jax.Array, Any], Any], carry: Any
-) -> tuple[jax.Array, Any]:
-    """Takes a step or none, as a loop of one turn or none.
-
-    Not by a cond, for which XLA copies what is carried even where nothing is due.
-
-    Args:
-      due: whether the step is taken.
-      step: of the number of the turn, always 0, and the carry. XLA does not know the turn: what
-        depends on it is not computed before the loop, where nothing may be due.
-      carry: what the step changes.
-
-    Returns:
-      How many turns there were, and the carry.
-    """
-    return jax.lax.while_loop(
-        lambda state: state[0] < due.astype(jnp.int32),
-        lambda state: (state[0] + 1, step(*state)),
-        (jnp.int32(0), carry),
-    )
 
 
 def _after(first: Any, value: jax.Array, count: jax.Array) -> jax.Array:
