@@ -20,8 +20,10 @@ from dns_jax.surgery import Surgery, surgery
 from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart
 
 # Shares of the steps: the ramp's, and that in which masks change. Where they change to the last,
-# what is kept has no time to settle: a small GPT ends 0.04 nats worse (experiments/NOTES.md).
-_RAMP, _CHANGING = 0.6, 0.8
+# what is kept has no time to settle: a small GPT ends 0.06 nats worse (experiments/NOTES.md).
+_RAMP, _CHANGING = 0.5, 0.6
+# A wide band lets what came back by Adam's even steps settle at a smaller weight.
+_HYSTERESIS = 0.5
 
 
 def prune_to(
@@ -39,16 +41,17 @@ def prune_to(
 ) -> Surgery:
     r"""Makes a network as small as asked for, while any optimizer trains it.
 
-    Put it into an `optax.chain`. The connections kept fall along a cubic ramp for three fifths of
-    `steps`; for another fifth surgery repairs what it did, and ends at exactly the number asked
-    for; in the last fifth, and ever after, the masks stay as they are while training goes on.
+    Put it into an `optax.chain`. The connections kept fall along a cubic ramp for half of `steps`;
+    for another tenth surgery repairs what it did, and ends at exactly the number asked for; in the
+    rest, and ever after, the masks stay as they are while training goes on.
 
     .. math::
-      \text{kept}(i) = K + (n - K)\left(1 - \min\left(\tfrac{i - \text{start}}{0.6 \cdot
+      \text{kept}(i) = K + (n - K)\left(1 - \min\left(\tfrac{i - \text{start}}{0.5 \cdot
       \text{steps}}, 1\right)\right)^3
 
     with n the connections that take part, or those that `masks` keep, and K those to be kept.
-    Layers share K by `global_density`; until they stay, masks are updated at every step.
+    Layers share K as by `global_density(hysteresis=0.5)`; until they stay, masks are updated at
+    every step.
 
     Args:
       steps: steps of surgery, at least 1. The more the better: half of what the network was
@@ -132,7 +135,7 @@ def prune_to(
                 functools.partial(jnp.where, at_end), counts.from_int(final), falling
             )
 
-        rule = Rule(divide_among_layers(wanted, changes=True), sigma)
+        rule = Rule(divide_among_layers(wanted, changes=True, hysteresis=_HYSTERESIS), sigma)
         return surgery(
             rule,
             jax.random.key(0) if key is None else key,

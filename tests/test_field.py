@@ -628,10 +628,11 @@ def test_networks_dealt_out(how, labels, both):
         }
 
     chosen = label if labels == 'by function' else LABELS[labels](params)
-    second = surgery(Rule(layer_density(0.25)), KEY) if both else optax.identity()
+    sigma = update_probability(power=0, stop=3)
+    second = surgery(Rule(layer_density(0.25), sigma), KEY) if both else optax.identity()
     optimizer = getattr(optax, how)(
         {
-            'a': optax.chain(surgery(Rule(layer_density(0.5)), KEY), optax.sgd(0.1)),
+            'a': optax.chain(surgery(Rule(layer_density(0.5), sigma), KEY), optax.sgd(0.1)),
             'b': optax.chain(second, optax.sgd(0.1)),
         },
         chosen,

@@ -106,7 +106,7 @@ def test_met_exactly_at_the_end_and_frozen_after(steps, start, asked, dtype):
         after = np.asarray(mask)[start + steps - 1 :]
         np.testing.assert_array_equal(after, np.broadcast_to(after[:1], after.shape))
     # On the way it is the ramp of the docstring, within what is stated.
-    ramp = int(0.6 * (steps - 1))
+    ramp = int(0.5 * (steps - 1))
     for step in range(steps):
         done = 1.0 if step >= ramp else step / ramp
         wanted = final + (KERNELS - final) * (1 - done) ** 3
