@@ -88,12 +88,12 @@ class Plan:
 
     def check_state(self, masks, thresholds, stacked) -> None:
         """Refuses a state that was made under other rules, another `takes_part` or `layer_of`."""
-        if set(self.paths.values()) != set(thresholds):
+        if differing := set(self.paths.values()) ^ set(thresholds):
+            layer = min(differing)
             raise ValueError(
-                f'the state has thresholds of the layers {abridge(sorted(thresholds))}, but by '
-                'rules, takes_part and layer_of they are '
-                f'{abridge(sorted(set(self.paths.values())))}; to go on from its masks under '
-                'others, give them to surgery(masks=…)'
+                f'the layer {layer!r} is under a rule by {_whose(layer in thresholds)} alone; '
+                'patterns, takes_part and layer_of must be those that the state was made under. To '
+                'go on from its masks under others, give them to surgery(masks=…)'
             )
         taking_part = {path for paths in self.layers.values() for path in paths}
         for path, mask in named_leaves(masks):
@@ -101,8 +101,8 @@ class Plan:
             by_state, by_rules = has_axes(path, mask), not self.paths.keys().isdisjoint(slices)
             if by_rules > by_state or by_state > (not taking_part.isdisjoint(slices)):
                 raise ValueError(
-                    f'{path!r} takes part by {"the rules" if by_rules else "the state"} alone; to '
-                    'go on from its masks, give them to surgery(masks=…)'
+                    f'{path!r} takes part by {_whose(by_state)} alone; to go on from its masks, '
+                    'give them to surgery(masks=…)'
                 )
 
     def is_due(self, count) -> jax.Array:
@@ -333,6 +333,10 @@ def correct(wrong, rule: Rule, weights, masks, count, bands) -> dict[str, Thresh
 
 def _unknown(bands) -> jax.Array:
     return functools.reduce(jnp.logical_or, (band.high < 0 for band in bands.values()))
+
+
+def _whose(by_state: bool) -> str:
+    return 'the state' if by_state else 'the rules'
 
 
 def _of(layers, bands) -> dict[str, Thresholds]:
