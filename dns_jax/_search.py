@@ -1,8 +1,8 @@
-"""Finds thresholds at which a wanted number of connections is kept, exact to the last bit.
+"""Finds thresholds at which a wanted number of connections is kept.
 
 What is kept falls as a threshold rises, and the bits of floats that are not negative, read as
-integers, have the order of the floats. So a threshold is found in its bits: by bisection, or from
-one that is near. Owns no layers and no rules.
+integers, have the order of the floats. So a threshold is found in its bits: by bisection, exact
+to the last, or from one that is near. Owns no layers and no rules.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ class Aim(NamedTuple):
     slack: jax.typing.ArrayLike  #: by how many the number kept may be off
 
 
-def follow(kept: jax.Array, aim: Aim) -> jax.Array:
+def guess_factor(kept: jax.Array, aim: Aim) -> jax.Array:
     r"""Says by what factor a threshold is to move, to keep what is wanted.
 
     .. math::
@@ -71,7 +71,7 @@ def follow(kept: jax.Array, aim: Aim) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> float(follow(jnp.float32(50), Aim(jnp.float32(25), 100, 0)))
+      >>> float(guess_factor(jnp.float32(50), Aim(jnp.float32(25), 100, 0)))
       2.0
     """
     # Neither is 0 or all, so that no logarithm is infinite or 0.
@@ -96,8 +96,8 @@ class _Bracket(NamedTuple):
 def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) -> list[jax.Array]:
     """Finds thresholds that keep what is wanted from others that are near, in a few passes.
 
-    Goes from the starts by `follow`, ever farther, to where there is enough below and too little
-    above, and closes in by interpolation and bisection in turns.
+    Goes from the starts by `guess_factor`, ever farther, to where there is enough below and too
+    little above, and closes in by interpolation and bisection in turns.
 
     Args:
       excess_at: as for `bisect`.
@@ -134,7 +134,7 @@ def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) 
         # Twice as far in every pass, and at least by a stride, so that some ten reach any float.
         threshold = jax.lax.bitcast_convert_type(candidate, jnp.float32)
         power = jnp.float32(2) ** jnp.minimum(passes, 6).astype(jnp.float32)
-        farther = follow(number + aim.wanted, aim) ** power
+        farther = guess_factor(number + aim.wanted, aim) ** power
         farther = _as_bits(jnp.clip(threshold * farther, 0.0, 3e38))
         stride = jnp.left_shift(1, jnp.minimum(4 * passes, 28))
         wider = jnp.where(

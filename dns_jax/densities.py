@@ -22,7 +22,7 @@ from dns_jax.typing import LayerArrays, Schedule, Thresholds
 TOLERANCE = 1 / 128
 """By what share of the number wanted a followed number may be off between two askings."""
 
-_UNITS_LAST = 16  # steps, after which units are measured anew
+_STEPS_BETWEEN_UNITS = 16  # at the most: then they are measured anew
 
 
 class Share(NamedTuple):
@@ -37,8 +37,8 @@ class Division(NamedTuple):
 
     shares: Sequence[Share]
     floors: Mapping[str, Count]  #: by layer: what each keeps at least, if not nothing
-    #: measures what `|w|` is compared in, by layer, float32 scalars; None where that is 1
-    measure_units: Callable[[], Mapping[str, jax.Array]] | None
+    #: maps the last thresholds to what `|w|` is compared in, by layer, float32 scalars; None if 1
+    measure_units: Callable[[Mapping[str, Thresholds]], Mapping[str, jax.Array]] | None
 
 
 Divide = Callable[[LayerArrays, LayerArrays, jax.Array], Division]
@@ -93,21 +93,34 @@ class DensityRule:
         kept = {layer: counts.count_all(leaves) for layer, leaves in masks.items()}
         division, following = (self.divide(layers, masks, when) for when in (step, step + 1))
         slack = jnp.where(exactly, 0.0, TOLERANCE)
-        near = [step % _UNITS_LAST != 0] if division.measure_units else []
+        near = [step % _STEPS_BETWEEN_UNITS != 0] if division.measure_units else []
         for share in division.shares:
             together = counts.add([kept[layer] for layer in share.layers])
             excess = counts.to_float(counts.minus(together, share.wanted))
             near.append(jnp.abs(excess) <= slack * counts.to_float(share.wanted))
-        for layer, floor in division.floors.items():
-            near.append(counts.to_float(kept[layer]) >= (1 - slack) * counts.to_float(floor))
+
+        def reaches(floors):
+            by_layer = (
+                counts.to_float(counts.minus(kept[layer], floor)) >= -slack * counts.to_float(floor)
+                for layer, floor in floors.items()
+            )
+            return functools.reduce(jnp.logical_and, by_layer, jnp.array(True))
+
+        near.append(
+            jax.lax.cond(  # a pass over the weights, only where it may matter
+                reaches(division.floors),
+                lambda: jnp.array(True),
+                lambda: reaches(_within_reach(division.floors, layers)),
+            )
+        )
         factors = {}
         for share in following.shares:
             together = counts.to_float(counts.add([kept[layer] for layer in share.layers]))
-            factor = _search.follow(together, _aim(share.wanted, share.layers, layers))
+            factor = _search.guess_factor(together, _aim(share.wanted, share.layers, layers))
             factors |= dict.fromkeys(share.layers, factor)
         for layer, floor in following.floors.items():
             number, aim = counts.to_float(kept[layer]), _aim(floor, [layer], layers)
-            to_floor = jnp.minimum(factors[layer], _search.follow(number, aim))
+            to_floor = jnp.minimum(factors[layer], _search.guess_factor(number, aim))
             at_floor = number <= (1 + 2 * TOLERANCE) * aim.wanted
             factors[layer] = jnp.where(at_floor, to_floor, factors[layer])
         moved = {
@@ -143,10 +156,9 @@ class DensityRule:
         shares, floors, measure_units = self.divide(layers, masks, step)
         floors = _within_reach(floors, layers)
         slack = jnp.where(exactly, 0.0, TOLERANCE)
-        units: dict[str, Any] = dict.fromkeys(layers, 1.0)
-        if measure_units:
-            measured = measure_units()
-            units = {layer: _move_unit(last[layer], measured[layer]) for layer in layers}
+        units: Mapping[str, Any] = (
+            measure_units(last) if measure_units else dict.fromkeys(layers, 1.0)
+        )
 
         def bands_at(thresholds):
             return {
@@ -190,7 +202,7 @@ class DensityRule:
                     for layer in bands
                 ]
 
-            aims = [_aim(floors[layer], [layer], layers, slack) for layer in bands]
+            aims = [_aim(floors[layer], [layer], layers) for layer in bands]
             found = find(excess_of_layers, [_middle(last[layer]) for layer in bands], aims)
             return {
                 layer: jax.tree.map(
@@ -347,11 +359,13 @@ def divide_among_layers(
         if score == 'erk':
             return _each_by_itself(layers, _erdos_renyi_kernel(layers, share))
         floors = {layer: _floor(floor * share, size) for layer, size in sizes.items()}
-        return Division(
-            [Share(list(layers), count)],
-            floors,
-            lambda: {layer: _unit(layers[layer], masks[layer], score) for layer in layers},
-        )
+
+        def measure_units(last):
+            units = {layer: _unit(layers[layer], masks[layer], score) for layer in layers}
+            units = {layer: jnp.where(unit > 0, unit, 1.0) for layer, unit in units.items()}
+            return units if score == 'rms' else _settle(units, layers, masks, last)
+
+        return Division([Share(list(layers), count)], floors, measure_units)
 
     return DensityRule(divide, hysteresis, changes)
 
@@ -378,20 +392,37 @@ def _within_reach(floors, layers) -> dict[str, Count]:
 
 
 def _aim(wanted: Count, names: Sequence[str], layers, slack: Any = 0.0) -> _search.Aim:
-    """Says what one threshold of some layers is to keep, but for the share `slack` of it."""
+    """Says what one threshold of some layers is to keep, give or take the share `slack`."""
     number = counts.to_float(wanted)
-    return _search.Aim(number, sum(_size(layers[layer]) for layer in names), slack * number)
+    return _search.Aim(number, float(sum(_size(layers[layer]) for layer in names)), slack * number)
 
 
-def _move_unit(last: Thresholds, unit: jax.Array) -> jax.Array:
-    """Moves the unit of a layer from that which its last threshold had, by an eighth of the way.
+def _settle(units, layers, masks, last) -> dict[str, jax.Array]:
+    r"""Moves the units of last time towards the norms of what is kept now, by a step of Newton's.
 
-    All the way would be too far. A layer that keeps more has a larger unit, by which it keeps less:
-    of n connections n^(−e/2) where e is by how many percent they fall for one of the threshold. In
-    the tails of magnitudes e is 6 and more, and two layers take turns in having all.
+    A layer is to keep what is at least t = τ·u, with u the norm of that. Where t rises by 1 %, u
+    falls by s %. So a step all the way to u is 1 + s times too far, and s may be 3 or more in the
+    tails of magnitudes: two layers would take turns in having all.
     """
-    unit = jnp.where(unit > 0, unit, 1.0)
-    return jnp.where(last.low > 0, _middle(last) ** 0.875 * unit**0.125, unit)
+    settled, middles, logs, numbers = {}, {}, {}, {}
+    for layer, unit in units.items():
+        middle = _middle(last[layer])
+        middles[layer] = jnp.where((middle > 0) & (middle < jnp.inf), middle, unit)
+        logs[layer] = jnp.log(middles[layer] / unit)
+        numbers[layer] = jnp.maximum(counts.to_float(counts.count_all(masks[layer])), 1.0)
+    common = sum(numbers[layer] * logs[layer] for layer in units) / sum(numbers.values())
+    for layer, unit in units.items():
+        around = Thresholds(middles[layer] * 15 / 16, middles[layer] * 17 / 16)
+        crossed = counts.count_all([_is_within(leaf, around) for leaf in layers[layer]])
+        fall = counts.to_float(crossed) / numbers[layer] * 8  # of the number, in % for 1 % of t
+        fall *= jnp.minimum(numbers[layer] * jnp.square(middles[layer] / unit), 1.0) / 2
+        settled[layer] = middles[layer] * jnp.exp((common - logs[layer]) / (1 + fall))
+    return settled
+
+
+def _is_within(leaf: jax.Array, band: Thresholds) -> jax.Array:
+    magnitude = jnp.abs(leaf).astype(jnp.float32)
+    return (magnitude >= band.low) & (magnitude < band.high)
 
 
 def _middle(band: Thresholds) -> jax.Array:

@@ -75,11 +75,11 @@ def surgery(
     A rule is asked for thresholds from the params given to `init`, and where it has
     `refresh_every` = N again at steps 0, N, 2N and so on while σ > 0, just before the masks are
     updated. Densities are followed at every step instead: the thresholds move by what they kept,
-    and are searched for anew where that is off by more than one in 128, or a layer is below its
-    floor. The last update, after which σ is 0, has thresholds that are asked anew, but for
-    `refresh_every=0`. By density it is made in every layer, so what was wanted is met then,
-    whatever the steps are, up to weights that tie: zeros, or many of a narrow type. `update`
-    belongs under `jit`.
+    and are searched for anew where that, or a layer at its floor, is off by more than one in 128,
+    and at every 16th step if layers have units. The last update, after which σ is 0, has thresholds
+    that are asked anew, but for `refresh_every=0`. By density it is made in every layer, so what
+    was wanted is met then, whatever the steps are, up to weights that tie: zeros, or many of a
+    narrow type. `update` belongs under `jit`.
 
     Args:
       rules: one rule for all layers, or `{pattern: rule}`: a layer follows the first pattern

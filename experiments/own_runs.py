@@ -131,7 +131,7 @@ def make_pruner(run: Run, params: dns_jax.Params) -> optax.GradientTransformatio
     if run.method == 'surgery':
         how_small: dict[str, Any] = {_TARGETS[run.network]: run.target}
         return dns_jax.prune_to(steps=run.steps, **how_small)
-    # Masks stay from the same step on as with `prune_to`; no coin is thrown with the key.
+    # Masks stay from about the same step on as with `prune_to`; no coin is thrown with the key.
     ramp, density = run.steps * 3 // 5, _to_density(run, params)
     return pruners.gradual(density, 0, ramp, 1, jax.random.key(0), divide=dns_jax.global_density)
 

@@ -46,7 +46,7 @@ OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'pruners.one_
 OUR_OWN |= {'schedules.check_step', 'schedules.check_steps', 'schedules.check_finite'}
 OUR_OWN |= {f'thresholds.{name}' for name in ('check_hysteresis', 'make_band', 'range_scale')}
 OUR_OWN |= {f'densities.{name}' for name in ('divide_among_layers', 'layer_density')}
-OUR_OWN |= {f'densities.DensityRule.{name}' for name in ('follow', 'is_near', 'solve')}
+OUR_OWN |= {f'densities.DensityRule.{name}' for name in ('follow', 'solve')}
 OUR_OWN |= {'surgery.freeze', 'surgery.get_masks'}
 
 each_function = pytest.mark.parametrize('name', FUNCTIONS)

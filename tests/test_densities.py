@@ -545,9 +545,58 @@ def test_thresholds_follow_weights_that_drift_without_a_search(monkeypatch):
         return jax.lax.scan(step, (state, params), jax.random.split(jax.random.key(1), 100))[1]
 
     kept = np.asarray(run(pruner.init(params)))
+    jax.effects_barrier()
     wanted = 10_000 * np.asarray(density(np.arange(100)))
     assert (abs(kept - wanted) <= densities.TOLERANCE * wanted + 1).all()
     assert 1 <= len(passes) <= 10
+
+
+def run_scaled(density, scale, steps):
+    """How many three layers keep at every step, of which the first is scaled by the step."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = {name: jax.random.normal(key, (200, 100)) for name, key in zip('abc', keys, strict=True)}
+    pruner = surgery(Rule(dns_jax.global_density(density)), jax.random.key(0))
+
+    def scaled(step):
+        return {'a': layers['a'] * scale(jnp.float32(step))} | {n: layers[n] for n in 'bc'}
+
+    @jax.jit
+    def run(state):
+        def step(state, count):
+            params = {name: {'kernel': leaf} for name, leaf in scaled(count).items()}
+            state = pruner.update(params, state, params)[1]
+            return state, [state.masks[name]['kernel'].sum() for name in 'abc']
+
+        return jax.lax.scan(step, state, jnp.arange(steps))[1]
+
+    params = {name: {'kernel': leaf} for name, leaf in layers.items()}
+    return np.stack(run(pruner.init(params)), 1)
+
+
+@pytest.mark.parametrize(
+    ('scale', 'farthest'),
+    [(lambda step: jnp.where(step < 20, 1.0, 10.0), 0.3), (lambda step: 1.003**step, 0.15)],
+    ids=['jump', 'drift'],
+)
+def test_a_layer_keeps_its_share_whatever_its_scale(scale, farthest):
+    kept = run_scaled(0.1, scale, 100)
+    assert (abs(kept.sum(1) - 6000) <= densities.TOLERANCE * 6000).all()
+    assert (abs(kept[-1] - 2000) <= farthest * 2000).all()
+
+
+def test_a_dead_layer_costs_no_search_at_every_step(monkeypatch):
+    passes = searches_and_passes(monkeypatch)
+    run_scaled(0.1, lambda step: 0.0 * step, 33)
+    jax.effects_barrier()
+    assert len(passes) <= 8
+
+
+def test_an_update_of_more_connections_than_an_int32_counts_is_traced():
+    params = {name: {'kernel': jax.ShapeDtypeStruct((2**21, 1200), jnp.float32)} for name in 'ab'}
+    for rule in (dns_jax.global_density(0.1), dns_jax.layer_density(0.1)):
+        pruner = surgery(Rule(rule), jax.random.key(0))
+        state = jax.eval_shape(lambda w, p=pruner: p.update(w, p.init(w), w)[1], params)
+        assert state.masks['a']['kernel'].shape == (2**21, 1200)
 
 
 def test_a_search_from_near_takes_few_passes(monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from dns_jax import Thresholds, apply_masks, count_events, count_kept, init_masks, update_masks
 from dns_jax.counts import count_true
-from dns_jax.masks import check_parallel, discriminate
+from dns_jax.masks import check_parallel, discriminate, throw_coins
 from dns_jax.roles import has_axes
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -446,3 +446,12 @@ def test_a_weight_that_is_not_a_number_is_kept():
     thresholds = {'': Thresholds(0.9, 1.1)}
     updated = update_masks(jax.random.key(0), weights, masks, thresholds, {'': 1.0})
     np.testing.assert_array_equal(updated, [True, True, False, True])
+
+
+@pytest.mark.parametrize('chances', [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.0, 1.0, 0.5)])
+def test_coins_that_are_certain_are_those_of_a_draw(chances):
+    for seed in range(20):
+        key = jax.random.key(seed)
+        coins = throw_coins(key, {f'{number}': c for number, c in enumerate(chances)})
+        drawn = jax.random.uniform(key, (len(chances),)) < jnp.array(chances)
+        assert [bool(coin) for coin in coins.values()] == drawn.tolist()
