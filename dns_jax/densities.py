@@ -416,7 +416,9 @@ def _settle(units, layers, masks, last) -> dict[str, jax.Array]:
         crossed = counts.count_all([_is_within(leaf, around) for leaf in layers[layer]])
         fall = counts.to_float(crossed) / numbers[layer] * 8  # of the number, in % for 1 % of t
         fall *= jnp.minimum(numbers[layer] * jnp.square(middles[layer] / unit), 1.0) / 2
-        settled[layer] = middles[layer] * jnp.exp((common - logs[layer]) / (1 + fall))
+        # No farther than the fall that was measured may hold.
+        step = jnp.clip((common - logs[layer]) / (1 + fall), -0.25, 0.25)
+        settled[layer] = middles[layer] * jnp.exp(step)
     return settled
 
 

@@ -554,7 +554,9 @@ def test_thresholds_follow_weights_that_drift_without_a_search(monkeypatch):
 def run_scaled(density, scale, steps):
     """How many three layers keep at every step, of which the first is scaled by the step."""
     keys = jax.random.split(jax.random.key(0), 3)
-    layers = {name: jax.random.normal(key, (200, 100)) for name, key in zip('abc', keys, strict=True)}
+    layers = {
+        name: jax.random.normal(key, (200, 100)) for name, key in zip('abc', keys, strict=True)
+    }
     pruner = surgery(Rule(dns_jax.global_density(density)), jax.random.key(0))
 
     def scaled(step):
