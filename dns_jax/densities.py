@@ -20,7 +20,7 @@ from dns_jax.thresholds import check_hysteresis, make_band, range_scale
 from dns_jax.typing import LayerArrays, Schedule, Thresholds
 
 TOLERANCE = 1 / 128
-"""By what share of the number wanted a followed number may be off between two askings."""
+"""By what share of the number wanted a followed number may be off before the last update."""
 
 _STEPS_BETWEEN_UNITS = 16  # at the most: then they are measured anew
 
@@ -478,24 +478,15 @@ def _erdos_renyi_kernel(layers, density):
 
 def _unit(weights, masks, score) -> jax.Array:
     """The unit of a layer, 0 where all its weights are 0."""
-
-    def measure(scale):
-        magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in weights]
-        if scale is not None:
-            magnitudes = [leaf / scale for leaf in magnitudes]
-        if score == 'rms':
-            squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
-            return jnp.sqrt(squares / float(max(_size(weights), 1)))
-        kept = zip(magnitudes, masks, strict=True)
-        squares = (jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept)
-        # At least the largest weight, so that a layer of which nothing was kept comes back by it.
-        largest = (jnp.max(leaf, initial=0.0) for leaf in magnitudes)
-        return functools.reduce(jnp.maximum, largest, jnp.sqrt(sum(squares, jnp.float32(0))))
-
-    def measure_in_range():
-        scale = range_scale(weights)
-        return measure(scale) * scale
-
-    unit = measure(None)
-    # A square may leave the range of float32 where the weight does not.
-    return jax.lax.cond((unit > 1e-15) & (unit < 1e15), lambda: unit, measure_in_range)
+    scale = range_scale(
+        weights
+    )  # a square may leave the range of float32 where the weight does not
+    magnitudes = [jnp.abs(leaf).astype(jnp.float32) / scale for leaf in weights]
+    if score == 'rms':
+        squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
+        return scale * jnp.sqrt(squares / float(max(_size(weights), 1)))
+    kept = zip(magnitudes, masks, strict=True)
+    squares = (jnp.sum(jnp.square(leaf), where=mask) for leaf, mask in kept)
+    # At least the largest weight, so that a layer of which nothing was kept comes back by it.
+    largest = (jnp.max(leaf, initial=0.0) for leaf in magnitudes)
+    return scale * functools.reduce(jnp.maximum, largest, jnp.sqrt(sum(squares, jnp.float32(0))))

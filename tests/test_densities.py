@@ -601,6 +601,30 @@ def test_an_update_of_more_connections_than_an_int32_counts_is_traced():
         assert state.masks['a']['kernel'].shape == (2**21, 1200)
 
 
+def test_one_rule_that_is_wrong_leaves_the_number_of_another():
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        n: {'kernel': jax.random.normal(key, (80, 50))} for n, key in zip('ab', keys, strict=True)
+    }
+    rules = {'a': Rule(dns_jax.layer_density(0.1)), 'b': Rule(dns_jax.layer_density(0.3))}
+    pruner = surgery(rules, jax.random.key(0))
+
+    @jax.jit
+    def step(state, scale):
+        weights = {'a': {'kernel': params['a']['kernel'] * scale}, 'b': params['b']}
+        return pruner.update(params, state, weights)[1]
+
+    state, before = pruner.init(params), None
+    for scale in (1.0, 1.0, 3.0, 0.2, 1.0):
+        state = step(state, jnp.float32(scale))
+        kept = {name: int(state.masks[name]['kernel'].sum()) for name in 'ab'}
+        assert abs(kept['a'] - 400) <= densities.TOLERANCE * 400
+        assert kept['b'] == 1200
+        bands = state.thresholds['b']
+        assert before in (None, bands)  # weights of b are as they were
+        before = bands
+
+
 def test_a_search_from_near_takes_few_passes(monkeypatch):
     passes = searches_and_passes(monkeypatch)
     layers, masks = draw(0, shapes={'a': [(300, 100)], 'b': [(100, 100)]})
