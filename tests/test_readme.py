@@ -202,6 +202,10 @@ def test_the_bench_rows_are_those_of_the_results():
             f'{row["steps_per_s"]:.0f} | {row["dense_mib"]:.1f} → {row["surgery_mib"]:.1f} MiB | '
             f'{peer:.3f} ms | {peer / row["surgery_ms"]:.2f}× as fast |'
         ) in README
+    for loop, said in (('called', 'a jitted step, called from Python'), ('scanned', 'a scan')):
+        for name, optimizer in (('sgd', 'SGD'), ('adam', 'Adam')):
+            row = bench['loops'][loop][name]
+            assert f'| {said} | {optimizer} | {row["moving"]:.2f} | {row["after"]:.2f} |' in README
     small, large = bench['lenet300'], bench['large']
     share = small['refresh_ms'] / small['surgery_ms'] / 100
     assert (
