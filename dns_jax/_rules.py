@@ -123,12 +123,15 @@ class Plan:
         ]
 
         def correct_and_update(turn, carry):
-            masks, corrected = carry[0], dict(bands)
-            rules = self.arrays(weights, masks)
+            masks, following = carry
+            corrected, rules = dict(bands), self.arrays(weights, masks)
             for (wrong, _), (rule, seen, kept) in zip(judged, rules, strict=True):
-                corrected |= correct(wrong, rule, seen, kept, count + turn, _of(seen, bands))
+                own = correct(wrong, rule, seen, kept, count + turn, _of(seen, bands))
+                corrected |= own
+                choose = functools.partial(jnp.where, wrong)
+                following = following | jax.tree.map(choose, own, _of(seen, following))
             masks = self._update(weights, key, count + turn, masks, corrected, splicing)
-            return masks, corrected
+            return masks, following
 
         moved = functools.reduce(operator.or_, (own for _, own in judged))
         any_wrong = functools.reduce(jnp.logical_or, (wrong for wrong, _ in judged))

@@ -22,6 +22,7 @@ from dns_jax.typing import LayerArrays, Schedule, Thresholds
 TOLERANCE = 1 / 128
 """By what share of the number wanted a followed number may be off before the last update."""
 
+_LARGEST = 3e38  # nearly infinite
 _STEPS_BETWEEN_UNITS = 16  # at the most: then they are measured anew
 
 
@@ -121,7 +122,7 @@ class DensityRule:
         for layer, floor in following.floors.items():
             number, aim = counts.to_float(kept[layer]), _aim(floor, [layer], layers)
             to_floor = jnp.minimum(factors[layer], _search.guess_factor(number, aim))
-            at_floor = number <= (1 + 2 * TOLERANCE) * aim.wanted
+            at_floor = jnp.abs(number - aim.wanted) <= 2 * TOLERANCE * aim.wanted
             factors[layer] = jnp.where(at_floor, to_floor, factors[layer])
         moved = {
             layer: Thresholds(*(factors[layer] * bound for bound in band))
@@ -362,7 +363,10 @@ def divide_among_layers(
 
         def measure_units(last):
             units = {layer: _unit(layers[layer], masks[layer], score) for layer in layers}
-            units = {layer: jnp.where(unit > 0, unit, 1.0) for layer, unit in units.items()}
+            units = {
+                layer: jnp.minimum(jnp.where(unit > 0, unit, 1.0), _LARGEST)
+                for layer, unit in units.items()
+            }
             return units if score == 'rms' else _settle(units, layers, masks, last)
 
         return Division([Share(list(layers), count)], floors, measure_units)
@@ -398,25 +402,26 @@ def _aim(wanted: Count, names: Sequence[str], layers, slack: Any = 0.0) -> _sear
 
 
 def _settle(units, layers, masks, last) -> dict[str, jax.Array]:
-    r"""Moves the units of last time towards the norms of what is kept now, by a step of Newton's.
+    r"""Finds units near the last thresholds, by a step of Newton's towards t = τ·u.
 
-    A layer is to keep what is at least t = τ·u, with u the norm of that. Where t rises by 1 %, u
-    falls by s %. So a step all the way to u is 1 + s times too far, and s may be 3 or more in the
-    tails of magnitudes: two layers would take turns in having all.
+    A layer keeps what is at least t, and u is the norm of that. Where t rises by 1 %, u falls by
+    s %. So a step all the way to u is 1 + s times too far, and s may be 3 or more in the tails of
+    magnitudes: two layers would take turns in having all. Without last thresholds, it is u.
     """
     settled, middles, logs, numbers = {}, {}, {}, {}
     for layer, unit in units.items():
         middle = _middle(last[layer])
         middles[layer] = jnp.where((middle > 0) & (middle < jnp.inf), middle, unit)
-        logs[layer] = jnp.log(middles[layer] / unit)
+        logs[layer] = jnp.log(middles[layer]) - jnp.log(unit)
         numbers[layer] = jnp.maximum(counts.to_float(counts.count_all(masks[layer])), 1.0)
     common = sum(numbers[layer] * logs[layer] for layer in units) / sum(numbers.values())
     for layer, unit in units.items():
         around = Thresholds(middles[layer] * 15 / 16, middles[layer] * 17 / 16)
         crossed = counts.count_all([_is_within(leaf, around) for leaf in layers[layer]])
-        fall = counts.to_float(crossed) / numbers[layer] * 8  # of the number, in % for 1 % of t
+        # By how many percent their number falls where t rises by 1 %, then u.
+        fall = counts.to_float(crossed) / numbers[layer] * 8
         fall *= jnp.minimum(numbers[layer] * jnp.square(middles[layer] / unit), 1.0) / 2
-        # No farther than the fall that was measured may hold.
+        # Far away the fall may be another.
         step = jnp.clip((common - logs[layer]) / (1 + fall), -0.25, 0.25)
         settled[layer] = middles[layer] * jnp.exp(step)
     return settled
@@ -478,9 +483,8 @@ def _erdos_renyi_kernel(layers, density):
 
 def _unit(weights, masks, score) -> jax.Array:
     """The unit of a layer, 0 where all its weights are 0."""
-    scale = range_scale(
-        weights
-    )  # a square may leave the range of float32 where the weight does not
+    # A square may leave the range of float32 where the weight does not.
+    scale = range_scale(weights)
     magnitudes = [jnp.abs(leaf).astype(jnp.float32) / scale for leaf in weights]
     if score == 'rms':
         squares = sum((jnp.sum(jnp.square(leaf)) for leaf in magnitudes), jnp.float32(0))
