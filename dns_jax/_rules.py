@@ -88,12 +88,13 @@ class Plan:
 
     def check_state(self, masks, thresholds, stacked) -> None:
         """Refuses a state that was made under other rules, another `takes_part` or `layer_of`."""
-        if differing := set(self.paths.values()) ^ set(thresholds):
-            layer = min(differing)
+        own, theirs = set(self.paths.values()), set(thresholds)
+        if own != theirs:
             raise ValueError(
-                f'the layer {layer!r} is under a rule by {_whose(layer in thresholds)} alone; '
-                'patterns, takes_part and layer_of must be those that the state was made under. To '
-                'go on from its masks under others, give them to surgery(masks=…)'
+                'the layers must be those of the state, but the state alone has '
+                f'{sorted(theirs - own)[:3]}, and rules, takes_part and layer_of alone give '
+                f'{sorted(own - theirs)[:3]}; to go on from its masks, give them to '
+                'surgery(masks=…)'
             )
         taking_part = {path for paths in self.layers.values() for path in paths}
         for path, mask in named_leaves(masks):
@@ -101,8 +102,8 @@ class Plan:
             by_state, by_rules = has_axes(path, mask), not self.paths.keys().isdisjoint(slices)
             if by_rules > by_state or by_state > (not taking_part.isdisjoint(slices)):
                 raise ValueError(
-                    f'{path!r} takes part by {_whose(by_state)} alone; to go on from its masks, '
-                    'give them to surgery(masks=…)'
+                    f'{path!r} takes part by the {"state" if by_state else "rules"} alone; to go '
+                    'on from its masks, give them to surgery(masks=…)'
                 )
 
     def is_due(self, count) -> jax.Array:
@@ -336,10 +337,6 @@ def correct(wrong, rule: Rule, weights, masks, count, bands) -> dict[str, Thresh
 
 def _unknown(bands) -> jax.Array:
     return functools.reduce(jnp.logical_or, (band.high < 0 for band in bands.values()))
-
-
-def _whose(by_state: bool) -> str:
-    return 'the state' if by_state else 'the rules'
 
 
 def _of(layers, bands) -> dict[str, Thresholds]:

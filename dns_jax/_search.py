@@ -132,15 +132,14 @@ def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) 
         above = jnp.where(enough, height, bracket.above * stays)
         below = jnp.where(enough, bracket.below * stays, height)
         # Twice as far in every pass, and at least by a stride, so that some ten reach any float.
-        threshold = jax.lax.bitcast_convert_type(candidate, jnp.float32)
-        power = jnp.float32(2) ** jnp.minimum(passes, 6).astype(jnp.float32)
-        farther = guess_factor(number + aim.wanted, aim) ** power
-        farther = _as_bits(jnp.clip(threshold * farther, 0.0, 3e38))
+        octaves = jnp.abs(jnp.log2(guess_factor(number + aim.wanted, aim)))
+        octaves = jnp.left_shift(1, jnp.minimum(passes, 6)).astype(jnp.float32) * octaves
         stride = jnp.left_shift(1, jnp.minimum(4 * passes, 28))
+        stride = jnp.maximum(stride, (octaves * 2.0**23).astype(jnp.int32))
         wider = jnp.where(
             enough,
-            jnp.maximum(farther, candidate + jnp.minimum(stride, high - candidate)),
-            jnp.minimum(farther, candidate - jnp.minimum(stride, candidate - low)),
+            candidate + jnp.minimum(stride, high - candidate),
+            candidate - jnp.minimum(stride, candidate - low),
         )
         part = above / (above - below)
         part = jnp.where(passes % 4 == 3, 0.5, part) * (high - low).astype(jnp.float32)

@@ -411,7 +411,7 @@ def _settle(units, layers, masks, last) -> dict[str, jax.Array]:
     settled, middles, logs, numbers = {}, {}, {}, {}
     for layer, unit in units.items():
         middle = _middle(last[layer])
-        middles[layer] = jnp.where((middle > 0) & (middle < jnp.inf), middle, unit)
+        middles[layer] = jnp.where((middle > 0) & (middle <= _LARGEST), middle, unit)
         logs[layer] = jnp.log(middles[layer]) - jnp.log(unit)
         numbers[layer] = jnp.maximum(counts.to_float(counts.count_all(masks[layer])), 1.0)
     common = sum(numbers[layer] * logs[layer] for layer in units) / sum(numbers.values())
