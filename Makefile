@@ -39,7 +39,7 @@ coverage: $(BIN)/ready
 # notice. Prints the table of results/mutation.md and every change that went unnoticed.
 mutants: $(BIN)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
-	nice -n 10 $(BIN)/python tests/mutation.py $(MUTANTS_FLAGS)
+	nice -n 10 $(BIN)/python tests/tools/mutation.py $(MUTANTS_FLAGS)
 
 lint: $(BIN)/ready
 	$(BIN)/ruff check .

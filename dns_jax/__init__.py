@@ -32,14 +32,8 @@ from dns_jax.schedules import (
     update_probability,
 )
 from dns_jax.stacking import unstack
-from dns_jax.surgery import (
-    SurgeryState,
-    freeze,
-    get_masks,
-    masked_value_and_grad,
-    surgery,
-)
 from dns_jax.thresholds import Statistics, magnitude_statistics, mean_std
+from dns_jax.transformation import SurgeryState, freeze, get_masks, masked_value_and_grad, surgery
 from dns_jax.typing import (
     Importance,
     LayerOf,

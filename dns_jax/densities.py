@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dns_jax import _search, counts
-from dns_jax.counts import Count
+from dns_jax import _counts, _search
+from dns_jax._counts import Count
 from dns_jax.masks import discriminate
 from dns_jax.thresholds import check_hysteresis, make_band, range_scale
 from dns_jax.typing import LayerArrays, Schedule, Thresholds
@@ -91,18 +91,19 @@ class DensityRule:
           `TOLERANCE`, a bool scalar; False too at every 16th step where layers have units. And
           thresholds for the next step; one that keeps a layer at its floor goes on doing so.
         """
-        kept = {layer: counts.count_all(leaves) for layer, leaves in masks.items()}
+        kept = {layer: _counts.count_all(leaves) for layer, leaves in masks.items()}
         division, following = (self.divide(layers, masks, when) for when in (step, step + 1))
         slack = jnp.where(exactly, 0.0, TOLERANCE)
         near = [step % _STEPS_BETWEEN_UNITS != 0] if division.measure_units else []
         for share in division.shares:
-            together = counts.add([kept[layer] for layer in share.layers])
-            excess = counts.to_float(counts.minus(together, share.wanted))
-            near.append(jnp.abs(excess) <= slack * counts.to_float(share.wanted))
+            together = _counts.add([kept[layer] for layer in share.layers])
+            excess = _counts.to_float(_counts.minus(together, share.wanted))
+            near.append(jnp.abs(excess) <= slack * _counts.to_float(share.wanted))
 
         def reaches(floors):
             by_layer = (
-                counts.to_float(counts.minus(kept[layer], floor)) >= -slack * counts.to_float(floor)
+                _counts.to_float(_counts.minus(kept[layer], floor))
+                >= -slack * _counts.to_float(floor)
                 for layer, floor in floors.items()
             )
             return functools.reduce(jnp.logical_and, by_layer, jnp.array(True))
@@ -116,11 +117,11 @@ class DensityRule:
         )
         factors = {}
         for share in following.shares:
-            together = counts.to_float(counts.add([kept[layer] for layer in share.layers]))
+            together = _counts.to_float(_counts.add([kept[layer] for layer in share.layers]))
             factor = _search.guess_factor(together, _aim(share.wanted, share.layers, layers))
             factors |= dict.fromkeys(share.layers, factor)
         for layer, floor in following.floors.items():
-            number, aim = counts.to_float(kept[layer]), _aim(floor, [layer], layers)
+            number, aim = _counts.to_float(kept[layer]), _aim(floor, [layer], layers)
             to_floor = jnp.minimum(factors[layer], _search.guess_factor(number, aim))
             at_floor = jnp.abs(number - aim.wanted) <= 2 * TOLERANCE * aim.wanted
             factors[layer] = jnp.where(at_floor, to_floor, factors[layer])
@@ -170,9 +171,9 @@ class DensityRule:
 
         def excess_of_shares(thresholds):
             kept = _count_by_layer(layers, masks, bands_at(thresholds))
-            kept |= {layer: counts.maximum(kept[layer], floor) for layer, floor in floors.items()}
+            kept |= {layer: _counts.maximum(kept[layer], floor) for layer, floor in floors.items()}
             return [
-                counts.minus(counts.add([kept[layer] for layer in share.layers]), share.wanted)
+                _counts.minus(_counts.add([kept[layer] for layer in share.layers]), share.wanted)
                 for share in shares
             ]
 
@@ -188,7 +189,7 @@ class DensityRule:
         if not floors:
             return bands
         kept = _count_by_layer(layers, masks, bands)
-        excess = {layer: counts.minus(kept[layer], floors[layer]) for layer in bands}
+        excess = {layer: _counts.minus(kept[layer], floors[layer]) for layer in bands}
 
         def lift_to_floors():
             def excess_of_layers(thresholds):
@@ -198,7 +199,7 @@ class DensityRule:
                 return [
                     jax.tree.map(
                         lambda part, lacks=excess[layer].high < 0: jnp.where(lacks, part, 0),
-                        counts.minus(kept[layer], floors[layer]),
+                        _counts.minus(kept[layer], floors[layer]),
                     )
                     for layer in bands
                 ]
@@ -312,7 +313,7 @@ def global_density(
     schedule = _density_schedule(density)
 
     def wanted(step, sizes):
-        return counts.from_share(schedule(step), sum(sizes.values()))
+        return _counts.from_share(schedule(step), sum(sizes.values()))
 
     return divide_among_layers(wanted, callable(density), score, hysteresis, floor)
 
@@ -341,8 +342,8 @@ def divide_among_layers(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from dns_jax import counts
-      >>> rule = divide_among_layers(lambda step, sizes: counts.from_int(1), False, hysteresis=0.0)
+      >>> from dns_jax import _counts
+      >>> rule = divide_among_layers(lambda step, sizes: _counts.from_int(1), False, hysteresis=0.0)
       >>> weights, masks = {'fc': [jnp.array([1.0, -3.0])]}, {'fc': [jnp.ones(2, bool)]}
       >>> float(rule(weights, masks, 0)['fc'].low)
       3.0
@@ -356,7 +357,7 @@ def divide_among_layers(
     def divide(layers, masks, step):
         sizes = {layer: _size(leaves) for layer, leaves in layers.items()}
         count = wanted(step, sizes)
-        share = counts.to_float(count) / float(max(sum(sizes.values()), 1))
+        share = _counts.to_float(count) / float(max(sum(sizes.values()), 1))
         if score == 'erk':
             return _each_by_itself(layers, _erdos_renyi_kernel(layers, share))
         floors = {layer: _floor(floor * share, size) for layer, size in sizes.items()}
@@ -377,7 +378,7 @@ def divide_among_layers(
 def _count_by_layer(layers, masks, bands) -> dict[str, Count]:
     """Counts what h_k keeps of each layer."""
     return {
-        layer: counts.count_all(
+        layer: _counts.count_all(
             [
                 discriminate(leaf, mask, bands[layer])
                 for leaf, mask in zip(leaves, masks[layer], strict=True)
@@ -390,14 +391,14 @@ def _count_by_layer(layers, masks, bands) -> dict[str, Count]:
 def _within_reach(floors, layers) -> dict[str, Count]:
     """Caps floors at the weights that are not zero: those that are tie, and all would be kept."""
     return {
-        layer: counts.minimum(floor, counts.count_all([leaf != 0 for leaf in layers[layer]]))
+        layer: _counts.minimum(floor, _counts.count_all([leaf != 0 for leaf in layers[layer]]))
         for layer, floor in floors.items()
     }
 
 
 def _aim(wanted: Count, names: Sequence[str], layers, slack: Any = 0.0) -> _search.Aim:
     """Says what one threshold of some layers is to keep, give or take the share `slack`."""
-    number = counts.to_float(wanted)
+    number = _counts.to_float(wanted)
     return _search.Aim(number, float(sum(_size(layers[layer]) for layer in names)), slack * number)
 
 
@@ -413,13 +414,13 @@ def _settle(units, layers, masks, last) -> dict[str, jax.Array]:
         middle = _middle(last[layer])
         middles[layer] = jnp.where((middle > 0) & (middle <= _LARGEST), middle, unit)
         logs[layer] = jnp.log(middles[layer]) - jnp.log(unit)
-        numbers[layer] = jnp.maximum(counts.to_float(counts.count_all(masks[layer])), 1.0)
+        numbers[layer] = jnp.maximum(_counts.to_float(_counts.count_all(masks[layer])), 1.0)
     common = sum(numbers[layer] * logs[layer] for layer in units) / sum(numbers.values())
     for layer, unit in units.items():
         around = Thresholds(middles[layer] * 15 / 16, middles[layer] * 17 / 16)
-        crossed = counts.count_all([_is_within(leaf, around) for leaf in layers[layer]])
+        crossed = _counts.count_all([_is_within(leaf, around) for leaf in layers[layer]])
         # By how many percent their number falls where t rises by 1 %, then u.
-        fall = counts.to_float(crossed) / numbers[layer] * 8
+        fall = _counts.to_float(crossed) / numbers[layer] * 8
         fall *= jnp.minimum(numbers[layer] * jnp.square(middles[layer] / unit), 1.0) / 2
         # Far away the fall may be another.
         step = jnp.clip((common - logs[layer]) / (1 + fall), -0.25, 0.25)
@@ -442,7 +443,7 @@ def _size(leaves: Sequence[jax.Array]) -> int:
 
 def _floor(share: jax.Array, size: int) -> Count:
     """At least one connection, of a layer that has any."""
-    return counts.from_share(share, size) if size else counts.from_int(0)
+    return _counts.from_share(share, size) if size else _counts.from_int(0)
 
 
 def _density_schedule(density: float | Schedule) -> Callable[[jax.Array], jax.Array]:

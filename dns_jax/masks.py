@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from dns_jax.counts import count_all, to_int
+from dns_jax._counts import count_all, to_int
 from dns_jax.layers import abridge, find_holes, group_by_layer, map_leaves, named_leaves, parent
 from dns_jax.roles import is_kernel
 from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds, Tree

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dns_jax.counts import count_all, to_int
+from dns_jax._counts import count_all, to_int
 from dns_jax.layers import abridge, group_by_layer, named_leaves, parent
 from dns_jax.masks import check_parallel
 from dns_jax.roles import role

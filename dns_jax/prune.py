@@ -10,13 +10,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dns_jax import counts
+from dns_jax import _counts
 from dns_jax.densities import divide_among_layers
 from dns_jax.importance import magnitude
 from dns_jax.layers import named_leaves, parent
 from dns_jax.roles import is_kernel
 from dns_jax.schedules import check_finite, check_step, update_probability
-from dns_jax.surgery import Surgery, surgery
+from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart
 
 # Shares of the steps: the ramp's, and that in which masks change. Where they change to the last,
@@ -105,7 +105,7 @@ def prune_to(
     given = None
     if masks is not None:
         with_axes = [mask for _, mask in named_leaves(masks) if jnp.ndim(mask)]
-        given = counts.to_int(counts.count_all(with_axes))
+        given = _counts.to_int(_counts.count_all(with_axes))
     ramp_steps, changing = int(_RAMP * (steps - 1)), int(_CHANGING * (steps - 1)) + 1
     sigma = update_probability(power=0, start=start, stop=start + changing)
 
@@ -129,10 +129,10 @@ def prune_to(
             first = all_of_them if given is None else given
             share = float(final) + float(first - final) * (1.0 - done) ** 3
             share = share / float(all_of_them)
-            falling = counts.from_share(share, all_of_them)
+            falling = _counts.from_share(share, all_of_them)
             at_end = step >= start + ramp_steps
             return jax.tree.map(
-                functools.partial(jnp.where, at_end), counts.from_int(final), falling
+                functools.partial(jnp.where, at_end), _counts.from_int(final), falling
             )
 
         rule = Rule(divide_among_layers(wanted, changes=True, hysteresis=_HYSTERESIS), sigma)

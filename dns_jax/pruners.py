@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax import counts
+from dns_jax import _counts
 from dns_jax._search import bisect
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
@@ -22,8 +22,8 @@ from dns_jax.masks import count_kept, discriminate
 from dns_jax.roles import is_kernel
 from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
 from dns_jax.stacking import restack, unstack
-from dns_jax.surgery import Surgery, surgery
 from dns_jax.thresholds import std
+from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import (
     Importance,
     LayerOf,
@@ -256,7 +256,7 @@ def regrow(
 
     with α the share to drop. The first update prunes to the density by the initial importance.
     With growth by `importance.gradient` this is RigL, by `importance.chance` SET. Both let new
-    connections start at zero: `dns_jax.training.train_kept` sees to that.
+    connections start at zero: `dns_jax.sparse_training.train_kept` sees to that.
 
     Args:
       density: kept / all connections, in (0, 1].
@@ -369,11 +369,11 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
     """Makes masks of the largest magnitudes: of each layer as many as wanted, and what ties."""
     thresholds = {}
     for layer, leaves in group_by_layer(tree, layer_of).items():
-        least = counts.from_array(jnp.maximum(jnp.int32(wanted[layer]), 1))
+        least = _counts.from_array(jnp.maximum(jnp.int32(wanted[layer]), 1))
 
         def excess_at(found, leaves=leaves, least=least):
             kept = [jnp.abs(leaf).astype(jnp.float32) >= found[0] for leaf in leaves]
-            return [counts.minus(counts.count_all(kept), least)]
+            return [_counts.minus(_counts.count_all(kept), least)]
 
         (thresholds[layer],) = bisect(excess_at, 1)
 

@@ -21,8 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import dns_jax
-from experiments import command_line, loops, models, progress, timing, train
+from experiments.config import command_line
+from experiments.devices import progress
+from experiments.measurements import loops, timing
+from experiments.networks import models
 from experiments.tool_flags import BenchConfig
+from experiments.training import steps as train
 
 _BATCH_SIZE = 64
 _EXAMPLES = 10_000

@@ -11,11 +11,13 @@ side by side with it, after --resume without what was done before.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import command_line, plots, sweep, sweep_report
-from experiments.flags import Config
-from experiments.parsers import parse_step
-from experiments.sweep_flags import CompareConfig
-from experiments.workdir import read_records
+from experiments.config import command_line
+from experiments.config.flags import Config
+from experiments.config.parsers import parse_step
+from experiments.reports import plots
+from experiments.sweeps import sweep, sweep_report
+from experiments.sweeps.flags import CompareConfig
+from experiments.training.workdir import read_records
 
 COLUMNS = (
     *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -36,7 +38,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
       the same as JSON.
 
     Raises:
-      As `experiments.run.run` does.
+      As `experiments.training.run.run` does.
     """
     runs = config.named_runs()
     return sweep.report_all(

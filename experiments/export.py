@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from dns_jax.chain import chain_to_json
-from dns_jax.codec import load_coded, save_coded
-from dns_jax.export import save_dense, save_onnx, save_stablehlo
-from dns_jax.runners import choose_kinds, jax_runner
-from dns_jax.sharing import expand, share_weights
-from dns_jax.sparse import save_sparse
-from experiments import command_line, data, models
-from experiments.artefacts import Model, load_model
-from experiments.references import write_caffemodel
-from experiments.tables import table
+from dns_jax.files.codec import load_coded, save_coded
+from dns_jax.files.export import save_dense, save_onnx, save_stablehlo
+from dns_jax.files.sharing import expand, share_weights
+from dns_jax.files.sparse import save_sparse
+from dns_jax.inference.chain import chain_to_json
+from dns_jax.inference.runners import choose_kinds, jax_runner
+from experiments.artefacts.loading import Model, load_model
+from experiments.artefacts.tuning import finetune
+from experiments.config import command_line
+from experiments.data import resident
+from experiments.networks import models
+from experiments.reports.tables import table
 from experiments.tool_flags import CODED, ExportConfig
-from experiments.train import make_error
-from experiments.tuning import finetune
+from experiments.training.references import write_caffemodel
+from experiments.training.steps import make_error
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
     if model.metadata.get('network') not in models.CHAINS:
         raise ValueError(f'--format=coded needs a network of {sorted(models.CHAINS)}')
     network = models.NETWORKS[model.metadata['network']]()
-    dataset = data.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
+    dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
     shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
     options = {
         'tuned': config.tuned,

@@ -10,9 +10,11 @@ may share a workdir, and one with all seeds and --resume joins their tables.
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import command_line, plots, sweep, sweep_report
-from experiments.flags import Config
-from experiments.sweep_flags import FrontierConfig
+from experiments.config import command_line
+from experiments.config.flags import Config
+from experiments.reports import plots
+from experiments.sweeps import sweep, sweep_report
+from experiments.sweeps.flags import FrontierConfig
 
 COLUMNS = (
     *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -32,7 +34,7 @@ def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
       the same as JSON.
 
     Raises:
-      As `experiments.run.run` does.
+      As `experiments.training.run.run` does.
     """
     runs = config.runs()
     return sweep.report_all(

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 
-from dns_jax import native
-from dns_jax.chain import Chain, Dense, Weighted, Weights, trace_shapes
-from dns_jax.export import save_onnx
-from dns_jax.files import write_whole
-from dns_jax.runners import (
+from dns_jax.files.export import save_onnx
+from dns_jax.files.writing import write_whole
+from dns_jax.inference import native
+from dns_jax.inference.chain import Chain, Dense, Weighted, Weights, trace_shapes
+from dns_jax.inference.kernels import make_scipy, plan_steps
+from dns_jax.inference.runners import (
     Runner,
     choose_kinds,
     jax_runner,
@@ -31,9 +32,11 @@ from dns_jax.runners import (
     scipy_runner,
     time_in_turns,
 )
-from dns_jax.steps import make_scipy, plan_steps
-from experiments import command_line, latency_report, models, progress, timing
-from experiments.artefacts import Model, load_model
+from experiments.artefacts.loading import Model, load_model
+from experiments.config import command_line
+from experiments.devices import progress
+from experiments.measurements import latency_report, timing
+from experiments.networks import models
 from experiments.tool_flags import LatencyConfig
 
 Calls = dict[str, Callable[[], Any]]
@@ -48,7 +51,7 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
       config: which network and what batches.
 
     Returns:
-      What was measured, as `experiments.latency_report` wants it.
+      What was measured, as `experiments.measurements.latency_report` wants it.
 
     Raises:
       ValueError: if the model cannot be read, or a way gives other outputs than the network.

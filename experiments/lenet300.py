@@ -3,9 +3,9 @@
 python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300_mnist.flags
 """
 
-from experiments import command_line
-from experiments.flags import Config
-from experiments.run import run
+from experiments.config import command_line
+from experiments.config.flags import Config
+from experiments.training.run import run
 
 DEFAULTS = {
     'network': 'lenet300',

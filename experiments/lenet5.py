@@ -3,9 +3,9 @@
 python -m experiments.lenet5 --flagfile=experiments/flagfiles/lenet5_mnist.flags
 """
 
-from experiments import command_line
-from experiments.flags import Config
-from experiments.run import run
+from experiments.config import command_line
+from experiments.config.flags import Config
+from experiments.training.run import run
 
 DEFAULTS = {
     'network': 'lenet5',

@@ -8,8 +8,9 @@ command that is given again makes those that are missing, so it may be interrupt
 time may write to a file.
 """
 
-from experiments import command_line, own_runs
-from experiments.own_runs import OwnLoopConfig
+from experiments.config import command_line
+from experiments.own_loops import runs as own_runs
+from experiments.own_loops.runs import OwnLoopConfig
 
 
 def compare(config: OwnLoopConfig) -> None:
@@ -19,7 +20,7 @@ def compare(config: OwnLoopConfig) -> None:
       config: from the command line.
 
     Raises:
-      As `experiments.own_runs.run_all` does.
+      As `experiments.own_loops.runs.run_all` does.
     """
     print(own_runs.to_table(own_runs.run_all(config)))
     print(f'\nRows: {config.output}')

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.summaries import read_whole_summary
-from experiments.sweep_report import frontier_tables
-from experiments.tables import middle_and_range, to_text
+from experiments.reports.summaries import read_whole_summary
+from experiments.reports.tables import middle_and_range, to_text
+from experiments.sweeps.sweep_report import frontier_tables
 
 _NUMBERS = ('target', 'compression', 'kept', 'reference_error', 'test_error')
 FOLDER = Path(__file__).parents[1] / 'results'

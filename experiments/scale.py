@@ -5,7 +5,7 @@ python -m experiments.scale
 Measures a training step of AlexNet, dense and under surgery, whose masks are updated at every step
 (σ = 1), the most it can cost; the memory that each plans; the same for fully connected networks of
 growing size; and how fast images are decoded. All programs take turns in one process: medians are
-reported, and ratios within a round. `experiments.scale_report` writes the page from the JSON.
+reported, and ratios within a round. `measurements.scale_report` writes the page from the JSON.
 """
 
 import dataclasses
@@ -17,9 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dns_jax.files import write_whole
-from experiments import command_line, plots, progress, scale_programs, scale_report, timing
-from experiments.scale_programs import RunningStep, plan
+from dns_jax.files.writing import write_whole
+from experiments.config import command_line
+from experiments.devices import progress
+from experiments.measurements import scale_programs, scale_report, timing
+from experiments.measurements.scale_programs import RunningStep, plan
+from experiments.reports import plots
 from experiments.tool_flags import ScaleConfig
 
 _TIMED = 0.1  # seconds that a timed call of a small program takes at least
@@ -49,7 +52,7 @@ def measure(config: ScaleConfig) -> dict[str, Any]:
       config: what to measure, and where to write it.
 
     Returns:
-      What was measured, as `experiments.scale_report` wants it.
+      What was measured, as `experiments.measurements.scale_report` wants it.
 
     Raises:
       OSError: if a result cannot be written.
@@ -165,8 +168,8 @@ def _describe_times(times: dict[str, list[float]]) -> dict[str, Any]:
 
 def _measure_input(config: ScaleConfig) -> dict[str, Any]:
     # Takes seconds to import, which other measurements need not wait for.
-    from experiments.models import INPUTS
-    from experiments.scale_input import measure_input
+    from experiments.measurements.scale_input import measure_input
+    from experiments.networks.models import INPUTS
 
     return measure_input(config.images, INPUTS[config.network].size, workers=(0, 2))
 

@@ -22,21 +22,24 @@ from typing import Any
 
 import jax
 
-from dns_jax.files import write_whole
-from experiments import command_line, models, progress, run
-from experiments.divergence import Diverged
-from experiments.flags import Config
-from experiments.rules import make_rules
-from experiments.space import choice_at, make_ranges, make_run
-from experiments.sweep_flags import SearchConfig
-from experiments.trainer import Trainer
-from experiments.workdir import CHECKPOINTS_FOLDER, release
+from dns_jax.files.writing import write_whole
+from experiments.config import command_line
+from experiments.config.flags import Config
+from experiments.devices import progress
+from experiments.networks import models
+from experiments.sweeps.flags import SearchConfig
+from experiments.sweeps.space import choice_at, make_ranges, make_run
+from experiments.training import run
+from experiments.training.divergence import Diverged
+from experiments.training.pruning import make_rules
+from experiments.training.task import Trainer
+from experiments.training.workdir import CHECKPOINTS_FOLDER, release
 
 try:
     import optuna
     from optuna.trial import TrialState
 
-    from experiments import studies
+    from experiments.sweeps import studies
 except ImportError as error:  # an extra
     _missing = error
 else:

@@ -5,10 +5,10 @@ import math
 import os
 import re
 
-from experiments import data
-from experiments.command_line import check_finite, flag
-from experiments.flags import DATA_DIR_HELP, MANUAL_DIR_HELP
-from experiments.parsers import parse_table
+from experiments.config.command_line import check_finite, flag
+from experiments.config.flags import DATA_DIR_HELP, MANUAL_DIR_HELP
+from experiments.config.parsers import parse_table
+from experiments.data import resident
 
 CODED = '.dns'  # how the name of a coded file ends
 FEWEST_IMAGES = 64  # two batches of those that decoding is timed with
@@ -216,7 +216,7 @@ class ExportConfig:
     )
     batch_size: int = flag(64, 'Images per step of tuning.', lower_bound=1)
     seed: int = flag(0, 'Seeds the order of the images in tuning.', lower_bound=0)
-    dataset: str = flag('mnist', 'Data set to tune on.', choices=data.DATASETS)
+    dataset: str = flag('mnist', 'Data set to tune on.', choices=resident.DATASETS)
     data_dir: str | None = flag(None, DATA_DIR_HELP)
     manual_dir: str | None = flag(None, MANUAL_DIR_HELP)
     train_on_all: bool = flag(False, 'Tune on the validation images too.')

@@ -3,9 +3,10 @@
 python -m experiments.vgg16 --flagfile=experiments/flagfiles/vgg16_imagenet.flags
 """
 
-from experiments import command_line, hosts
-from experiments.image_flags import ImageConfig
-from experiments.run import run
+from experiments.config import command_line
+from experiments.config.image_flags import ImageConfig
+from experiments.devices import hosts
+from experiments.training.run import run
 
 DEFAULTS = {
     'network': 'vgg16',

@@ -20,12 +20,15 @@ import optax
 
 import dns_jax
 from dns_jax import pruners
-from dns_jax.files import write_whole
-from experiments import command_line, plots, probes, progress, xor_plots
-from experiments.models import Xor
-from experiments.tables import middle_and_range, table, write_csv
+from dns_jax.files.writing import write_whole
+from experiments.config import command_line
+from experiments.devices import progress
+from experiments.networks.models import Xor
+from experiments.reports import plots, xor_plots
+from experiments.reports.tables import middle_and_range, table, write_csv
 from experiments.tool_flags import XorConfig
-from experiments.train import TrainState
+from experiments.training import probes
+from experiments.training.steps import TrainState
 
 _POINTS = 10_000  # to train with, and as many to test
 _BATCH = 64

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 
-from dns_jax.files import write_whole
-from dns_jax.sparse import load_sparse
-from experiments import command_line, report
-from experiments.summaries import read_whole_summary
+from dns_jax.files.sparse import load_sparse
+from dns_jax.files.writing import write_whole
+from experiments.config import command_line
+from experiments.reports import run_report as report
+from experiments.reports.summaries import read_whole_summary
 from experiments.tool_flags import ZooConfig
-from experiments.workdir import NETWORK_FILE, SUMMARY_FILE
+from experiments.training.workdir import NETWORK_FILE, SUMMARY_FILE
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from compat_report import compat, pytest_addoption, pytest_configure, row_of_module
 
-from experiments import data
+from experiments.data import resident
 
 __all__ = [
     'compat',
@@ -40,7 +40,7 @@ def mesh():
 def data_dir(tmp_path_factory):
     """A TFDS folder with the digits in it, prepared once."""
     folder = tmp_path_factory.mktemp('tfds')
-    data.load('digits', folder)
+    resident.load('digits', folder)
     return folder
 
 

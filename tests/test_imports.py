@@ -1,4 +1,4 @@
-"""Tests of what the files say by themselves: who imports whom."""
+"""Tests of what the files say by themselves: who imports whom, and nothing reads what could run."""
 
 import ast
 import sys
@@ -7,57 +7,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted((ROOT / 'dns_jax').glob('*.py'))
-EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
+LIBRARY = sorted((ROOT / 'dns_jax').rglob('*.py'))
+EXPERIMENTS = sorted((ROOT / 'experiments').rglob('*.py'))
 TESTS = sorted((ROOT / 'tests').rglob('*.py'))
 
-# What each module of the library may import from the library.
-LEAVES = {'typing', 'roles', 'layers'}
-MIDDLE = LEAVES | {'counts', 'densities', 'importance', 'masks', 'schedules', 'stacking'}
-MIDDLE |= {'thresholds'}
-# Which other packages an artefact module may import besides.
-ARTEFACT_PACKAGES = {
-    'entropy': {'constriction'},
-    'export': {'flax', 'jax2onnx', 'onnx', 'safetensors'},
-    'sharing': {'sklearn'},
-    'sparse': {'safetensors'},
-    'steps': {'scipy'},
+# Each imports from those before it alone; side by side they know nothing of each other.
+WINGS = (
+    {'dns_jax'},  # the method
+    {'dns_jax.inference'},
+    {'dns_jax.files'},
+    {'experiments.devices', 'experiments.networks'},
+    {'experiments.data'},
+    {'experiments.config'},
+    {'experiments.reports'},
+    {'experiments.artefacts', 'experiments.training'},
+    {'experiments.measurements', 'experiments.own_loops', 'experiments.sweeps'},
+    {'experiments'},  # the commands
+)
+RANKS = {wing: rank for rank, wings in enumerate(WINGS) for wing in wings}
+# What the library may import besides jax, NumPy and optax; each is an extra.
+EXTRAS = {
+    'dns_jax.files._entropy': {'constriction'},
+    'dns_jax.files.export': {'flax', 'jax2onnx', 'onnx', 'safetensors'},
+    'dns_jax.files.sharing': {'sklearn'},
+    'dns_jax.files.sparse': {'safetensors'},
+    'dns_jax.inference.kernels': {'scipy'},
 }
-ALLOWED = {
-    '__init__': None,  # the public names, from wherever they are
-    'typing': set(),
-    'roles': {'typing'},
-    'layers': {'typing', 'roles'},
-    'counts': set(),
-    '_search': {'counts'},
-    'stacking': LEAVES,
-    'importance': {'typing'},
-    'masks': LEAVES | {'counts'},
-    'thresholds': LEAVES | {'schedules'},
-    'densities': LEAVES | {'counts', 'masks', '_search', 'thresholds'},
-    'schedules': LEAVES,
-    'optimizers': LEAVES,
-    '_rules': MIDDLE,
-    'surgery': MIDDLE | {'_rules'},
-    'prune': MIDDLE | {'_rules', 'surgery'},
-    'pruners': MIDDLE | {'_rules', '_search', 'surgery'},
-    'training': LEAVES | {'masks', 'surgery'},
-    'metrics': LEAVES | {'counts', 'masks'},
-    'files': set(),
-    'chain': set(),
-    'compact': LEAVES | {'chain', 'masks'},
-    'sparse': LEAVES | {'files', 'masks'},
-    'codec': LEAVES | {'entropy', 'files', 'header', 'masks', 'sharing'},
-    'entropy': set(),
-    'header': set(),
-    'sharing': LEAVES | {'files', 'masks'},
-    'native': set(),
-    'steps': LEAVES | {'chain', 'native'},
-    'runners': LEAVES | {'chain', 'native', 'steps'},
-    'export': LEAVES | {'chain', 'files', 'sparse'},
-    'caffe': LEAVES,
-    'caffe_writer': LEAVES | {'caffe', 'chain', 'files', 'header', 'masks'},
-}
+MOST_FILES = 20  # in a folder, the commands left out
 
 
 def imported(path):
@@ -72,24 +48,73 @@ def imported(path):
     return names
 
 
-def siblings(path, package):
-    """The modules of a package that a file imports."""
-    names = [name.split('.') for name in imported(path)]
-    return {parts[1] if len(parts) > 1 else '__init__' for parts in names if parts[0] == package}
+def name_of(path):
+    """The dotted name of a module of ours."""
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-@pytest.mark.parametrize('path', LIBRARY, ids=lambda path: path.stem)
-def test_library_imports_point_down(path):
-    assert path.stem in ALLOWED, 'say in ALLOWED what the new module may import'
-    if ALLOWED[path.stem] is not None:
-        assert siblings(path, 'dns_jax') <= ALLOWED[path.stem]
+MODULES = {name_of(path): path for path in (*LIBRARY, *EXPERIMENTS)}
 
 
-@pytest.mark.parametrize('path', LIBRARY, ids=lambda path: path.stem)
-def test_library_imports_little(path):
-    others = {name.split('.')[0] for name in imported(path)} - set(sys.stdlib_module_names)
-    allowed = ARTEFACT_PACKAGES.get(path.stem, set())
-    assert others <= {'jax', 'numpy', 'optax', 'dns_jax'} | allowed
+def own_imports(path):
+    """The modules of ours that a file imports."""
+    for name in imported(path):
+        while name and name not in MODULES:
+            name = name.rpartition('.')[0]
+        if name:
+            yield name
+
+
+def wing_of(module):
+    """The folder that a module is in, as a dotted name."""
+    is_folder = MODULES[module].name == '__init__.py'
+    return module if is_folder else module.rpartition('.')[0]
+
+
+def is_private(module):
+    return module.rpartition('.')[2].startswith('_')
+
+
+def test_imports_point_down():
+    up = []
+    for module, path in MODULES.items():
+        for other in own_imports(path):
+            own, theirs = wing_of(module), wing_of(other)
+            if own != theirs and RANKS[own] <= RANKS[theirs]:
+                up.append(f'{module} imports {other}')
+            if own != theirs and is_private(other):
+                up.append(f'{module} imports {other}, which is private to its folder')
+            if own == theirs == 'experiments':
+                up.append(f'{module} imports the command {other}')
+    assert not up
+
+
+def test_imports_make_no_circle():
+    left = {module: set(own_imports(path)) - {module} for module, path in MODULES.items()}
+    while left:
+        free = {module for module, others in left.items() if not others & left.keys()}
+        assert free, f'a circle among {sorted(left)}'
+        left = {module: others for module, others in left.items() if module not in free}
+
+
+def test_the_library_imports_little():
+    for path in LIBRARY:
+        others = {name.split('.')[0] for name in imported(path)} - set(sys.stdlib_module_names)
+        allowed = {'jax', 'numpy', 'optax', 'dns_jax'} | EXTRAS.get(name_of(path), set())
+        assert others <= allowed, path
+
+
+def test_folders_are_no_fuller_than_the_eye_takes_in():
+    for wing in RANKS.keys() - {'experiments'}:
+        files = [module for module in MODULES if wing_of(module) == wing]
+        assert len(files) <= MOST_FILES + 1, wing  # beside __init__
+
+
+def test_commands_only_parse_and_delegate():
+    """Those that start a run; tools have work of their own."""
+    for name in ('lenet300', 'lenet5', 'alexnet', 'vgg16', 'own_loop'):
+        assert len(MODULES[f'experiments.{name}'].read_text().splitlines()) < 60
 
 
 # Whatever reads with these runs what a file says.
@@ -99,9 +124,9 @@ UNSAFE_MODULES = {
 }
 UNSAFE_CALLS = {'eval', 'exec', '__import__', 'torch.load', 'pd.read_pickle'}
 MAY_RUN_CODE = {
-    'tests/test_docs.py',
-    'tests/test_libraries.py',
-    'tests/test_readme.py',
+    'tests/pages/test_docs.py',
+    'tests/contracts/test_libraries.py',
+    'tests/pages/test_readme.py',
 }  # the examples of our pages
 
 
@@ -145,57 +170,3 @@ def test_what_could_run_is_found(line, tmp_path):
     path = tmp_path / 'some.py'
     path.write_text(line)
     assert len(unsafe(path)) == 1
-
-
-def is_entry(path):
-    """Whether a file is run rather than imported."""
-    return "__name__ == '__main__'" in path.read_text(encoding='utf-8')
-
-
-SCRIPTS = [path for path in EXPERIMENTS if is_entry(path)]
-
-
-def test_there_are_entry_scripts():
-    assert {'lenet5', 'lenet300'} <= {path.stem for path in SCRIPTS}
-
-
-# Those that do not start an experiment have work of their own.
-TOOLS = {
-    'alexnet': {'command_line', 'hosts', 'image_flags', 'run'},
-    'bench': {'command_line', 'loops', 'models', 'progress', 'timing', 'tool_flags', 'train'},
-    'compare': {
-        *('command_line', 'flags', 'parsers', 'plots', 'sweep', 'sweep_flags', 'sweep_report'),
-        'workdir',
-    },
-    'export': {
-        *('artefacts', 'command_line', 'data', 'models', 'references', 'tables', 'tool_flags'),
-        *('train', 'tuning'),
-    },
-    'frontier': {'command_line', 'flags', 'plots', 'sweep', 'sweep_flags', 'sweep_report'},
-    'latency': {
-        *('artefacts', 'command_line', 'latency_report', 'models', 'progress', 'timing'),
-        'tool_flags',
-    },
-    'own_loop': {'command_line', 'own_runs'},
-    'results': {'summaries', 'sweep_report', 'tables'},
-    'scale': {
-        *('command_line', 'models', 'progress', 'scale_input', 'scale_programs', 'scale_report'),
-        *('plots', 'timing', 'tool_flags'),
-    },
-    'search': None,  # an experiment of its own, with modules of its own
-    'vgg16': {'command_line', 'hosts', 'image_flags', 'run'},
-    'xor': {
-        *('command_line', 'models', 'plots', 'probes', 'progress', 'tables', 'tool_flags', 'train'),
-        'xor_plots',
-    },
-    'zoo': {'command_line', 'report', 'summaries', 'tool_flags', 'workdir'},
-}
-
-
-@pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.stem)
-def test_entry_scripts_only_parse_and_delegate(path):
-    allowed = TOOLS.get(path.stem, {'command_line', 'flags', 'run'})
-    assert allowed is None or siblings(path, 'experiments') <= allowed
-    assert path.stem in TOOLS or len(path.read_text(encoding='utf-8').splitlines()) < 60
-    for other in EXPERIMENTS:
-        assert path.stem not in siblings(other, 'experiments'), f'{other.name} imports a script'

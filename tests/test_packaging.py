@@ -1,6 +1,7 @@
 """What `python -m build` makes of the library: the wheel, and what it installs."""
 
 import email
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,10 +22,7 @@ def wheel(tmp_path_factory):
     # A copy, lest the build leave its folders in the project.
     for name in ('pyproject.toml', 'README.md', 'LICENSE'):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / 'dns_jax').iterdir():
-        if path.is_file():
-            (source / 'dns_jax').mkdir(exist_ok=True)
-            (source / 'dns_jax' / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / 'dns_jax', source / 'dns_jax', ignore=shutil.ignore_patterns('__py*'))
     command = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, source]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
@@ -37,9 +35,9 @@ def test_it_holds_the_library_and_no_more(wheel):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith('.dist-info/METADATA'))
         fields = email.message_from_bytes(archive.read(metadata))
-    modules = {f'dns_jax/{path.name}' for path in (ROOT / 'dns_jax').glob('*.py')}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / 'dns_jax').rglob('*.py')}
     installed = {name for name in names if not name.startswith(metadata.split('/')[0])}
-    assert installed == {*modules, 'dns_jax/py.typed', 'dns_jax/weighted_slices.cc'}
+    assert installed == {*modules, 'dns_jax/py.typed', 'dns_jax/inference/weighted_slices.cc'}
     assert fields['Version'] == dns_jax.__version__
     needs = [need for need in fields.get_all('Requires-Dist') if 'extra' not in need]
     assert sorted(need.split('>')[0] for need in needs) == ['jax', 'jaxlib', 'numpy', 'optax']

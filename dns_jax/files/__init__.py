@@ -1,0 +1,1 @@
+"""Networks as files: sparse, coded, Caffe's, and those of other tools."""

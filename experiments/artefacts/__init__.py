@@ -1,0 +1,1 @@
+"""Pruned networks from files, and what is done to them."""

@@ -1,0 +1,294 @@
+"""The flags of a run, as fields of one frozen `Config`.
+
+Those of streamed images are in `image_flags`, those of other commands in `sweep_flags` and
+`tool_flags`. What is written within a flag is for `parsers`.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from experiments.config.command_line import check_finite, flag
+from experiments.config.parsers import parse_learning_rate
+from experiments.data import resident
+
+PRUNERS = ('surgery', 'han', 'iterative', 'one_shot', 'gradual', 'set', 'rigl')
+REGROWING = ('set', 'rigl')
+_SURGERY_FLAGS = (
+    *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
+    'count_returns',
+)
+DATA_DIR_HELP = 'Folder of prepared sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.'
+MANUAL_DIR_HELP = "Folder with the set's published files; by default they are downloaded."
+_ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
+_BY_LAYER = 'as LAYER:NUMBER,…, where conv* is a LAYER too, or NUMBER for all; others stay dense.'
+_ONE_OF = 'One of --compression, --density, --layer_density, --c_rate must be given.'
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run does. Error rates are in percent, lengths of time in steps."""
+
+    network: str  # chosen by the entry script, not a flag
+
+    dataset: str = flag('mnist', 'Data set.', choices=resident.DATASETS)
+    data_dir: str | None = flag(None, DATA_DIR_HELP, decides=False)
+    manual_dir: str | None = flag(None, MANUAL_DIR_HELP, decides=False)
+    train_on_all: bool = flag(False, 'Train on the validation images too (a final run).')
+    workdir: str = flag('runs/latest', 'Folder that the run writes to.', decides=False)
+    reference: str | None = flag(
+        None,
+        'Folder of a run, or .caffemodel file (with --train_on_all), to start from; by default a '
+        'dense network is trained.',
+    )
+    resume: bool = flag(False, 'Continue the run in --workdir.', decides=False)
+    overwrite: bool = flag(False, 'Delete the run in --workdir first.', decides=False)
+    tensorboard: bool = flag(
+        False, 'Also write TensorBoard events (needs tensorboardX).', decides=False
+    )
+    seed: int = flag(0, 'Seeds the weights, the order of the images and the coins.', lower_bound=0)
+
+    batch_size: int = flag(64, 'Images per step.', lower_bound=1)
+    reference_steps: int = flag(10_000, 'Steps of dense training.', lower_bound=1)
+    surgery_steps: int = flag(16_000, 'Steps of surgery.', lower_bound=1)
+    finetuning_steps: int = flag(
+        10_000,
+        'Steps of training with frozen masks after surgery; 0 leaves the phase out.',
+        lower_bound=0,
+    )
+    record_every: int = flag(
+        500,
+        'Steps from one record of loss, validation error and kept connections to the next.',
+        lower_bound=1,
+    )
+    checkpoint_every: int = flag(
+        2_000,
+        'Steps from one checkpoint to the next; a multiple of --record_every.',
+        lower_bound=1,
+    )
+    on_divergence: str = flag(
+        'stop',
+        'Where training breaks down: stop, or rollback to the last checkpoint and go on with half '
+        'the learning rate, other batches and, once surgery emptied a layer, the masks as they '
+        'are there.',
+        choices=('stop', 'rollback'),
+    )
+
+    reference_learning_rate: str = flag(
+        'inv:0.01,1e-4,0.75',
+        'Learning rate of dense training: fixed:BASE, exp:BASE,GAMMA, inv:BASE,GAMMA,POWER, '
+        'poly:BASE,POWER or step:BASE,GAMMA,STEPS, as in Caffe.',
+    )
+    learning_rate: str = flag(
+        'inv:0.01,1e-4,0.75',
+        'Learning rate of surgery, in the form of --reference_learning_rate.',
+    )
+    finetuning_learning_rate: str = flag(
+        'poly:0.05,1', 'Learning rate of fine-tuning, in the form of --reference_learning_rate.'
+    )
+    reference_weight_decay: float = flag(
+        5e-4, f'Weight decay of dense training, {_ADDED_TO_THE_GRADIENT}.'
+    )
+    weight_decay: float = flag(
+        5e-4, f'Weight decay of surgery, on all dense weights, {_ADDED_TO_THE_GRADIENT}.'
+    )
+    finetuning_weight_decay: float = flag(
+        0.0, f'Weight decay of fine-tuning, {_ADDED_TO_THE_GRADIENT}.'
+    )
+    momentum: float = flag(
+        0.9, 'Momentum: share of the last update that goes into the next, in [0, 1).'
+    )
+    bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.')
+    decay_biases: bool = flag(True, 'Whether weight decay is for biases too.')
+
+    compression: float | None = flag(
+        None,
+        f'All parameters / kept parameters to reach; the layers share by themselves. {_ONE_OF}',
+    )
+    density: float | None = flag(None, f'Kept parameters / all parameters to reach. {_ONE_OF}')
+    layer_density: str = flag(
+        '',
+        f'Kept / all to reach, of what takes part in a layer, {_BY_LAYER} {_ONE_OF}',
+    )
+    c_rate: str = flag(
+        '',
+        f'c, in standard deviations, {_BY_LAYER} Surgery prunes below mean + c · std of the '
+        f'magnitudes, --pruner=han below c · std of the weights. {_ONE_OF}',
+    )
+    refresh_statistics: int = flag(
+        0,
+        'Steps from one reading of mean and std, for --c_rate, to the next; 0 reads them once.',
+        lower_bound=0,
+    )
+    score: str = flag(
+        'norm',
+        "How layers share --compression or --density: by each weight's share of its layer's norm, "
+        'of its root mean square (rms), or by kernel axes (erk).',
+        choices=('norm', 'rms', 'erk'),
+    )
+    ramp: str = flag(
+        'log', 'How the density falls under surgery: log (by equal factors) or poly:POWER.'
+    )
+    ramp_start: str = flag(
+        '0%',
+        'Step, or share of the surgery steps, at which the density begins to fall, or the first '
+        'round is; with --layer_density also LAYER:STEP,…',
+    )
+    ramp_end: str = flag(
+        '80%',
+        'Step, or share of the surgery steps, at which the density is reached, or the last round '
+        'is, the last update at the latest; with --layer_density also LAYER:STEP,…',
+    )
+    refresh_every: int = flag(
+        500,
+        'Steps from one choice of thresholds by density to the next, where 0 follows the density '
+        'at every step, and from one round of --pruner=gradual, set and rigl to the next.',
+        lower_bound=0,
+    )
+    start: str = flag(
+        '0',
+        'First step, or share of the surgery steps, with mask updates; one for all, or '
+        'LAYER:STEP,…',
+    )
+    stop: str = flag(
+        '100%',
+        'First step, or share of the surgery steps, without mask updates; one for all, or '
+        'LAYER:STEP,… The last update before it reaches a density exactly; with --update_power=0 '
+        'that is the last choice of thresholds, where the ramp is done by then.',
+    )
+    hysteresis: float = flag(
+        0.1,
+        'Half the relative width of the band between thresholds: 0.1 puts them at 0.9·t and 1.1·t.',
+    )
+    update_gamma: float = flag(
+        1e-4,
+        'γ of the update probability (1 + γ·step)^−power, per step; not read where '
+        '--update_power=0.',
+    )
+    update_power: float = flag(
+        0.0,
+        'Power of the update probability (1 + γ·step)^−power; at 0 masks are updated at every '
+        'step.',
+    )
+    prune_biases: bool = flag(True, 'Whether biases take part in surgery.')
+
+    pruner: str = flag(
+        'surgery',
+        'What prunes: surgery; han, the rounds of Han et al. by --c_rate; iterative, as many '
+        'rounds by density; one_shot, in one step; gradual, by the cubic ramp of Zhu and Gupta; '
+        'set or rigl, in one step, after which connections are exchanged.',
+        choices=PRUNERS,
+    )
+    importance: str = flag(
+        'magnitude',
+        'What says how much a connection matters: |w|, |w · gradient|, or a random number.',
+        choices=('magnitude', 'taylor', 'chance'),
+    )
+    splicing: bool = flag(True, 'Whether surgery lets pruned connections return.')
+    rounds: int = flag(5, 'Rounds of --pruner=han and iterative.', lower_bound=1, upper_bound=1_000)
+    drop: float = flag(
+        0.3,
+        "Share of each layer's kept connections that --pruner=set and rigl exchange in a round.",
+    )
+    dropout: float = flag(
+        0.0, 'Share of the units dropped behind all fully connected layers but the last.'
+    )
+    pruned_dropout: str = flag(
+        'scaled',
+        'What becomes of --dropout once pruning begins: kept, dropped, or scaled with the root of '
+        'the density.',
+        choices=('kept', 'dropped', 'scaled'),
+    )
+    cut: float = flag(0.0, 'Share of the kept connections that is cut at random, once.')
+    cut_at: str = flag('50%', 'Step, or share of the surgery steps, at which --cut happens.')
+    count_returns: bool = flag(
+        False, 'Whether the summary tells what becomes of connections that return.'
+    )
+
+    def __post_init__(self):
+        if self.resume and self.overwrite:
+            raise ValueError('--resume and --overwrite exclude each other')
+        if self.overwrite and self.reference and _same(self.reference, self.workdir):
+            raise ValueError(f'--overwrite would delete --reference={self.reference}')
+        wanted = {
+            name: getattr(self, name)
+            for name in ('compression', 'density', 'layer_density', 'c_rate')
+            if getattr(self, name) not in (None, '')
+        }
+        if len(wanted) != 1:
+            raise ValueError(
+                'one of --compression, --density, --layer_density and --c_rate must say what to '
+                f'keep, as --compression=100 does, but {wanted or "none"} is given'
+            )
+        if self.compression is not None and not 1 <= self.compression < math.inf:
+            raise ValueError(f'--compression={self.compression} must be finite and at least 1')
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f'--density={self.density} must be in (0, 1]')
+        for name in ('cut', 'dropout', 'drop'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
+        self._check_pruner()
+        self._check_unread()
+        if self.count_returns and self.on_divergence == 'rollback':
+            raise ValueError(
+                '--count_returns and --on_divergence=rollback exclude each other: what returned '
+                'in an attempt that was undone would count'
+            )
+        if self.checkpoint_every % self.record_every:
+            raise ValueError(
+                f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
+                f'--record_every={self.record_every}'
+            )
+        for name in ('reference_learning_rate', 'learning_rate', 'finetuning_learning_rate'):
+            try:
+                parse_learning_rate(getattr(self, name), steps=1)
+            except ValueError as error:
+                raise ValueError(f'--{name}: {error}') from error
+        check_finite(self)
+
+    def _check_pruner(self):
+        """Refuses what the pruner cannot prune by."""
+        if self.pruner in ('gradual', *REGROWING) and not self.refresh_every:
+            raise ValueError(f'--refresh_every=0 must be at least 1 for --pruner={self.pruner}')
+        if self.pruner != 'surgery' and bool(self.c_rate) != (self.pruner == 'han'):
+            wanted = '--c_rate' if self.pruner == 'han' else 'a density or a compression'
+            raise ValueError(f'--pruner={self.pruner} must go with {wanted}')
+        is_known = self.importance == 'magnitude' or self.refresh_statistics or not self.c_rate
+        if self.pruner == 'surgery' and not is_known:
+            raise ValueError(
+                f'--importance={self.importance} is not known at the start: with --c_rate it must '
+                'go with --refresh_statistics'
+            )
+
+    def _check_unread(self):
+        """Refuses flags that nothing would read beside the others, as another pruner would."""
+        surgery = self.pruner == 'surgery'
+        is_read = {
+            **dict.fromkeys(_SURGERY_FLAGS, surgery),
+            'importance': self.pruner not in REGROWING,
+            'rounds': self.pruner in ('han', 'iterative'),
+            'drop': self.pruner in REGROWING,
+            'refresh_statistics': surgery and bool(self.c_rate),
+            'pruned_dropout': self.dropout > 0,
+            'cut_at': self.cut > 0,
+        }
+        for field in dataclasses.fields(Config):
+            value = getattr(self, field.name)
+            if value != field.default and not is_read.get(field.name, True):
+                raise ValueError(
+                    f'--{field.name}={value} has no meaning beside the other flags, '
+                    f'--pruner={self.pruner} among them'
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the fields that decide a run's numbers: all but places and switches."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata.get('decides', True)
+        }
+
+
+def _same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()

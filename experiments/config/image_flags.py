@@ -1,0 +1,65 @@
+"""The flags of runs on streamed images, those of ImageNet above all: `flags.Config` and more."""
+
+import dataclasses
+
+from experiments.config.command_line import flag
+from experiments.config.flags import Config
+from experiments.data.crops import CROPS
+from experiments.devices.hosts import parse_distributed
+from experiments.devices.meshes import parse_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig(Config):
+    """What a run on streamed images does: the flags of every run, and these."""
+
+    dataset: str = flag(
+        'imagenet2012',
+        'Image classification set of TFDS; imagenet2012 needs --manual_dir until it is prepared.',
+    )
+    image_size: int = flag(224, 'Height and width of the images, in pixels.', lower_bound=1)
+    crop: str = flag(
+        'caffe',
+        'caffe: warped to 256/227 of --image_size, a random part of that, mirrored or not; '
+        'random_resized: a random part of 8 to 100 % of the image, mirrored or not; whole: all.',
+        choices=CROPS,
+    )
+    width: float = flag(
+        1.0, "Channels and hidden units, in shares of the paper's.", lower_bound=0.0
+    )
+    compute_dtype: str = flag(
+        'float32',
+        'What the network computes in; weights stay float32, masks bool.',
+        choices=('float32', 'bfloat16'),
+    )
+    accumulate: int = flag(
+        1,
+        'Parts that a batch is taken in, one after the other, to need less memory.',
+        lower_bound=1,
+    )
+    workers: int = flag(
+        0,
+        'Processes that decode images, for each process of the run; 0 decodes in its threads.',
+        decides=False,
+        lower_bound=0,
+    )
+    mesh: str = flag(
+        '',
+        'Devices along each axis, as data:4,model:2: batches are split over data, fully connected '
+        'layers over model. By default all devices share the batch.',
+        decides=False,
+    )
+    distributed: str = flag(
+        '',
+        'How processes find each other: auto under SLURM, Kubernetes, Open MPI or on Cloud TPU, or '
+        'HOST:PORT,PROCESSES,PROCESS. By default there is one process.',
+        decides=False,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_mesh(self.mesh)
+        if self.distributed:
+            parse_distributed(self.distributed)
+        if self.width <= 0:
+            raise ValueError(f'--width={self.width} must be above 0')

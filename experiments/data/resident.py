@@ -1,0 +1,247 @@
+"""The small data sets, whole: prepared through TFDS without TensorFlow, cached as arrays.
+
+The first `load` of a set prepares its standard TFDS folder in the ArrayRecord format, decodes it,
+and writes `data_dir/dns_jax_cache/<name>-<version>.npz`; later ones read that file alone.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from dns_jax.files.writing import write_whole
+
+_CLASSES = 10
+_EVALUATION_BATCH = 1_000  # images
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a prepared set must hold, and how many training images end it as validation images."""
+
+    version: str
+    train: int
+    test: int
+    validation: int
+
+
+_SOURCES = {
+    'digits': _Source('1.0.0', train=1_437, test=360, validation=200),
+    'mnist': _Source('3.0.1', train=60_000, test=10_000, validation=5_000),
+    'fashion_mnist': _Source('3.0.1', train=60_000, test=10_000, validation=5_000),
+}
+DATASETS = tuple(_SOURCES)
+VALIDATION_IMAGES = {name: source.validation for name, source in _SOURCES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images, (examples, 28, 28, 1) uint8, and their labels, (examples,) int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Gives all images and labels in order, in parts to evaluate a network on."""
+        for start in range(0, len(self), _EVALUATION_BATCH):
+            part = slice(start, start + _EVALUATION_BATCH)
+            yield self.images[part], self.labels[part]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The three splits of a data set; its labels count from 0 to 9."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    manual_dir: str | os.PathLike[str] | None = None,
+    train_on_all: bool = False,
+) -> Dataset:
+    """Loads a data set, preparing it first where that has not been done.
+
+    Args:
+      name: one of `DATASETS`. `digits` comes with scikit-learn, the others are downloaded.
+      data_dir: local folder of the prepared sets; by default that of TFDS, `TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`.
+      manual_dir: folder with files downloaded by hand, taken in place of a download.
+      train_on_all: whether `train` holds the validation images too.
+
+    Returns:
+      The data set, its validation split the last images that TFDS gives for training: 5,000, or
+      200 for `digits`.
+
+    Raises:
+      ValueError: an argument is wrong, or what `data_dir` holds is damaged or unreadable.
+      OSError: nothing can be written to `data_dir`.
+      RuntimeError: files are neither at hand nor to be had from the network.
+    """
+    if name not in _SOURCES:
+        raise ValueError(f'name={name!r}: wanted one of {", ".join(DATASETS)}')
+    folder, manual_dir = resolve_folders(data_dir, manual_dir)
+    source = _SOURCES[name]
+    cache = folder / 'dns_jax_cache' / f'{name}-{source.version}.npz'
+    if not cache.exists():
+        _make_writable(cache.parent, os.fspath(folder))
+        _write_cache(cache, _prepare(name, folder, manual_dir))
+    arrays = _read_cache(cache, source)
+    whole = Split(arrays['train_images'], arrays['train_labels'])
+    start = source.train - source.validation
+    return Dataset(
+        name=name,
+        train=whole if train_on_all else Split(whole.images[:start], whole.labels[:start]),
+        validation=Split(whole.images[start:], whole.labels[start:]),
+        test=Split(arrays['test_images'], arrays['test_labels']),
+    )
+
+
+def resolve_folders(
+    data_dir: str | os.PathLike[str] | None, manual_dir: str | os.PathLike[str] | None
+) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """Resolves and checks the folders that every set is read from.
+
+    Args:
+      data_dir: local folder of the prepared sets; by default that of TFDS, `TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`. It need not exist.
+      manual_dir: folder with files downloaded by hand, which must exist, or None.
+
+    Returns:
+      Both, with `~` expanded.
+
+    Raises:
+      ValueError: `manual_dir` does not exist, or `data_dir` is not local.
+    """
+    manual = None if manual_dir is None else pathlib.Path(manual_dir).expanduser()
+    if manual is not None and not manual.is_dir():
+        raise ValueError(f'manual_dir={manual_dir!r}: wanted a folder that exists')
+    if data_dir is None:
+        # The words of TFDS, said again because importing it takes longer than all that follows.
+        data_dir = os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
+    if not os.fspath(data_dir) or '://' in os.fspath(data_dir):
+        raise ValueError(f'data_dir={data_dir!r}: wanted a local folder')
+    return pathlib.Path(data_dir).expanduser(), manual
+
+
+def batch_indices(
+    seed: tuple[int, ...], examples: int, batch_size: int, start: int, steps: int
+) -> np.ndarray:
+    """Chooses the images of some steps: one shuffled epoch after the other, without gaps.
+
+    A pure function of its arguments, so that a resumed run sees the same batches.
+
+    Args:
+      seed: of the shuffles, one number or more.
+      examples: images in the training split.
+      batch_size: images per step.
+      start: the first step.
+      steps: how many steps.
+
+    Returns:
+      Indices into the split, (steps, batch_size) int32.
+    """
+    first, last = start * batch_size, (start + steps) * batch_size
+    epochs = range(first // examples, (last - 1) // examples + 1)
+    order = np.concatenate([_shuffled_epoch(seed, examples, epoch) for epoch in epochs])
+    offset = epochs[0] * examples
+    return order[first - offset : last - offset].reshape(steps, batch_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled_epoch(seed: tuple[int, ...], examples: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([*seed, epoch]).permutation(examples).astype(np.int32)
+
+
+def _make_writable(folder: pathlib.Path, data_dir: str) -> None:
+    """Makes the cache folder, so that a `data_dir` of no use fails before the long work begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f'{folder} is read-only')
+    except OSError as error:
+        raise OSError(
+            f'data_dir={data_dir!r}: wanted a folder that can be made and written to, but {error}'
+        ) from error
+
+
+def _write_cache(cache: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
+    write_whole(cache, content.getvalue())
+
+
+def _read_cache(cache: pathlib.Path, source: _Source) -> dict[str, np.ndarray]:
+    """Reads {train,test}_{images,labels}, and holds them to what the source promises."""
+    expected = {}
+    for split, count in (('train', source.train), ('test', source.test)):
+        expected[f'{split}_images'] = ((count, 28, 28, 1), np.dtype(np.uint8))
+        expected[f'{split}_labels'] = ((count,), np.dtype(np.int32))
+    with open(cache, 'rb') as file:
+        try:
+            with zipfile.ZipFile(file) as stored:
+                names = sorted(stored.namelist())
+                if names != sorted(f'{key}.npy' for key in expected):
+                    raise ValueError(f'it holds {names}, wanted {list(expected)}')
+                arrays = {key: _read_array(stored, key, *form) for key, form in expected.items()}
+            labels = np.concatenate([arrays['train_labels'], arrays['test_labels']])
+            if labels.min() < 0 or labels.max() >= _CLASSES:
+                raise ValueError(f'its labels reach outside 0 to {_CLASSES - 1}')
+        except Exception as error:  # Damaged bytes raise a dozen types, all of one meaning.
+            raise ValueError(f'{cache} is damaged: {error}. Delete it and run again.') from error
+    return arrays
+
+
+def _read_array(
+    stored: zipfile.ZipFile, key: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """Reads an array that must have a form; no memory is taken for what it claims to have."""
+    with stored.open(f'{key}.npy') as file:
+        np.lib.format.read_magic(file)
+        found = np.lib.format.read_array_header_1_0(file)
+        if found != (shape, False, dtype):
+            raise ValueError(f'{key} is {found}, wanted {(shape, False, dtype)}')
+        size = dtype.itemsize * math.prod(shape)
+        content = bytearray(file.read(size + 1))  # one more, for only the end has the checksum
+        return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _prepare(
+    name: str, folder: pathlib.Path, manual_dir: str | os.PathLike[str] | None
+) -> dict[str, np.ndarray]:
+    """Prepares the TFDS folder of a set where there is none; reads it as `_read_cache` does."""
+    # Imported only where a set is prepared: one that is cached need not wait for TFDS.
+    from experiments.data import builders
+
+    source = _SOURCES[name]
+    builder = builders.prepare(name, folder, manual_dir)
+    with builders.naming_folder(builder.data_path):
+        return {**_decode(builder, 'train', source.train), **_decode(builder, 'test', source.test)}
+
+
+def _decode(builder, split: str, count: int) -> dict[str, np.ndarray]:
+    """Decodes a split of a prepared TFDS builder, which must hold `count` examples."""
+    # Brings JAX, which processes that decode images later on need not wait for.
+    from experiments.devices import progress
+
+    examples = builder.as_data_source(split)
+    if len(examples) != count:
+        raise ValueError(f'its {split} split holds {len(examples)} examples, wanted {count}')
+    images, labels = np.empty((count, 28, 28, 1), np.uint8), np.empty((count,), np.int32)
+    title = f'decoding {builder.name} {split}'
+    for index, example in enumerate(progress.bar(examples, title, unit=' images')):
+        images[index], labels[index] = example['image'], example['label']
+    return {f'{split}_images': images, f'{split}_labels': labels}

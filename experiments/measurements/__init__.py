@@ -1,0 +1,1 @@
+"""What a step, a network and a call cost."""

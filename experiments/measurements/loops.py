@@ -1,0 +1,149 @@
+"""What surgery costs in the loops that users write: one jitted step called from Python, or a scan.
+
+Times a dense step, one in which masks move, and one after surgery's last step, in turns.
+"""
+
+import functools
+import itertools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dns_jax
+from experiments.networks import models
+
+LOOPS = ('called', 'scanned')
+OPTIMIZERS = {'sgd': optax.sgd(0.01, momentum=0.9), 'adam': optax.adam(1e-3)}
+KINDS = ('dense', 'moving', 'after')
+_NETWORK, _BATCH_SIZE, _BATCHES = 'lenet300', 64, 50
+
+
+class Loop(NamedTuple):
+    """A loop and what it goes through."""
+
+    run: Any  # takes params, state and batches, and gives the first two back
+    batches: Any  # of one call: arrays, or a list of pairs
+
+    def milliseconds(self, carry: tuple[Any, Any]) -> tuple[float, tuple[Any, Any]]:
+        """Runs the loop over all batches; returns its time per step and what it carries."""
+        started = time.perf_counter()
+        carry = jax.block_until_ready(self.run(*carry, self.batches))
+        return 1e3 * (time.perf_counter() - started) / _BATCHES, carry
+
+
+def make_pruner(kind: str) -> optax.GradientTransformation:
+    """Makes what surgery does in a loop that is timed.
+
+    Args:
+      kind: of `KINDS`.
+
+    Returns:
+      Surgery that follows a density for ever, or is over after one step.
+    """
+    if kind == 'after':
+        return dns_jax.prune_to(compression=50, steps=1)
+    sigma = dns_jax.update_probability(power=0, stop=2**31 - 1)
+    rule = dns_jax.Rule(dns_jax.global_density(0.02), sigma)
+    return dns_jax.surgery(rule, jax.random.key(0))
+
+
+def make_loop(loop: str, optimizer_name: str, kind: str) -> tuple[Loop, tuple[Any, Any]]:
+    """Makes a loop as a user would write it.
+
+    Args:
+      loop: of `LOOPS`.
+      optimizer_name: of `OPTIMIZERS`.
+      kind: of `KINDS`.
+
+    Returns:
+      The loop, and the params and the state to begin with.
+    """
+    network = models.NETWORKS[_NETWORK]()
+    random = np.random.default_rng(0)
+    images = jnp.asarray(random.random((_BATCHES, _BATCH_SIZE, 28, 28, 1), np.float32))
+    labels = jnp.asarray(random.integers(0, 10, (_BATCHES, _BATCH_SIZE), np.int32))
+    params = network.init(jax.random.key(0), images[0])['params']
+    optimizer = OPTIMIZERS[optimizer_name]
+    if kind != 'dense':
+        optimizer = optax.chain(make_pruner(kind), optimizer)
+
+    def loss_fn(params, images, labels):
+        logits: Any = network.apply({'params': params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(params, state, images, labels):
+        if kind == 'dense':
+            gradients = jax.grad(loss_fn)(params, images, labels)
+        else:
+            masks = dns_jax.get_masks(state)
+            _, gradients = dns_jax.masked_value_and_grad(loss_fn)(params, masks, images, labels)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    if loop == 'scanned':
+        run = jax.jit(
+            lambda params, state, batches: jax.lax.scan(
+                lambda carry, batch: (step(*carry, *batch), None), (params, state), batches
+            )[0],
+            donate_argnums=(0, 1),
+        )
+        return Loop(run, (images, labels)), (params, optimizer.init(params))
+    jitted = functools.partial(jax.jit, donate_argnums=(0, 1))(step)
+    apart = list(zip(images, labels, strict=True))
+
+    def call(params, state, batches):
+        for batch in batches:
+            params, state = jitted(params, state, *batch)
+        return params, state
+
+    return Loop(call, apart), (params, optimizer.init(params))
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Times all loops in turns.
+
+    Args:
+      rounds: how often, after two to warm up.
+
+    Returns:
+      `{loop: {optimizer: {dense_ms, moving, after}}}`: the dense step in milliseconds, medians,
+      and what the others take of it, medians of the ratios within a round.
+    """
+    keys = list(itertools.product(LOOPS, OPTIMIZERS, KINDS))
+    made = {key: make_loop(*key) for key in keys}
+    carries = {key: carry for key, (_, carry) in made.items()}
+    times: dict[Any, list[float]] = {key: [] for key in keys}
+    for _ in range(rounds + 2):
+        for key in keys:
+            milliseconds, carries[key] = made[key][0].milliseconds(carries[key])
+            times[key].append(milliseconds)
+    medians: dict[str, Any] = {}
+    for loop, name in itertools.product(LOOPS, OPTIMIZERS):
+        dense, moving, after = (np.array(times[loop, name, kind][2:]) for kind in KINDS)
+        medians.setdefault(loop, {})[name] = {
+            'dense_ms': float(np.median(dense)),
+            'moving': float(np.median(moving / dense)),
+            'after': float(np.median(after / dense)),
+        }
+    return medians
+
+
+def format_rows(medians: dict[str, Any]) -> list[str]:
+    """Writes what was measured.
+
+    Args:
+      medians: from `measure`.
+
+    Returns:
+      A line for each loop and optimizer.
+    """
+    return [
+        f'{_NETWORK}, {loop} step, {name}: dense {row["dense_ms"]:.3f} ms; while masks move '
+        f'×{row["moving"]:.3f}, after surgery ×{row["after"]:.3f}'
+        for loop, by_optimizer in medians.items()
+        for name, row in by_optimizer.items()
+    ]

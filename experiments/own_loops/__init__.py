@@ -1,0 +1,1 @@
+"""Pruning in loops of training as users write them."""

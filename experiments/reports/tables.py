@@ -1,0 +1,56 @@
+"""Tables of text, and numbers over seeds, for the terminal, for Markdown and for pages."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dns_jax.files.writing import write_whole
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Table(NamedTuple):
+    """Rows of text under a header; the first cell of a row names it."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def to_text(tables: Sequence[Table]) -> str:
+    """Writes tables without their captions in Markdown, an empty line between them."""
+    return '\n\n'.join(table(one.header, one.rows) for one in tables)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table padded to straight columns, so that it reads as well on a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append(' | '.join([f'| {first.ljust(widths[0])}', *cells]) + ' |')
+    rule = ['-' * (widths[0] + 2), *('-' * (width + 1) + ':' for width in widths[1:])]
+    lines.insert(1, f'|{"|".join(rule)}|')
+    return '\n'.join(lines)
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Writes rows as CSV; the columns are all that a row has."""
+    text = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def middle_and_range(rows: Rows, name: str, form: str, unit: str = '') -> str:
+    """The median of a quantity over runs, and in brackets its range."""
+    values = [row[name] for row in rows]
+    middle, low, high = statistics.median(values), min(values), max(values)
+    if f'{low:{form}}' == f'{high:{form}}':
+        return f'{middle:{form}}{unit}'
+    return f'{middle:{form}}{unit} ({low:{form}} to {high:{form}})'

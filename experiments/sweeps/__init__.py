@@ -1,0 +1,1 @@
+"""Many runs: what runs when, and what comes of it."""

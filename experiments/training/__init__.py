@@ -1,0 +1,1 @@
+"""A run: its plan, its phases, and the step that they take."""

@@ -1,0 +1,91 @@
+"""The bench: its rows, its peer, its last line."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from experiments import bench
+from experiments.measurements import loops
+from experiments.tool_flags import BenchConfig
+
+PEER = """
+import json
+row = {'dense': {'median_ms': 1000.0}, 'surgery': {'median_ms': 2000.0}}
+print(json.dumps({'lenet300': row, 'lenet5': row}))
+"""
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One network, few steps: what it prints is tested, not how fast it is."""
+    monkeypatch.setattr(bench, '_STEPS_PER_CALL', {'lenet300': 3})
+    monkeypatch.setattr(bench, '_LARGE_LAYER', (30, 20))
+    monkeypatch.setattr(loops, '_BATCHES', 2)
+    with jax.numpy_dtype_promotion('standard'):  # as optax's Adam needs it
+        yield
+
+
+@pytest.fixture
+def peer(tmp_path):
+    script = tmp_path / 'peer.py'
+    script.write_text(PEER)
+    return script
+
+
+@pytest.mark.slow
+def test_bench_measures_and_prints(small, peer, capsys):
+    bench.bench(BenchConfig(rounds=2, peer=sys.executable, peer_script=str(peer), peer_rounds=1))
+    out = capsys.readouterr().out
+    table = json.loads(out.splitlines()[-1])
+    row = table['lenet300']
+    assert min(row['dense_ms'], row['surgery_ms']) > 0
+    assert row['steps_per_s'] == pytest.approx(1e3 / row['surgery_ms'])
+    assert isinstance(row['refresh_ms'], float)
+    assert table['large']['weights'] == 600
+    assert min(table['large'].values()) > 0
+    # Masks are a byte per parameter; the masked weights four at the most.
+    assert 0.2 < row['surgery_mib'] - row['dense_mib'] < 2
+    assert table['peer'] == {'lenet300': {'dense_ms': 1000.0, 'surgery_ms': 2000.0}}
+    assert f'{2000 / row["surgery_ms"]:.2f}× as fast' in out
+    for loop in loops.LOOPS:
+        for name in loops.OPTIMIZERS:
+            assert min(table['loops'][loop][name].values()) > 0
+            assert f'{loop} step, {name}: dense' in out
+
+
+def test_rounds_are_the_timed_calls(small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench.TimedCall, 'milliseconds', lambda program: calls.append(1) or 1.0)
+    bench.measure(BenchConfig(rounds=5))
+    assert len(calls) == 3 * (1 + 5)
+
+
+def test_peer_rounds_are_its_runs(small, peer, monkeypatch):
+    runs = []
+    answer = bench._run_peer
+    monkeypatch.setattr(bench, '_run_peer', lambda *command: runs.append(1) or answer(*command))
+    config = BenchConfig(rounds=7, peer=sys.executable, peer_script=str(peer), peer_rounds=3)
+    bench.measure(config)
+    assert len(runs) == 3
+
+
+def test_a_failing_peer_is_an_error(small, tmp_path):
+    (tmp_path / 'peer.py').write_text('raise SystemExit("no such thing")')
+    script = str(tmp_path / 'peer.py')
+    config = BenchConfig(rounds=1, peer=sys.executable, peer_script=script, peer_rounds=1)
+    with pytest.raises(RuntimeError, match='failed: no such thing'):
+        bench.measure(config)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'peer': 'python', 'peer_script': 'nowhere.py'}, '--peer_script must be a file.*nowhere'),
+        ({'rounds': 2, 'peer_rounds': 3}, '--peer_rounds=3 must be at most --rounds=2'),
+    ],
+)
+def test_bad_flags(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**fields)

@@ -1,0 +1,236 @@
+"""Tests of frontier: a sweep end to end on the digits, and its table and picture."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from short_sweep import SHORT
+
+from experiments import frontier
+from experiments.config.flags import Config
+from experiments.data import resident
+from experiments.reports import plots, published
+from experiments.reports.tables import to_text
+from experiments.sweeps import sweep, sweep_report
+from experiments.sweeps.flags import FrontierConfig
+from experiments.training import run
+from experiments.training.divergence import Diverged
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('frontier')
+    resident.load('digits', folder / 'tfds')
+    return FrontierConfig(
+        **SHORT, data_dir=str(folder / 'tfds'), workdir=str(folder / 'sweep'), side_by_side=2
+    )
+
+
+@pytest.fixture(scope='module')
+def rows(config):
+    return frontier.frontier(config)
+
+
+@pytest.mark.slow
+def test_every_run_reaches_its_target(rows):
+    assert [(row['target'], row['seed']) for row in rows] == [(5, 0), (5, 1), (20, 0), (20, 1)]
+    for row in rows:
+        assert row['kept'] == 266_610 // row['target']
+        assert row['compression'] == pytest.approx(266_610 / row['kept'])
+
+
+@pytest.mark.slow
+def test_the_csv_is_the_rows(config, rows):
+    with (Path(config.workdir) / 'frontier.csv').open() as file:
+        read = list(csv.DictReader(file))
+    assert [list(row) for row in read] == [list(frontier.COLUMNS)] * 4
+    assert read == [{name: str(value) for name, value in row.items()} for row in rows]
+    assert (Path(config.workdir) / 'frontier.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.slow
+def test_targets_share_the_reference_of_their_seed(config, rows):
+    assert rows[0]['reference_error'] == rows[2]['reference_error']
+    assert rows[1]['reference_error'] == rows[3]['reference_error']
+    checkpoints = {path.parent.parent.name for path in Path(config.workdir).glob('*/*/reference')}
+    assert checkpoints == {'5-0', '5-1'}
+
+
+@pytest.mark.slow
+def test_side_by_side_each_seed_is_about_the_run_alone(config, rows, tmp_path):
+    first = dataclasses.replace(
+        config, workdir=str(tmp_path), compressions='5', seeds=1, seed=1, side_by_side=1
+    )
+    (alone,) = frontier.frontier(first)
+    assert alone['kept'] == rows[1]['kept']
+    assert alone['reference_error'] == pytest.approx(rows[1]['reference_error'], abs=0.6)
+    assert alone['test_error'] == pytest.approx(rows[1]['test_error'], abs=2)
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
+    # With other seeds before: what another process did in the workdir is joined.
+    monkeypatch.setattr(sweep, 'run_together', None)
+    second = frontier.frontier(dataclasses.replace(config, resume=True, seed=1, seeds=1))
+    assert second == [row for row in rows if row['seed'] == 1]
+    capsys.readouterr()
+    assert frontier.frontier(dataclasses.replace(config, resume=True)) == rows
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == rows
+    assert '\n'.join(table).startswith(to_text(sweep_report.frontier_tables(rows)))
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, rows, tmp_path):
+    runs = dataclasses.replace(config, workdir=str(tmp_path), compressions='5').runs()
+    records = []
+
+    def stop_in_the_middle(record):
+        records.append((record['phase'], record['step']))
+        if records.count(('surgery', 50)) == 2:
+            raise OSError('no space left')
+
+    with pytest.raises(OSError, match='no space left'):
+        run.run_together(runs, stop_in_the_middle)
+    # As after a kill between the two saves of the step.
+    shutil.rmtree(tmp_path / '5-1' / 'checkpoints' / 'reference' / '100')
+    again = run.run_together([dataclasses.replace(one, resume=True) for one in runs])
+    for summary, row, config_of_run in zip(again, rows[:2], runs, strict=True):
+        assert summary['kept'] == row['kept']
+        assert summary['reference_error'] == pytest.approx(row['reference_error'], abs=0.6)
+        assert summary['test_error'] == pytest.approx(row['test_error'], abs=2)
+        metrics = (Path(config_of_run.workdir) / 'metrics.jsonl').read_text().splitlines()
+        steps = [(record['phase'], record['step']) for record in map(json.loads, metrics)]
+        assert steps == [
+            *(('reference', 50), ('reference', 100), ('surgery', 50), ('surgery', 100)),
+            ('finetuning', 50),
+        ]
+
+
+@pytest.mark.slow
+def test_a_run_with_other_flags_is_not_taken_for_finished(config, rows):
+    with pytest.raises(ValueError, match=r'holds a run with other flags: momentum was 0\.9'):
+        frontier.frontier(dataclasses.replace(config, resume=True, momentum=0.8))
+
+
+def test_runs_are_those_of_the_flags():
+    config = FrontierConfig('lenet5', workdir='w', compressions='10,20.5', seeds=2, seed=3)
+    runs = config.runs()
+    assert all(type(run) is Config and run.network == 'lenet5' for run in runs)
+    assert [(run.compression, run.seed, run.workdir, run.reference) for run in runs] == [
+        (10.0, 3, 'w/10-3', None),
+        (10.0, 4, 'w/10-4', None),
+        (20.5, 3, 'w/20.5-3', 'w/10-3'),
+        (20.5, 4, 'w/20.5-4', 'w/10-4'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'compressions': ''}, '--compressions= must be numbers with commas between'),
+        ({'compressions': '10;20'}, '--compressions=10;20 must be numbers'),
+        ({'compressions': '10,0.5'}, '--compression=0.5 must be finite and at least 1'),
+        ({'compressions': '10,10'}, '--compressions=10,10 names one twice'),
+        ({'c_rate': '1'}, 'one of --compression'),
+        ({'compression': 9.0}, 'compression=9.0 has no place beside compressions'),
+        ({'learning_rate': 'warp:9'}, '--learning_rate'),
+    ],
+)
+def test_bad_flags(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FrontierConfig(**fields)
+
+
+def test_table_gives_medians_and_ranges():
+    row = {'network': 'lenet5', 'compression': 100.0, 'kept': 4311, 'reference_error': 0.9}
+    rows = [{**row, 'target': 100, 'test_error': error} for error in (0.8, 1.1, 0.9)]
+    rows.append({**row, 'target': 200, 'test_error': 1.25})
+    lines = to_text(sweep_report.frontier_tables(rows)).splitlines()
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]]
+    assert cells == [
+        ['LeNet-5', '3', '100.0×', '4,311', '0.90 %', '0.90 % (0.80 to 1.10)'],
+        ['LeNet-5', '1', '100.0×', '4,311', '0.90 %', '1.25 %'],
+    ]
+
+
+@pytest.mark.parametrize(
+    ('network', 'dataset'),
+    [('lenet300', 'mnist'), ('lenet5', 'mnist'), ('lenet5', 'digits'), ('another', 'mnist')],
+)
+def test_figure_shows_runs_medians_and_published_points(network, dataset):
+    errors = {50: (2.0, 1.8, 2.4), 100: (2.5, 2.6, 3.0)}
+    rows = [
+        {'network': network, 'dataset': dataset, 'target': target, 'test_error': error}
+        | {'compression': target + 1.0}
+        for target, group in errors.items()
+        for error in group
+    ]
+    (axes,) = plots.frontier_figure(rows).axes
+    line = axes.get_lines()[0]
+    assert (*line.get_xdata(), *line.get_ydata()) == (51.0, 101.0, 2.0, 2.6)
+    dots = axes.collections[0].get_offsets()
+    np.testing.assert_allclose(dots, [(r['compression'], r['test_error']) for r in rows])
+    labels = axes.get_legend_handles_labels()[1]
+    errors_of = published.ERRORS.get(network, ()) if dataset == 'mnist' else ()
+    assert sorted(labels[1:]) == sorted(['here, each run', *(who for who, _, _ in errors_of)])
+    places = [tuple(*collection.get_offsets()) for collection in axes.collections[1:]]
+    wanted = [(x, error) for _, x, error in errors_of if error is not None]
+    np.testing.assert_allclose(np.array(places).reshape(-1, 2), np.array(wanted).reshape(-1, 2))
+
+
+def test_a_run_that_breaks_down_does_not_end_the_sweep(config, monkeypatch):
+    done = []
+
+    def run_together(batch):
+        if any(one.seed == 1 for one in batch):
+            raise Diverged('the loss is not finite', 'surgery')
+        done.append([(one.seed, one.resume) for one in batch])
+        return [{'seed': one.seed} for one in batch]
+
+    monkeypatch.setattr(sweep, 'run_together', run_together)
+    fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
+    runs = dataclasses.replace(config, **fields).runs()
+    summaries, left_out = sweep.run_all(runs, 3, lambda summaries: None)
+    # Its reference was well: the run that starts from it is tried.
+    assert list(summaries) == [runs[0], runs[2], runs[3], runs[5]]
+    assert left_out == {runs[at].workdir: 'the loss is not finite' for at in (1, 4)}
+    assert done == [[(0, True)], [(2, True)]] * 2
+
+
+def test_runs_whose_reference_broke_down_are_left_out(config, monkeypatch):
+    batches = []
+
+    def run_together(batch):
+        batches.append([(one.seed, one.overwrite) for one in batch])
+        if any(one.seed == 1 for one in batch):
+            raise Diverged('nan', 'reference')
+        return [{'seed': one.seed} for one in batch]
+
+    monkeypatch.setattr(sweep, 'run_together', run_together)
+    fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
+    runs = dataclasses.replace(config, **fields).runs()
+    counts = []
+    summaries, left_out = sweep.run_all(runs, 3, lambda summaries: counts.append(len(summaries)))
+    assert list(summaries) == [runs[0], runs[2], runs[3], runs[5]]
+    assert counts == [2, 4]
+    assert left_out == {
+        runs[1].workdir: 'nan',
+        runs[4].workdir: f'the reference of {runs[1].workdir} broke down',
+    }
+    # The others of its second batch begin anew, as --overwrite asks.
+    assert batches[-1] == [(0, True), (2, True)]
+
+
+def test_a_sweep_without_a_result_says_so(config, monkeypatch):
+    def run_together(batch):
+        raise Diverged('nan', 'surgery')
+
+    monkeypatch.setattr(sweep, 'run_together', run_together)
+    runs = dataclasses.replace(config, compressions='5', seeds=2).runs()
+    with pytest.raises(RuntimeError, match='none of 2 runs'):
+        sweep.run_all(runs, 2, None)

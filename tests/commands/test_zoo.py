@@ -1,0 +1,155 @@
+"""Tests of zoo, and of the networks in the zoo."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dns_jax.files._entropy import Encoder, encode_mask
+from dns_jax.files.codec import load_coded
+from dns_jax.files.sharing import expand
+from dns_jax.files.sparse import load_sparse, save_sparse
+from experiments import zoo
+from experiments.data import resident
+from experiments.networks import models
+from experiments.reports import run_report as report
+from experiments.tool_flags import ZooConfig
+from experiments.training import steps as train
+
+ZOO = sorted((Path(__file__).parents[2] / 'zoo').glob('*.safetensors'))
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+def test_a_card_is_that_of_its_network(path):
+    network = load_sparse(path)
+    summary = json.loads(path.with_suffix('.json').read_text())
+    assert path.with_suffix('.md').read_text() == report.card(summary)
+    kept = {
+        layer: sum(int(mask.sum()) for mask in masks.values())
+        for layer, masks in network.masks.items()
+    }
+    assert kept == {layer: size['kept'] for layer, size in summary['per_layer'].items()}
+    assert network.metadata['network'] == summary['network']
+    assert float(network.metadata['input_scale']) == models.MNIST_INPUT.scale
+    shapes = jax.eval_shape(
+        lambda: models.NETWORKS[summary['network']]().init(
+            jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32)
+        )
+    )['params']
+    assert jax.tree.map(np.shape, network.params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    # A few kilobytes: a value and a position for each kept weight, and a header.
+    assert path.stat().st_size < 8 * summary['kept'] + 2_000
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+@pytest.mark.slow
+def test_a_network_makes_the_errors_of_its_card(path, tmp_path_factory):
+    """The network runs as a user would run it: scaled images, masked weights, linen."""
+    folder = os.environ.get('DNS_JAX_MNIST')
+    if not folder:
+        pytest.skip('needs the published MNIST files in the folder DNS_JAX_MNIST')
+    summary = json.loads(path.with_suffix('.json').read_text())
+    network = load_sparse(path)
+    mnist = resident.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
+    error = train.make_error(models.NETWORKS[network.metadata['network']](), models.MNIST_INPUT)
+    assert error(network.params, mnist.test) == pytest.approx(summary['test_error'], abs=0.011)
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+def test_a_coded_network_is_that_of_the_zoo(path):
+    """The same connections, and the size that the page of sizes says."""
+    network, coded = load_sparse(path), load_coded(path.with_suffix('.dns'))
+    assert coded.metadata == network.metadata
+    jax.tree.map(np.testing.assert_array_equal, coded.masks, network.masks)
+    page = (path.parents[1] / 'results' / 'size.md').read_text()
+    size = path.with_suffix('.dns').stat().st_size
+    dense = 4 * sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    encoder, fed = Encoder(), np.zeros(0, bool)
+    for _, mask in sorted(jax.tree.leaves_with_path(network.masks), key=lambda leaf: str(leaf[0])):
+        fed = encode_mask(encoder, mask, fed)
+    assert f'{len(encoder.getvalue()):,} of {models.NETWORK_NAMES[path.stem]}' in page
+    assert re.search(rf'coded *\| *{size:,} \| *{dense / size:.1f}× \|', page)
+
+
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+@pytest.mark.slow
+def test_a_coded_network_errs_little_more(path, tmp_path_factory):
+    folder = os.environ.get('DNS_JAX_MNIST')
+    if not folder:
+        pytest.skip('needs the published MNIST files in the folder DNS_JAX_MNIST')
+    summary = json.loads(path.with_suffix('.json').read_text())
+    coded = load_coded(path.with_suffix('.dns'))
+    mnist = resident.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
+    error = train.make_error(models.NETWORKS[coded.metadata['network']](), models.MNIST_INPUT)
+    assert error(expand(*coded[:3]), mnist.test) <= summary['test_error'] + 0.05 + 0.001
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A finished run, and an empty zoo."""
+    monkeypatch.setattr(zoo, 'FOLDER', tmp_path / 'zoo')
+    run = tmp_path / 'run'
+    run.mkdir()
+    results = Path(__file__).parents[2] / 'results'
+    summary = json.loads((results / 'lenet300_mnist-0.json').read_text())
+    weights = {'fc1': {'kernel': np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    masks = {'fc1': {'kernel': np.arange(6).reshape(2, 3) > 2}}
+    save_sparse(run / 'pruned.safetensors', weights, masks, {'network': 'lenet300'})
+    (run / 'summary.json').write_text(json.dumps({**summary, 'kept': 3}))
+    return run
+
+
+def test_publish_copies_the_network_and_writes_its_card(finished):
+    paths = zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert [path.name for path in paths] == ['small.safetensors', 'small.json', 'small.md']
+    assert paths[0].read_bytes() == (finished / 'pruned.safetensors').read_bytes()
+    summary = json.loads((finished / 'summary.json').read_text())
+    del summary['flags']['reference']  # a folder of the machine it was made on
+    assert json.loads(paths[1].read_text()) == summary
+    assert paths[2].read_text() == report.card(summary)
+
+
+def test_a_card_names_the_file_that_a_network_began_with(finished):
+    summary = json.loads((finished / 'summary.json').read_text())
+    flags = {**summary['flags'], 'reference': '/some/where/net.caffemodel'}
+    (finished / 'summary.json').write_text(json.dumps({**summary, 'kept': 3, 'flags': flags}))
+    paths = zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert json.loads(paths[1].read_text())['flags']['reference'] == 'net.caffemodel'
+    assert '--reference=net.caffemodel' in paths[2].read_text()
+
+
+def test_what_is_of_another_run_is_refused(finished):
+    summary = json.loads((finished / 'summary.json').read_text())
+    (finished / 'summary.json').write_text(json.dumps({**summary, 'kept': 4}))
+    with pytest.raises(ValueError, match=r'safetensors keeps 3 parameters, summary.json says 4'):
+        zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert not zoo.FOLDER.exists()
+
+
+@pytest.mark.parametrize('missing', ['summary.json', 'pruned.safetensors'])
+def test_a_run_that_is_not_finished_is_refused(finished, missing):
+    (finished / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert not zoo.FOLDER.exists()
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [('{', r'summary.json is damaged'), ('{"kept": 3}', "the summary lacks the key 'network'")],
+)
+def test_a_damaged_summary_is_refused(finished, text, message):
+    (finished / 'summary.json').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        zoo.publish(ZooConfig(workdir=str(finished), name='small'))
+    assert not zoo.FOLDER.exists()
+
+
+@pytest.mark.parametrize('name', ['', '../else', 'a b'])
+def test_bad_names(name):
+    with pytest.raises(ValueError, match='must be letters, digits and underscores'):
+        ZooConfig(name=name)

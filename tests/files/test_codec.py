@@ -1,0 +1,590 @@
+"""Tests of files.sharing, codec and entropy: shared weights, sound and damaged files."""
+
+import struct
+import tracemalloc
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from networks import random_network
+
+from dns_jax.files._entropy import Encoder
+from dns_jax.files._header import encode_number, encode_text
+from dns_jax.files.codec import load_coded, save_coded
+from dns_jax.files.sharing import SharedNetwork, expand
+from dns_jax.files.sharing import share_weights as share
+from dns_jax.layers import named_leaves
+from dns_jax.masks import check_parallel
+
+KERNEL = np.array([[0.0, 1.5, 0.0], [-2.0, 0.0, 0.25]], np.float32)
+PARAMS = {'fc': {'kernel': KERNEL, 'bias': np.array([7, 8], np.float32)}}
+MASKS = {'fc': {'kernel': KERNEL != 0, 'bias': np.array(True)}}
+FREE = {'network': 'tiny', 'Überschrift': 'σ\n"\0😀', '': ''}
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp('codec') / 'network.dns'
+
+
+def bits(array):
+    assert array.dtype == np.float32
+    return np.asarray(array).view(np.uint32)
+
+
+def by_path(tree):
+    """The leaves, whose order may be another in nested dicts."""
+    return dict(named_leaves(tree))
+
+
+def assert_comes_back(path, network):
+    """What is saved is loaded, to the bit, and is the same file when it is saved again."""
+    save_coded(path, network)
+    data = path.read_bytes()
+    loaded = load_coded(path)
+    assert loaded.metadata == network.metadata
+    assert loaded.codebooks.keys() == network.codebooks.keys()
+    for layer, book in network.codebooks.items():
+        np.testing.assert_array_equal(bits(loaded.codebooks[layer]), bits(book), strict=True)
+    masks = by_path(network.masks)
+    for name, mask in by_path(loaded.masks).items():
+        wanted = np.asarray(masks.pop(name))
+        np.testing.assert_array_equal(mask, wanted | (wanted.ndim == 0), strict=True)
+    wanted = by_path(expand(*network[:3]))
+    for name, weights in by_path(expand(*loaded[:3])).items():
+        np.testing.assert_array_equal(bits(weights), bits(wanted.pop(name)), strict=True)
+    assert not masks
+    assert not wanted
+    save_coded(path, loaded)
+    assert path.read_bytes() == data
+    return loaded
+
+
+def test_golden_bytes(path):
+    params = {'w': jnp.array([[9.0, -1.0], [9.0, 0.5]])}
+    masks = {'w': jnp.array([[False, True], [False, True]])}
+    save_coded(path, share(params, masks, 2, {'network': 'tiny'}))
+    content = (
+        b'\x01\x07network\x04tiny'  # one entry of metadata
+        b'\x01\x01w'  # one name of a leaf
+        b'\x01\x00\x02\x80\xbf\x00\x3f'  # one layer '', two values: -1 and 0.5 in bfloat16
+        b'\x01\x00\x02\x02\x02\x02'  # one leaf: its name, two axes of 2 and 2, two weights
+    )
+    data = path.read_bytes()
+    head = b'DNS\x01' + struct.pack('<I', zlib.crc32(data[8:]))
+    assert data[: 8 + len(content)] == head + content
+    assert data[8 + len(content) :].hex() == GOLDEN_STREAM
+
+
+GOLDEN_STREAM = '8797d07a'
+
+
+def test_golden_bytes_of_a_leaf_that_takes_no_part(path):
+    """128 more for its axes and no count; a scalar says of itself that it takes no part."""
+    network = SharedNetwork(
+        {'': np.float32([1])},
+        {'a': np.zeros((1, 2), int), 't': np.zeros((), int), 'w': np.zeros(2, int)},
+        {'a': np.array(False), 't': np.array(True), 'w': np.ones(2, bool)},
+        {},
+    )
+    loaded = assert_comes_back(path, network)
+    assert {name: mask.shape for name, mask in loaded.masks.items()} == {
+        'a': (),
+        't': (),
+        'w': (2,),
+    }
+    content = (
+        b'\0\x03\x01a\x01t\x01w'  # no metadata, three names of leaves
+        b'\x01\0\x01\x80\x3f\x03'  # one layer '', one value, 1, and three leaves
+        b'\0\x82\x01\x01\x02'  # a: 130 for two axes of 1 and 2
+        b'\x01\0\x01'  # t: no axes, one weight
+        b'\x02\x01\x02\x02'  # w: one axis of 2, two weights
+    )
+    assert path.read_bytes()[8:].startswith(content)
+
+
+ZOO = sorted((Path(__file__).parents[2] / 'zoo').glob('*.dns'))
+
+
+@pytest.mark.parametrize('file', ZOO, ids=lambda file: file.stem)
+def test_the_zoo_is_written_as_it_was(path, file):
+    save_coded(path, load_coded(file))
+    assert path.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize('shape', [(0,), (0, 7), (7, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize('takes_part', [True, False])
+def test_empty_leaves(path, shape, takes_part):
+    params = {'a': np.zeros(shape, np.float32), 'b': np.ones(2, np.float32)}
+    masks = {'a': np.ones(shape if takes_part else (), bool), 'b': np.array([True, False])}
+    assert_comes_back(path, share(params, masks, 2))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_few_distinct_weights_are_kept_as_they_are(path, dtype):
+    values = jnp.array([0.5, -3.0, 0.5, 7.0, jnp.nan], dtype)
+    mask = jnp.array([True, True, True, True, False])
+    network = share(values, mask, 16)
+    np.testing.assert_array_equal(network.codebooks[''], np.float32([-3, 0.5, 7]), strict=True)
+    weights = expand(*assert_comes_back(path, network)[:3])
+    np.testing.assert_array_equal(weights, np.float32([0.5, -3, 0.5, 7, 0]))
+
+
+ONES = np.ones((2, 3), np.float32)
+TREES = {
+    'bare array': ONES,
+    'scalar': {'t': np.float32(3)},
+    'empty leaf': {'a': np.zeros((0, 7), np.float32), 'b': np.zeros((3, 0), np.float32), 'c': ONES},
+    'empty alone': {'a': np.zeros(0, np.float32)},
+    'one weight': {'a': np.ones((1, 1), np.float32)},
+    'tuple of twelve': tuple(np.full(2, at, np.float32) for at in range(12)),
+    'slashes': {'mlp/~/linear': {'w': ONES}, 'mlp': {'b': ONES}, 'é ': {'': ONES}},
+    'slash first': {'': {'a': ONES}, 'b': ONES},
+    'many axes': {'a': np.ones((1,) * 63 + (2,), np.float32)},
+    'wide': {'a': np.arange(300_000, dtype=np.float32).reshape(3, -1)},
+}
+
+
+@pytest.mark.parametrize('params', TREES.values(), ids=TREES)
+@pytest.mark.parametrize('keep', ['all', 'scalar', 'none', 'first', 'last', 'some'])
+def test_any_tree_and_mask_comes_back(path, params, keep):
+    random = np.random.default_rng(0)
+
+    def make(leaf):
+        mask = np.zeros(leaf.shape, bool)
+        if keep == 'scalar' or not leaf.ndim:
+            return np.array(True)
+        if keep in ('first', 'last') and leaf.size:
+            mask.reshape(-1)[0 if keep == 'first' else -1] = True  # `flat` has 32 axes
+        if keep == 'some':
+            mask = random.random(leaf.shape) < 0.2
+        return mask | (keep == 'all')
+
+    assert_comes_back(path, share(params, jax.tree.map(make, params), 3, FREE))
+
+
+@st.composite
+def networks(draw):
+    """Weights and masks, of which some take no part, in layers of all shapes."""
+    params, masks = {}, {}
+    for at in range(draw(st.integers(1, 4))):
+        shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=6))
+        name = draw(st.sampled_from(['', 'a/', 'b/', 'ab/c/'])) + str(at)
+        floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+        params[name] = draw(hnp.arrays(np.float32, shape, elements=floats))
+        masks[name] = draw(hnp.arrays(bool, shape)) if shape else np.array(True)
+        if draw(st.booleans()):
+            masks[name] = np.array(True)
+    return params, masks
+
+
+@given(
+    network=networks(),
+    clusters=st.integers(1, 20),
+    metadata=st.dictionaries(st.text('ab', max_size=3), st.text('σ"\\')),
+)
+def test_round_trip(path, network, clusters, metadata):
+    params, masks = network
+    assert_comes_back(path, share(params, masks, clusters, metadata))
+
+
+def test_masks_of_another_kind_of_tree_are_found_by_their_paths(path):
+    assignments = OrderedDict(b=np.zeros(2, int), a=np.zeros(2, int))
+    masks = {'a': np.array([True, False]), 'b': np.array(True)}
+    save_coded(path, SharedNetwork({'': np.float32([1])}, assignments, masks, {}))
+    jax.tree.map(np.testing.assert_array_equal, load_coded(path).masks, masks)
+
+
+def test_sharded_weights_are_gathered(path, mesh):
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    params = {'w': jax.device_put(jnp.arange(32.0).reshape(16, 2), rows)}
+    masks = {'w': jax.device_put(params['w'] % 3 == 1, rows)}
+    loaded = assert_comes_back(path, share(params, masks, 32))
+    wanted = np.where(np.arange(32) % 3 == 1, np.arange(32), 0).reshape(16, 2)
+    np.testing.assert_array_equal(expand(*loaded[:3])['w'], wanted)
+
+
+W, T = np.ones(2, np.float32), np.ones(2, bool)
+
+
+GOOD = SharedNetwork(
+    {'fc': np.float32([-1, 2])},
+    {'fc': {'w': np.int32([[0, 1], [1, 9]])}},
+    {'fc': {'w': np.array([[True, True], [True, False]])}},
+    {'network': 'tiny'},
+)
+WIDE = np.broadcast_to(np.int32(0), (2**16, 2**15 + 1))  # takes no memory
+BAD = [
+    ({'codebooks': {}}, ValueError, r"codebooks must be of the layers \['fc'\], not \[\]"),
+    ({'codebooks': GOOD.codebooks | {'x': W}}, ValueError, "not \\['fc', 'x'\\]"),
+    ({'codebooks': {'fc': np.float64([1, 2])}}, TypeError, 'must be float32, but is float64'),
+    ({'codebooks': {'fc': np.float32([[1, 2]])}}, ValueError, 'must have one axis'),
+    ({'codebooks': {'fc': np.zeros(2**16 + 1, np.float32)}}, ValueError, 'of at most 65536'),
+    ({'codebooks': {'fc': np.float32([0.1, 2])}}, ValueError, 'what round_codebooks gives'),
+    ({'codebooks': {'fc': np.float32([np.nan, 2])}}, ValueError, 'not finite'),
+    ({'codebooks': {'fc': np.float32([1])}}, ValueError, 'from 0 to 0, but has 0 to 1'),
+    ({'assignments': {'fc': {'w': -GOOD.assignments['fc']['w']}}}, ValueError, 'but has -1 to 0'),
+    ({'assignments': {'fc': {'w': np.ones((2, 2))}}}, TypeError, 'must be integers, not float64'),
+    ({'assignments': {'fc': {'v': np.ones((2, 2), int)}}}, ValueError, 'must have the leaves'),
+    ({'masks': {'fc': {'w': np.ones((2, 2))}}}, TypeError, 'must be boolean'),
+    ({'metadata': {'scale': 1.0}}, TypeError, "'scale': 1.0"),
+    ({'metadata': {3: 'three'}}, TypeError, "3: 'three'"),
+    ({'metadata': {'a': '\ud800'}}, ValueError, 'surrogates'),
+    ({'assignments': {}, 'masks': {}, 'codebooks': {}}, ValueError, 'at least one leaf'),
+    (
+        {'assignments': {'fc': {'w': WIDE}}, 'masks': {'fc': {'w': WIDE == 0}}},
+        ValueError,
+        r'2147549184 elements, over 2\*\*31',
+    ),
+    (
+        {
+            'assignments': {'x' * 1001: np.int32([0])},
+            'masks': {'x' * 1001: np.array(True)},
+            'codebooks': {'': np.float32([1])},
+        },
+        ValueError,
+        'over 1000 characters',
+    ),
+    (
+        {
+            'assignments': {f'{at:0999}': np.int32([0]) for at in range(1050)},
+            'masks': {f'{at:0999}': np.array(True) for at in range(1050)},
+            'codebooks': {'': np.float32([1])},
+        },
+        ValueError,
+        'paths of the leaves have over 1048576 characters',
+    ),
+    (
+        {
+            'assignments': {'a': np.int32([0]), 'a/b': np.int32([0])},
+            'masks': {'a': np.array(True), 'a/b': np.array(True)},
+        },
+        ValueError,
+        "'a/b' has the place of another, or lies within it",
+    ),
+]
+
+
+@pytest.mark.parametrize(('changes', 'error', 'message'), BAD)
+def test_what_cannot_be_saved_leaves_no_trace(tmp_path, changes, error, message):
+    save_coded(tmp_path / 'network', GOOD)
+    (tmp_path / 'network').unlink()
+    with pytest.raises(error, match=message):
+        save_coded(tmp_path / 'network', GOOD._replace(**changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_assigned_where_pruned_is_of_no_concern(path):
+    loaded = assert_comes_back(path, GOOD)
+    np.testing.assert_array_equal(loaded.assignments['fc']['w'], np.int32([[0, 1], [1, 0]]))
+
+
+def test_file_or_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save_coded(tmp_path / 'no' / 'network', GOOD)
+    with pytest.raises(FileNotFoundError):
+        load_coded(tmp_path / 'network')
+
+
+def assert_refused(path, message, **arguments):
+    """A ValueError that names the file and what is wrong."""
+    with pytest.raises(ValueError, match=message) as caught:
+        load_coded(path, **arguments)
+    assert str(caught.value).startswith(f'cannot load {str(path)!r}: ')
+
+
+def sealed(content):
+    """The bytes of a file with this content and the checksum of it."""
+    return b'DNS\x01' + struct.pack('<I', zlib.crc32(content)) + content
+
+
+def form(*layers, metadata=b'\0', names=('w',)):
+    names = encode_number(len(names)) + b''.join(map(encode_text, names))
+    return metadata + names + encode_number(len(layers)) + b''.join(layers)
+
+
+def layer(name='', book=b'\x80\x3f', leaves=((0, (2,), 2),), clusters=None, amount=None):
+    parts = [
+        encode_text(name),
+        encode_number(len(book) // 2 if clusters is None else clusters),
+        book,
+    ]
+    parts.append(encode_number(len(leaves) if amount is None else amount))
+    for name, shape, kept in leaves:
+        parts += [
+            encode_number(name),
+            encode_number(len(shape)),
+            *map(encode_number, shape),
+            encode_number(kept),
+        ]
+    return b''.join(parts)
+
+
+def whole(axes, shape):
+    """A layer of one leaf, without a count of kept weights."""
+    return layer(leaves=(), amount=1) + b''.join(map(encode_number, (0, axes, *shape)))
+
+
+HEADERS = {
+    'sound': (form(layer()), None),
+    'nothing in it': (form(), 'at least one leaf'),
+    'ends in the metadata': (b'\x05\x01a', 'ends too early'),
+    'ends in the names': (b'\0' + encode_number(2**62) + b'\x01a', 'ends too early'),
+    'name that is not there': (form(layer(leaves=[(1, (2,), 2)])), '1 names of leaves'),
+    'names unsorted': (form(layer(leaves=[(0, (2,), 2)]), names=('w', 'v')), 'not what its'),
+    'ends in the layers': (encode_number(2**62) + b'\x01a\x01b', 'ends too early'),
+    'many layers': (b'\0\x01\x01w' + encode_number(2**62) + layer(), 'ends too early'),
+    'many leaves': (form(layer(amount=2**62)), 'ends too early'),
+    'many clusters': (form(layer(clusters=2**62)), 'over 65536'),
+    'more clusters than there are': (form(layer(clusters=60_000)), 'ends too early'),
+    'many axes': (form(layer(leaves=[(0, (1,) * 65, 1)])), '65 axes, over 64'),
+    'axes of neither': (form(whole(127, (1,) * 127)), '127 axes, over 64'),
+    'no part': (form(whole(129, (2,))), None),
+    'no part, many axes': (form(whole(128 + 65, (1,) * 65)), '65 axes, over 64'),
+    'no part, a scalar': (form(whole(128, ())), 'not what its network'),
+    'no part, a count': (form(whole(129, (2, 2))), ''),
+    'no part, too large': (form(whole(129, (2**31 + 1,))), r'2147483649; 2\*\*31 are the most'),
+    'no part, above the limit': (form(whole(129, (2 * 10**6,))), '2000000 parameters'),
+    'number too long': (b'\xff' * 10, r'2\*\*63'),
+    'number with a zero too many': (b'\x80\0' + form(layer())[1:], 'not what its network'),
+    'not UTF-8': (b'\x01\x01\xff\x00' + form(layer())[1:], 'utf-8'),
+    'metadata unsorted': (form(layer(), metadata=b'\x02\x01b\0\x01a\0'), 'not what its network'),
+    'metadata twice': (form(layer(), metadata=b'\x02\x01a\0\x01a\0'), 'not what its network'),
+    'kept over its size': (form(layer(leaves=[(0, (2,), 3)])), '3 kept weights of 2'),
+    'leaf too large': (form(layer(leaves=[(0, (2**31 + 1,), 3)])), '3 kept weights of'),
+    'scalar pruned': (form(layer(leaves=[(0, (), 0)])), 'scalar that is not kept'),
+    'too large': (form(layer(leaves=[(0, (10**6, 2), 3)])), '2000000 parameters'),
+    'too large but empty': (form(layer(leaves=[(0, (0, 2**62), 0)])), 'max_parameters'),
+    'too large together': (
+        form(layer(leaves=[(at, (600_000,), 3) for at in range(2)]), names='vw'),
+        '1200000 parameters',
+    ),
+    'codebook not finite': (form(layer(book=b'\xc0\x7f')), 'not finite'),
+    'no codebook': (form(layer(book=b'')), 'from 0 to -1'),
+    'layers unsorted': (
+        form(layer('b', leaves=[(0, (2,), 2)]), layer(leaves=[(1, (2,), 2)]), names=('/w', 'w')),
+        'not what its',
+    ),
+    'layer twice': (form(layer(), layer()), "the leaf 'w' twice"),
+    'layer twice, other leaves': (
+        form(layer(), layer(leaves=[(1, (2,), 2)]), names='wx'),
+        'not what its network',
+    ),
+    'layer of no leaves': (form(layer('a', leaves=())), ''),
+    'leaf of another layer': (form(layer('a')), "'aw' in another layer"),
+    'leaf in a part that is no layer': (form(layer(), names=('w/w',)), "'w/w' in another layer"),
+    'leaf twice': (form(layer(leaves=[(0, (2,), 2), (0, (2, 2), 2)])), "the leaf 'w' twice"),
+    'leaf in a leaf': (
+        form(layer(leaves=[(1, (2,), 2)]), layer('w'), names=('/v', 'w')),
+        'has the place of another',
+    ),
+    'path too long': (form(layer(), names=('w' * 1001,)), 'over 1000 characters'),
+    'path too deep': (form(layer('/'.join('a' * 101)), names=('/w',)), '102 parts'),
+    'words left over': (form(layer()) + bytes(4), 'not what its network'),
+    'bytes left over': (form(layer()) + bytes(1), 'multiple of 4'),
+    'words missing': (form(layer(leaves=[(0, (8,), 3)])), ''),
+}
+
+
+@pytest.mark.parametrize(('content', 'message'), HEADERS.values(), ids=HEADERS)
+def test_damaged_headers(path, content, message):
+    path.write_bytes(sealed(content))
+    if message is None:
+        loaded = load_coded(path)
+        assert loaded.masks['w'].all()
+        np.testing.assert_array_equal(loaded.assignments['w'], [0, 0])
+    else:
+        assert_refused(path, message or '.', max_parameters=10**6)
+
+
+def test_other_files_are_refused(path):
+    save_coded(path, GOOD)
+    data = path.read_bytes()
+    for other in (b'', b'DNS', b'DNS\x02' + data[4:], b'PK\x03\x04' + bytes(60), b'\x80\x04]'):
+        path.write_bytes(other)
+        assert_refused(path, 'must begin with')
+    for other in (
+        b'DNS\x01',
+        b'DNS\x01\0\0',
+        data[:-1],
+        data + b'\0',
+        data[:8] + b'\x09' + data[9:],
+    ):
+        path.write_bytes(other)
+        assert_refused(path, 'checksum')
+
+
+def test_max_parameters(path):
+    params = {'a': ONES, 'b': np.ones(4, np.float32), 'c': np.zeros((0, 5), np.float32)}
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params)
+    save_coded(path, share(params, masks, 1))
+    load_coded(path, max_parameters=15)
+    assert_refused(path, 'it has 15 .* max_parameters is 14', max_parameters=14)
+
+
+SCALAR = ((), 1)
+COMBINED = {
+    'layers of leaves that lie deep': (
+        form(
+            *(layer(str(at), leaves=[(name, *SCALAR) for name in range(60)]) for at in range(150)),
+            names=[f'/{name}' + '/a' * 96 for name in range(60)],
+        ),
+        "'0/0/a/a.* in another layer",
+    ),
+    'one leaf again and again': (
+        form(layer('😀' * 900, leaves=[(0, *SCALAR)] * 60_000), names=['/w']),
+        'twice',
+    ),
+    'a long layer of many leaves': (
+        form(
+            layer('😀' + 'a' * 950, leaves=[(name, *SCALAR) for name in range(20_000)]),
+            names=[f'/{name}' for name in range(20_000)],
+        ),
+        'paths of its leaves have over 1048576 characters',
+    ),
+}
+
+
+@pytest.mark.parametrize(('content', 'message'), COMBINED.values(), ids=COMBINED)
+def test_layers_times_names_take_little_memory(path, content, message):
+    path.write_bytes(sealed(content))
+    tracemalloc.start()
+    try:
+        assert_refused(path, message)
+        paths_at_most = 4 * 2**20  # a wide character takes four bytes
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(content) + paths_at_most
+    finally:
+        tracemalloc.stop()
+
+
+def test_decoding_takes_twelve_bytes_a_parameter(path):
+    """A file of 36 bytes: all of a layer is kept but one weight."""
+    mask = np.ones((4096, 4096), bool)
+    mask[7, 7] = False
+    save_coded(path, SharedNetwork({'': np.float32([1])}, np.zeros(mask.shape, int), mask, {}))
+    assert path.stat().st_size < 50
+    tracemalloc.start()
+    try:
+        loaded = load_coded(path)
+        assert tracemalloc.get_traced_memory()[1] < 12 * mask.size
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(loaded.masks, mask)
+
+
+def test_damaged_gaps_take_as_little(path):
+    """All gaps have two bits, so that most kept weights lie far outside of the mask."""
+    side, kept = 2048, 2048**2 - 4
+    encoder = Encoder()
+    for _ in ('units', 'inputs'):
+        encoder.symbols(np.ones(side, bool), 2)
+    encoder.symbols(np.full(kept, 2), 4)
+    content = form(layer(leaves=[(0, (side, side), kept)])) + encoder.getvalue()
+    path.write_bytes(sealed(content))
+    tracemalloc.start()
+    try:
+        assert_refused(path, 'outside of it|damaged')
+        assert tracemalloc.get_traced_memory()[1] < 12 * side**2
+    finally:
+        tracemalloc.stop()
+
+
+HUGE = [(2**28 + 1,), (2**14, 2**14 + 1), (0, *(2**62,) * 63)]
+
+
+@pytest.mark.parametrize('shape', HUGE, ids=str)
+def test_huge_networks_are_refused_before_memory_is_taken(path, shape):
+    path.write_bytes(sealed(form(layer(leaves=[(0, shape, 0)]))))
+    tracemalloc.start()
+    try:
+        assert_refused(path, 'max_parameters is 268435456')
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The bytes of a small sound file."""
+    path = tmp_path_factory.mktemp('small') / 'network'
+    params, masks = random_network(scale=0.1)
+    save_coded(path, share(params, masks, 4, {'network': 'tiny'}))
+    return path.read_bytes()
+
+
+def refusal(path):
+    """Loads a file that may be damaged: why it was refused, or None where it is sound."""
+    try:
+        loaded = load_coded(path, max_parameters=10**5)
+    except ValueError as error:
+        return str(error)
+    check_parallel(loaded.assignments, loaded.masks)
+    assert all(np.isfinite(book).all() for book in loaded.codebooks.values())
+    return None
+
+
+def damage(random, data):
+    """Flips bits, cuts, repeats, swaps or replaces some of the bytes."""
+    damaged = bytearray(data)
+    kind = random.integers(6)
+    at, other = sorted(random.integers(0, len(data), 2))
+    if kind < 2:
+        for _ in range(random.integers(1, 4)):
+            damaged[random.integers(len(data))] ^= 1 << random.integers(8)
+    elif kind == 2:
+        del damaged[at : other + 1]
+    elif kind == 3:
+        damaged[at:at] = damaged[at : other + 1]
+    elif kind == 4:
+        damaged[at] = random.choice([0, 1, 127, 128, 255])
+    else:
+        damaged[at : at + 8] = random.bytes(random.integers(12))
+    return bytes(damaged)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_files(path, small):
+    """Half have the checksum of what they became, so that what lies behind it is tested."""
+    random = np.random.default_rng(0)
+    reasons, sound = set(), 0
+    for at in range(10_000):
+        if at % 2:
+            data = damage(random, small)
+            path.write_bytes(data)
+            assert data == small or refusal(path) is not None
+        else:
+            path.write_bytes(sealed(damage(random, small[8:])))
+            reason = refusal(path)
+            sound += reason is None
+            reasons.add((reason or '').removeprefix(f'cannot load {str(path)!r}: ')[:12])
+    assert len(reasons) > 15
+    assert sound  # a value of a codebook, or a name, that became another
+
+
+def test_damaged_files_take_little_memory(path, small):
+    random = np.random.default_rng(1)
+    tracemalloc.start()
+    try:
+        for _ in range(500):
+            path.write_bytes(sealed(damage(random, small[8:])))
+            refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@settings(max_examples=300)
+@given(words=st.binary(max_size=64), kept=st.integers(0, 40), clusters=st.integers(1, 4))
+def test_random_streams(path, words, kept, clusters):
+    book = np.arange(1, clusters + 1).astype(jnp.bfloat16).tobytes()
+    leaves = [(0, (5, 8), kept), (1, (8, 5), kept)]
+    content = form(layer(book=book, leaves=leaves), names='vw') + words + bytes(-len(words) % 4)
+    path.write_bytes(sealed(content))
+    assert (refusal(path) or 'cannot load ').startswith('cannot load ')

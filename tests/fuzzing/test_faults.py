@@ -1,0 +1,397 @@
+"""Tests of what a run survives: kills, signals, full disks, damaged files, broken training.
+
+The network is tiny, and processes are forked from one that has imported everything, so that a
+life is short. What a user sees of the entry scripts is asked in `test_run`.
+"""
+
+import dataclasses
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from absl import logging
+from damaged_checkpoints import restore_damaged
+from tiny import Tiny, run_tiny
+
+from experiments.config.flags import Config
+from experiments.networks import models
+from experiments.training import divergence, run
+from experiments.training.workdir import PHASES
+
+FIELDS = {
+    'dataset': 'digits',
+    'reference_steps': 400,
+    'surgery_steps': 600,
+    'finetuning_steps': 200,
+    'batch_size': 8,
+    'record_every': 10,
+    'checkpoint_every': 20,
+    'c_rate': 'fc1:0.5',
+    'stop': '400',
+}
+# So that a record is made of several calls.
+LONG_RECORDS = FIELDS | {'record_every': 100, 'checkpoint_every': 100}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.NETWORKS, 'tiny', Tiny)
+
+
+@pytest.fixture(scope='module')
+def make_config(data_dir):
+    def make(workdir, **fields):
+        fields = {**FIELDS, 'data_dir': str(data_dir), **fields}
+        return Config(network='tiny', workdir=str(workdir), **fields)
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def start_process():
+    """Starts processes that have imported everything."""
+    processes = multiprocessing.get_context('forkserver')
+    processes.set_forkserver_preload(['tiny', 'damaged_checkpoints'])
+    started = []
+
+    def start_process(action, *arguments):
+        process = processes.Process(target=action, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture(scope='module')
+def start(start_process, data_dir, tmp_path_factory):
+    """Starts runs in processes of their own."""
+    nowhere = tmp_path_factory.mktemp('errors') / 'error.txt'
+
+    def start(workdir, errors=nowhere, **fields):
+        fields = {**FIELDS, 'data_dir': str(data_dir), 'workdir': str(workdir), **fields}
+        return start_process(run_tiny, fields, errors)
+
+    return start
+
+
+def outcome(folder):
+    """What a run computed: its records, and its network."""
+    return (folder / 'metrics.jsonl').read_text(), (folder / 'pruned.safetensors').read_bytes()
+
+
+def done(process):
+    process.join(240)
+    return process.exitcode
+
+
+@pytest.fixture(scope='module')
+def whole(start, tmp_path_factory):
+    """The outcome of an unbroken run."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    assert done(start(folder)) == 0
+    return outcome(folder)
+
+
+def wait_for_record(process, folder):
+    """Waits until a run has written its first record."""
+    path = folder / 'metrics.jsonl'
+    while process.is_alive() and not (path.exists() and path.stat().st_size):
+        time.sleep(0.002)
+
+
+def wait_for_life(process, folder):
+    """Waits until a run has taken its folder."""
+    flags = folder / 'flags.json'
+    before = flags.stat().st_mtime_ns if flags.exists() else 0
+    while process.is_alive() and not (flags.exists() and flags.stat().st_mtime_ns > before):
+        time.sleep(0.002)
+
+
+def saved(folder):
+    """The newest checkpoint of each phase: grows as a run gets on, and only then."""
+    return [max(steps_of(folder, phase), default=-1) for phase in PHASES]
+
+
+def kill_again_and_again(start, folder, times):
+    """Kills a run at random moments of starting, computing and saving, each time resumed.
+
+    Returns how often it had saved something before it was killed.
+    """
+    moments, with_progress = random.Random(0), 0
+    for _ in range(times):
+        before = saved(folder)
+        process = start(folder, resume=True)
+        wait_for_life(process, folder)
+        if moments.random() < 0.2:
+            process.join(moments.uniform(0, 1))  # while it compiles
+        else:
+            while process.is_alive() and saved(folder) == before:
+                time.sleep(0.001)
+            process.join(moments.uniform(0, 0.1))
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        with_progress += saved(folder) > before
+    assert done(start(folder, resume=True)) == 0
+    return with_progress
+
+
+def assert_every_step_is_counted_once(folder):
+    records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    assert [(record['phase'], record['step']) for record in records] == [
+        (phase, step) for phase in PHASES for step in range(10, FIELDS[f'{phase}_steps'] + 10, 10)
+    ]
+
+
+@pytest.mark.slow
+def test_killed_three_times(start, whole, tmp_path):
+    assert kill_again_and_again(start, tmp_path / 'run', 3) >= 1
+    assert outcome(tmp_path / 'run') == whole
+    assert_every_step_is_counted_once(tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_killed_fifty_times(start, tmp_path, monkeypatch, compat):
+    compat('faults', 'SIGKILL at 50 random moments')
+    longer = {'surgery_steps': 4_000, 'stop': '3000'}
+    monkeypatch.setattr(f'{__name__}.FIELDS', FIELDS | longer)
+    assert done(start(tmp_path / 'whole')) == 0
+    with_progress = kill_again_and_again(start, tmp_path / 'run', 50)
+    compat('faults', 'SIGKILL at 50 random moments', f'{with_progress} after a new checkpoint')
+    assert with_progress > 25
+    assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
+    assert_every_step_is_counted_once(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_within_five_seconds(start, tmp_path, number, compat):
+    compat('faults', f'{number.name} in the middle of a record')
+    longer = LONG_RECORDS | {'reference_steps': 10**7, 'checkpoint_every': 10**6}
+    process = start(tmp_path / 'run', **longer)
+    wait_for_record(process, tmp_path / 'run')
+    sent = time.monotonic()
+    os.kill(process.pid, number)
+    assert done(process) == 1
+    seconds = time.monotonic() - sent
+    compat('faults', f'{number.name} in the middle of a record', 'saved and left within 5 s')
+    assert seconds < 5
+    (step,) = steps_of(tmp_path / 'run', 'reference')
+    records = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+    assert json.loads(records[-1])['step'] == step // 100 * 100
+
+
+def steps_of(folder, phase):
+    names = [path.name for path in (folder / 'checkpoints' / phase).glob('*')]
+    return sorted(int(name) for name in names if name.isdigit())  # others are being written
+
+
+class EveryThird(list):
+    """Signals that seem to have come every third time that they are looked at."""
+
+    looked = 0
+
+    def __bool__(self):
+        self.looked += 1
+        return self.looked % 3 == 0
+
+
+def run_in_short_stretches(config, train_phase, *arguments, stopping):
+    """Stops a phase again and again; returns how often."""
+    for stretch in itertools.count():
+        trainer = run.Trainer(dataclasses.replace(config, resume=config.resume or stretch > 0))
+        try:
+            train_phase([trainer], *arguments, stopping)
+        except run.Stopped:
+            continue
+        return stretch
+
+
+def test_stopped_after_every_call_a_run_ends_as_the_unbroken_one(make_config, tmp_path):
+    short = LONG_RECORDS | {'reference_steps': 60, 'surgery_steps': 20, 'finetuning_steps': 0}
+    run.run_together([make_config(tmp_path / 'whole', **short)])
+    config = make_config(tmp_path / 'run', **short)
+    # In calls of 20 steps; after the last, the phase is done.
+    assert run_in_short_stretches(config, run.train_references, stopping=[signal.SIGTERM]) == 3
+    assert steps_of(tmp_path / 'run', 'reference') == [40, 60]
+    run.run_together([make_config(tmp_path / 'run', **short, resume=True)])
+    assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
+
+
+def test_two_runs_do_not_share_a_folder(start, make_config, tmp_path, compat):
+    compat('faults', 'two runs in one folder at once', 'the second is refused, nothing lost')
+    folder = tmp_path / 'run'
+    process = start(folder, reference_steps=10**7)
+    wait_for_record(process, folder)
+    for switch in ('resume', 'overwrite'):
+        config = make_config(folder, reference_steps=10**7, **{switch: True})
+        with pytest.raises(BlockingIOError, match=r'--workdir=.*run is in use by another process'):
+            run.run(config)
+    assert process.is_alive()
+    assert (folder / 'metrics.jsonl').read_text()
+    process.kill()
+    process.join()
+    # The lock died with its holder.
+    trainer = run.Trainer(make_config(folder, reference_steps=10**7, resume=True))
+    trainer = run.Trainer(make_config(folder, reference_steps=10**7, resume=True))
+    gc.collect()
+    assert done(start(folder, tmp_path / 'error.txt', reference_steps=10**7, resume=True)) == 1
+    assert 'is in use by another process' in (tmp_path / 'error.txt').read_text()
+    assert trainer.folder == folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a small file system, which takes the rights of root."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+
+    def mount(options):
+        command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    answer = mount('size=600k')
+    if answer.returncode:
+        pytest.skip(f'no small file system can be mounted here: {answer.stderr.strip()}')
+    try:
+        yield folder, lambda options: mount(f'remount,{options}')
+    finally:
+        subprocess.run(['umount', str(folder)], check=False)
+
+
+@pytest.mark.slow
+def test_a_full_disk(start, whole, tmp_path, compat, request):
+    compat('faults', 'full disk', 'an error that says so; goes on from the last good checkpoint')
+    disk, remount = request.getfixturevalue('small_disk')
+    assert done(start(disk / 'run', tmp_path / 'error.txt')) == 1
+    message = rf'OSError: {disk}/run.*: a checkpoint cannot be saved: .*No space left'
+    assert re.match(message, (tmp_path / 'error.txt').read_text())
+    assert steps_of(disk / 'run', 'reference')
+    remount('size=50m')
+    assert done(start(disk / 'run', resume=True)) == 0
+    assert outcome(disk / 'run') == whole
+
+
+def test_a_folder_that_cannot_be_written(make_config, compat, request):
+    compat('faults', 'read-only folder', 'refused before any training')
+    disk, remount = request.getfixturevalue('small_disk')
+    remount('ro')
+    with pytest.raises(OSError, match=r'--workdir=.*run must be a folder that can be written'):
+        run.run(make_config(disk / 'run'))
+
+
+def test_no_damage_to_a_checkpoint_brings_back_another_state(start_process, tmp_path, compat):
+    row = 'damaged files in the newest checkpoint'
+    compat('faults', row)
+    # Of what it begins to read of a damaged file, orbax leaves tasks behind, and complaints.
+    assert done(start_process(restore_damaged, tmp_path)) == 0
+    steps = json.loads((tmp_path / 'steps.json').read_text())
+    assert len(steps) > 50
+    passed_over = steps.count(1)
+    assert passed_over + steps.count(2) == len(steps)
+    assert passed_over > len(steps) / 5
+    compat('faults', row, f'{len(steps)} damages, {passed_over} led to the one before')
+
+
+# Decay turns the sign of all weights at every step, and makes them larger, twice too often.
+TOO_FAST = FIELDS | {'reference_steps': 20, 'surgery_steps': 60, 'finetuning_steps': 0}
+TOO_FAST |= {'record_every': 20, 'weight_decay': 500.0, 'learning_rate': 'fixed:0.01', 'stop': '10'}
+# A threshold above all weights.
+EMPTYING = TOO_FAST | {'weight_decay': 0.0, 'c_rate': 'fc1:50,fc2:0', 'surgery_steps': 40}
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    found = []
+    monkeypatch.setattr(logging, 'warning', lambda message, *values: found.append(message % values))
+    return found
+
+
+def test_a_loss_that_is_not_finite_is_named(make_config, tmp_path, compat):
+    compat('faults', 'a loss that is not finite', 'named with step and densities; last state kept')
+    with pytest.raises(divergence.Diverged) as caught:
+        run.run_together([make_config(tmp_path / 'run', **TOO_FAST)])
+    message = str(caught.value)
+    found = re.match(
+        r'the loss is not finite at step (\d+) of the surgery phase; the densities are fc1 99.99%, '
+        r'fc2 100.00%; the last good checkpoint is that of step 20 in ',
+        message,
+    )
+    assert 20 < int(found[1]) <= 40
+    assert steps_of(tmp_path / 'run', 'surgery') == [20]
+
+
+def test_a_layer_that_surgery_empties_is_named_and_foreseen(
+    make_config, tmp_path, warnings, compat
+):
+    compat('faults', 'a layer all pruned', 'foreseen; named with density and step')
+    with pytest.raises(
+        divergence.Diverged,
+        match=r'surgery has left nothing of fc1 at step 1 of the surgery phase; the densities are '
+        r'fc1 0.00%, fc2 \d+.\d+%; the last good checkpoint is none of this phase',
+    ):
+        run.run_together([make_config(tmp_path / 'run', **EMPTYING)])
+    (warning,) = warnings
+    assert warning.startswith('the threshold of fc1, ')
+
+
+@pytest.mark.parametrize('fields', [TOO_FAST, EMPTYING])
+def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings, fields, compat):
+    emptied = fields is EMPTYING
+    cause = 'a layer all pruned' if emptied else 'a loss that is not finite'
+    compat('faults', f'{cause}, --on_divergence=rollback', 'comes to its end, stopped or not')
+    fields = fields | {'on_divergence': 'rollback'}
+    (summary,) = run.run_together([make_config(tmp_path / 'whole', **fields)])
+    assert 1 <= summary['setbacks']['surgery'] <= divergence.MOST_SETBACKS
+    told = [one for one in warnings if 'going on from step' in one]
+    assert 1 <= len(told) <= divergence.MOST_SETBACKS
+    assert ('masks as they are there' in told[-1]) == emptied
+    # With masks that stay as they were before the first step, nothing is pruned.
+    assert (summary['kept'] == summary['parameters']) == emptied
+    # Stopped after three calls, which may all have gone back, a run forgets no setback.
+    config = make_config(tmp_path / 'run', reference=str(tmp_path / 'whole'), **fields)
+    dense = run.train_references([run.Trainer(config)], [])
+    config = dataclasses.replace(config, resume=True)
+    signals = EveryThird([signal.SIGTERM])
+    assert run_in_short_stretches(config, run.train_surgery, dense, stopping=signals) >= 1 - emptied
+    run.run_together([config])
+    records, network = outcome(tmp_path / 'whole')
+    surgery = [line for line in records.splitlines(keepends=True) if '"surgery"' in line]
+    assert outcome(tmp_path / 'run') == (''.join(surgery), network)
+
+
+def test_a_signal_saves_runs_that_wait_for_one_behind(make_config, tmp_path, monkeypatch, warnings):
+    """Of two side by side the first goes back at its third step; then a signal comes."""
+    fields = {'record_every': 1, 'checkpoint_every': 10, 'on_divergence': 'rollback'}
+    configs = [make_config(tmp_path / f'{seed}', seed=seed, **fields) for seed in (0, 1)]
+    stopping, looks = [], []
+
+    def find_breakdown(chunk, kept, params):
+        looks.append(chunk)
+        if len(looks) == 7:
+            stopping.append(signal.SIGTERM)
+        return divergence.Breakdown(1, 'played', False) if len(looks) == 5 else None
+
+    monkeypatch.setattr(divergence, 'find_breakdown', find_breakdown)
+    with pytest.raises(run.Stopped):
+        run.train_references([run.Trainer(config) for config in configs], stopping)
+    assert max(steps_of(tmp_path / '0', 'reference')) == 1
+    assert max(steps_of(tmp_path / '1', 'reference')) == 3
+
+
+def test_a_run_goes_back_only_so_often(make_config, tmp_path, warnings):
+    fields = TOO_FAST | {'weight_decay': 1e30, 'on_divergence': 'rollback'}
+    with pytest.raises(divergence.Diverged, match='; the run had gone back 3 times'):
+        run.run_together([make_config(tmp_path / 'run', **fields)])
+    assert len(warnings) == 3
+    assert all('going on from step 0 with half the learning rate' in one for one in warnings)

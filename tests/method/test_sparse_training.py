@@ -1,0 +1,56 @@
+"""Tests of sparse_training: what is trained beside a pruner, and how dropout falls."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from wandering import ALL, HISTORY, KEY
+
+import dns_jax
+from dns_jax import importance, pruners, sparse_training
+
+
+def test_train_kept_trains_nothing_else():
+    pruner = pruners.regrow(0.4, 2, 20, KEY, 0.5, initial=importance.magnitude, **ALL)
+    optimizer = sparse_training.train_kept(pruner, optax.sgd(0.2, momentum=0.5))
+    weights = HISTORY[0][0]
+    state = optimizer.init(weights)
+    update, velocity = jax.jit(optimizer.update), jax.tree.map(np.zeros_like, weights)
+    expected_weights, grown = weights, 0
+    before = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), weights)
+    for _, gradients in HISTORY[:9]:
+        updates, state = update(gradients, state, weights)
+        masks = jax.device_get(dns_jax.get_masks(state))
+        velocity = jax.tree.map(lambda v, g, m: 0.5 * v + g * m, velocity, gradients, masks)
+        expected_weights = jax.tree.map(
+            lambda w, v, m: (w - np.float32(0.2) * v) * m, expected_weights, velocity, masks
+        )
+        new = jax.tree.map(lambda m, old: m & ~old, masks, before)
+        for at_zero, leaf in zip(*map(jax.tree.leaves, (new, weights)), strict=True):
+            assert (leaf[at_zero] == 0).all()
+            grown += at_zero.sum()
+        before = masks
+        weights = optax.apply_updates(weights, updates)
+        for one, other in zip(*map(jax.tree.leaves, (weights, expected_weights)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+        pruned = jax.tree.map(lambda leaf, mask: leaf[~mask], weights, masks)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(pruned))
+    assert grown > 10
+
+
+def test_dropout_falls_with_the_root_of_the_density():
+    masks = {'fc1': {'kernel': jnp.arange(8).reshape(4, 2) < 1, 'bias': jnp.array([True, False])}}
+    rates = sparse_training.scale_dropout(0.5, {**masks, 'fc2': jnp.ones((), bool)})
+    assert list(rates) == ['fc1']
+    assert float(rates['fc1']) == pytest.approx(0.5 * np.sqrt(2 / 10))
+
+
+def test_train_kept_needs_masks_and_weights():
+    weights = {'fc1': jnp.ones(3)}
+    optimizer = sparse_training.train_kept(optax.identity(), optax.sgd(0.1))
+    with pytest.raises(ValueError, match='the state has no masks'):
+        optimizer.update(weights, optimizer.init(weights), weights)
+    optimizer = sparse_training.train_kept(pruners.one_shot(0.5, 0, KEY, **ALL), optax.sgd(0.1))
+    with pytest.raises(ValueError, match='surgery needs the weights'):
+        optimizer.update(weights, optimizer.init(weights))

@@ -1,0 +1,420 @@
+"""Stacked layers are the same network, bit for bit, as if each had been written down by itself."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dns_jax
+from dns_jax import Rule, importance, pruners, surgery, update_probability
+from dns_jax.layers import named_leaves, nest_leaves
+from dns_jax.stacking import restack, unstack
+from dns_jax.thresholds import std
+
+COMPAT_TABLE = 'field'
+
+
+STEPS = 10
+SHAPES = {'fc/kernel': (8, 6), 'fc/bias': (6,), 'norm/scale': (6,)}
+OUTER = {'embed/embedding': (9, 8), 'head/kernel': (8, 5), 'head/bias': (5,)}
+# Of each layout, what is said of it, the paths of its stacked leaves in the twin, from the outside
+# in, and the axis of each stack. A path has the number of a slice in place of {}.
+LAYOUTS = {
+    'a scan': ({'blocks': 0}, {'blocks/{}/': (3,)}, (0,)),
+    'a scan along axis 1': ({'blocks': 1}, {'blocks/{}/': (3,)}, (1,)),
+    'a scan of 12': ({'blocks': 0}, {'blocks/{}/': (12,)}, (0,)),
+    'one layer': ({'blocks': 0}, {'blocks/{}/': (1,)}, (0,)),
+    'an ensemble': ({'': 0}, {'{}/': (3,)}, (0,)),
+    'scans in a scan': (
+        {'stages': 0, 'stages/blocks': 0},
+        {'stages/{}/blocks/{}/': (2, 3)},
+        (0, 0),
+    ),
+    'an ensemble of scans': ({'': 0, 'blocks': 1}, {'{}/blocks/{}/': (2, 3)}, (0, 1)),
+    'two scans by one pattern': ({'*coder': 0}, {'encoder/{}/': (2,), 'decoder/{}/': (3,)}, (0,)),
+    'one stack of a leaf': ({'w': 0}, {'w/{}/': (4,)}, (0,)),
+}
+
+
+def slow_but(names, *fast):
+    """All names, those that are not named again for `make test-all` alone."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def spread(path, counts):
+    """The paths of all slices, the last count running fastest."""
+    return [path.format(*index) for index in np.ndindex(*counts)]
+
+
+def paths_of(layout):
+    """Maps the path of each leaf, as it is stacked, to those of its slices and their counts."""
+    _, nodes, _ = LAYOUTS[layout]
+    found = {}
+    for node, counts in nodes.items():
+        shapes = {'': (7, 5)} if layout == 'one stack of a leaf' else SHAPES
+        for path in shapes:
+            whole = (node + path).rstrip('/')
+            stacked = '/'.join(part for part in whole.split('/') if part != '{}')
+            found[stacked] = spread(whole, counts), counts, shapes[path]
+    whole_tree = layout in ('an ensemble', 'an ensemble of scans')
+    members = next(iter(nodes.values()))[0]
+    for path, shape in OUTER.items():
+        if whole_tree:
+            found[path] = spread('{}/' + path, (members,)), (members,), shape
+        else:
+            found[path] = [path], (), shape
+    return found
+
+
+def twin(layout, seed):
+    """The network with every layer by itself."""
+    leaves = []
+    for slices, _, shape in paths_of(layout).values():
+        for number, path in enumerate(slices):
+            random = np.random.default_rng([seed, number, *path.encode()])
+            scale = random.choice([0.1, 1.0, 3.0])  # layers of unequal scale
+            leaves.append((path, jnp.asarray(scale * random.normal(size=shape), jnp.float32)))
+    return nest_leaves(leaves)
+
+
+def stack(layout, tree, lead=0):
+    """Stacks the twin by NumPy; `lead` axes in front, such as of steps, stay there."""
+    found, axes = dict(named_leaves(tree)), LAYOUTS[layout][2]
+    leaves = []
+    for path, (slices, counts, shape) in paths_of(layout).items():
+        arrays = [np.asarray(found[name]) for name in slices]
+        arrays = [
+            array
+            if array.ndim > lead
+            else np.broadcast_to(
+                array.reshape(array.shape + (1,) * len(shape)), array.shape + shape
+            )
+            for array in arrays
+        ]
+        for length, axis in reversed(list(zip(counts, axes, strict=False))):
+            groups = range(0, len(arrays), length)
+            arrays = [np.stack(arrays[at : at + length], axis + lead) for at in groups]
+        leaves.append((path, jnp.asarray(arrays[0])))
+    return nest_leaves(leaves)
+
+
+DENSITY = dns_jax.polynomial_density(0.2, 1, 7)
+ALWAYS = update_probability(power=0, stop=9)
+MAKERS = {
+    'mean_std': lambda key, **kw: surgery(Rule(dns_jax.mean_std(0.3), 0.6), key, **kw),
+    'mean_std, asked again': lambda key, **kw: surgery(
+        Rule(dns_jax.mean_std(0.3), 0.6, 3), key, **kw
+    ),
+    'std': lambda key, **kw: surgery(Rule(std(0.8), 1, 2), key, **kw),
+    'layer_density': lambda key, **kw: surgery(
+        Rule(dns_jax.layer_density(DENSITY), update_probability(0.1, stop=9)), key, **kw
+    ),
+    'norm': lambda key, **kw: surgery(
+        Rule(dns_jax.global_density(DENSITY), ALWAYS), key, splicing=False, **kw
+    ),
+    'rms': lambda key, **kw: surgery(
+        Rule(dns_jax.global_density(DENSITY, 'rms', 0.2), ALWAYS, 3), key, **kw
+    ),
+    'erk': lambda key, **kw: surgery(Rule(dns_jax.global_density(DENSITY, 'erk'), 0.7), key, **kw),
+    'prune_to': lambda key, **kw: dns_jax.prune_to(density=0.2, steps=8, key=key, **kw),
+    'compression': lambda key, **kw: dns_jax.prune_to(compression=2.1, steps=8, start=1, **kw),
+    'biases too': lambda key, **kw: surgery(
+        Rule(dns_jax.global_density(0.3)), key, takes_part=dns_jax.has_axes, **kw
+    ),
+    'by gradient': lambda key, **kw: surgery(
+        Rule(dns_jax.global_density(0.3)), key, importance=importance.gradient, **kw
+    ),
+    'by taylor': lambda key, **kw: pruners.iterative(
+        0.2, [1, 3, 7], key, importance=importance.taylor, **kw
+    ),
+    'by chance': lambda key, **kw: pruners.gradual(
+        0.2, 0, 9, 3, key, importance=importance.chance, **kw
+    ),
+    'Han': lambda key, **kw: pruners.han(0.5, [0, 2, 6], key, **kw),
+    'SET': lambda key, **kw: pruners.regrow(0.3, 2, 9, key, growth=importance.chance, **kw),
+    'RigL': lambda key, **kw: pruners.regrow(0.3, 2, 9, key, 0.5, **kw),
+}
+
+
+def inputs(layout):
+    """Weights and gradients of every step, of the twin."""
+    trees = [twin(layout, step) for step in range(2 * STEPS)]
+    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[:STEPS])
+    gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[STEPS:])
+    return weights, gradients
+
+
+def states_of(pruner, weights, gradients):
+    def step(state, now):
+        state = pruner.update(now[1], state, now[0])[1]
+        return state, state
+
+    first = pruner.init(jax.tree.map(lambda leaf: leaf[0], weights))
+    return jax.jit(lambda: jax.lax.scan(step, first, (weights, gradients))[1])()
+
+
+@functools.cache
+def both(layout, name, seed=0):
+    """The states after each step, of the network as it is stacked and of the twin."""
+    weights, gradients = inputs(layout)
+    key, make = jax.random.key(seed), MAKERS[name]
+    apart = states_of(make(key), weights, gradients)
+    stacked = states_of(
+        make(key, stacked=LAYOUTS[layout][0]),
+        stack(layout, weights, 1),
+        stack(layout, gradients, 1),
+    )
+    return stacked, apart
+
+
+def check_equal(layout, stacked, apart):
+    chex.assert_trees_all_equal(stacked.thresholds, apart.thresholds)
+    masks = stack(layout, apart.masks, 1)
+    for (path, mask), (_, wanted) in zip(
+        named_leaves(stacked.masks), named_leaves(masks), strict=True
+    ):
+        wanted = np.asarray(wanted)
+        if mask.ndim == 1:  # takes no part, at any step
+            assert wanted.all(), path
+        else:
+            np.testing.assert_array_equal(np.asarray(mask), wanted, err_msg=path)
+
+
+@pytest.mark.parametrize('name', slow_but(MAKERS, 'mean_std, asked again', 'norm', 'by chance'))
+def test_every_transformation(name):
+    stacked, apart = both('a scan', name)
+    check_equal('a scan', stacked, apart)
+    kernel = apart.masks['blocks']['1']['fc']['kernel']
+    assert not kernel[-1].all()  # it did prune
+
+
+@pytest.mark.parametrize('layout', list(LAYOUTS)[1:])
+def test_every_layout(layout):
+    # Slices are sorted as the names they are: 0, 1, 10, 11, 2 …
+    check_equal(layout, *both(layout, 'mean_std, asked again'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', [name for name in LAYOUTS if name != 'a scan of 12'])
+def test_a_common_threshold_in_every_layout(layout):
+    check_equal(layout, *both(layout, 'biases too'))
+
+
+@pytest.mark.parametrize(
+    'layout', slow_but(['a scan', 'a scan along axis 1', 'an ensemble of scans'], 'a scan')
+)
+def test_counts_events_sizes_and_files(layout, tmp_path):
+    sparse = pytest.importorskip('dns_jax.files.sparse')
+    stacked, apart = both(layout, 'biases too' if layout != 'a scan' else 'norm')
+    how = LAYOUTS[layout][0]
+    weights = inputs(layout)[0]
+    for step in (3, STEPS - 1):
+        now, before = (
+            jax.tree.map(lambda leaf, at=at: leaf[at], stacked.masks) for at in (step, step - 1)
+        )
+        twin_now, twin_before = (
+            jax.tree.map(lambda leaf, at=at: leaf[at], apart.masks) for at in (step, step - 1)
+        )
+        params = jax.tree.map(lambda leaf, step=step: leaf[step], weights)
+        whole = stack(layout, params)
+        slices, masks, old = unstack(how, whole, now, before)
+        chex.assert_trees_all_equal(slices, params)
+        assert dns_jax.count_kept(masks) == dns_jax.count_kept(twin_now)
+        assert dns_jax.count_events(old, masks) == dns_jax.count_events(twin_before, twin_now)
+        assert dns_jax.measure_sizes(slices, masks) == dns_jax.measure_sizes(params, twin_now)
+        assert (
+            dns_jax.measure_sizes(whole, now).total == dns_jax.measure_sizes(params, twin_now).total
+        )
+        for tree, kept, name in ((slices, masks, 'stacked'), (params, twin_now, 'apart')):
+            sparse.save_sparse(tmp_path / name, tree, kept)
+        assert (tmp_path / 'stacked').read_bytes() == (tmp_path / 'apart').read_bytes()
+
+
+def test_unstack_against_numpy_and_back():
+    for layout, (how, _, _) in LAYOUTS.items():
+        params = twin(layout, 0)
+        whole = stack(layout, params)
+        (apart,) = unstack(how, whole)
+        chex.assert_trees_all_equal(apart, params)
+        chex.assert_trees_all_equal(restack(how, whole, apart), whole)
+
+
+def test_rules_of_some_slices():
+    rules = {
+        'blocks/0/*': Rule(dns_jax.layer_density(0.5)),
+        'blocks/2/fc': Rule(dns_jax.mean_std(0.5), 0.5, 2),
+    }
+    weights, gradients = inputs('a scan')
+    apart = states_of(surgery(rules, jax.random.key(1)), weights, gradients)
+    stacked = states_of(
+        surgery(rules, jax.random.key(1), stacked={'blocks': 0}),
+        stack('a scan', weights, 1),
+        stack('a scan', gradients, 1),
+    )
+    check_equal('a scan', stacked, apart)
+    assert set(stacked.thresholds) == {'blocks/0/fc', 'blocks/2/fc'}
+    assert stacked.masks['blocks']['fc']['kernel'][:, 1].all()
+
+
+def test_slices_that_take_no_part():
+    whole = stack('a scan', twin('a scan', 0))
+    pruner = surgery(
+        Rule(dns_jax.mean_std(0.3), 1.0, 1),
+        jax.random.key(0),
+        takes_part=lambda path, leaf: path.endswith('kernel') and 'blocks/0' not in path,
+        stacked={'blocks': 0},
+    )
+    state, update = pruner.init(whole), jax.jit(pruner.update)
+    for _ in range(2):
+        _, state = update(whole, state, whole)
+    assert set(state.thresholds) == {'blocks/1/fc', 'blocks/2/fc', 'head'}
+    kernel = state.masks['blocks']['fc']['kernel']
+    assert kernel[0].all()
+    assert not kernel[1].all()
+
+
+def test_without_the_word_a_stack_is_one_layer():
+    whole = stack('a scan', twin('a scan', 0))
+    pruner = surgery(Rule(dns_jax.layer_density(0.25)), jax.random.key(0))
+    _, state = pruner.update(whole, pruner.init(whole), whole)
+    assert set(state.thresholds) == {'blocks/fc', 'head'}
+
+
+def test_six_kernels_of_unequal_scale_keep_a_quarter_each():
+    scales = jnp.array([3.0, 2.0, 1.0, 0.3, 0.1, 0.01])[:, None, None]
+    params = {
+        'blocks': {'fc': {'kernel': scales * jax.random.normal(jax.random.key(0), (6, 16, 16))}}
+    }
+    rule = Rule(dns_jax.layer_density(0.25))
+    pruner = surgery(rule, jax.random.key(0), stacked={'blocks': 0})
+    _, state = jax.jit(pruner.update)(params, pruner.init(params), params)
+    assert [int(mask.sum()) for mask in state.masks['blocks']['fc']['kernel']] == [64] * 6
+
+
+def test_an_ensemble_is_its_members_by_themselves():
+    # Rules of each layer by itself see nothing of the others, in an ensemble either.
+    params = twin('a scan', 0)
+    members = [jax.tree.map(lambda leaf, by=by: leaf * by, params) for by in (1.0, 0.5, 2.0)]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    rule = Rule(dns_jax.layer_density(0.25))
+    ensemble = surgery(rule, jax.random.key(0), stacked={'': 0})
+    _, state = jax.jit(ensemble.update)(together, ensemble.init(together), together)
+    alone = surgery(rule, jax.random.key(0))
+    for number, member in enumerate(members):
+        _, own = jax.jit(alone.update)(member, alone.init(member), member)
+        for (path, mask), wanted in zip(
+            named_leaves(state.masks), jax.tree.leaves(own.masks), strict=True
+        ):
+            found = mask[number] if mask.ndim else mask
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted), err_msg=path)
+
+
+def test_tuples_of_stacked_kernels_and_biases():
+    # Nothing says that the second is a bias but its axes in a slice.
+    stacked = {'blocks': (jnp.ones((4, 3, 3)), jnp.ones((4, 3)))}
+    masks = (
+        surgery(Rule(dns_jax.layer_density(0.5)), jax.random.key(0), stacked={'blocks': 0})
+        .init(stacked)
+        .masks
+    )
+    assert masks['blocks'][0].shape == (4, 3, 3)
+    assert masks['blocks'][1].shape == ()
+
+
+WRONG = [
+    ({'block': 0}, 'block'),
+    ({'blocks': 3}, 'axis 3'),
+    ({'blocks': 1, 'norm': 0}, 'norm'),
+    ({'blocks/fc/kernels': 0}, 'kernels'),
+    ({'blocks': -1}, '-1'),
+]
+
+
+@pytest.mark.parametrize(('how', 'named'), WRONG)
+def test_what_is_wrong_is_named(how, named):
+    whole = stack('a scan', twin('a scan', 0))
+    with pytest.raises(ValueError, match=named):
+        surgery(Rule(dns_jax.layer_density(0.5)), jax.random.key(0), stacked=how).init(whole)
+
+
+def test_masks_given_for_a_stack_go_on():
+    how = LAYOUTS['a scan'][0]
+    whole = stack('a scan', twin('a scan', 0))
+    first = surgery(Rule(dns_jax.layer_density(0.5)), jax.random.key(0), stacked=how)
+    _, state = jax.jit(first.update)(whole, first.init(whole), whole)
+    for masks in (state.masks, jax.device_get(state.masks)):
+        second = surgery(
+            Rule(dns_jax.layer_density(0.25)), jax.random.key(0), masks=masks, stacked=how
+        )
+        start = second.init(whole)
+        chex.assert_trees_all_equal(start.masks, state.masks)
+        _, after = jax.jit(second.update)(whole, start, whole)
+        kept = dns_jax.count_kept(unstack(how, whole, after.masks)[1])
+        assert kept == {**{f'blocks/{number}/fc': 12 for number in range(3)}, 'head': 10}
+
+
+def test_masks_given_where_a_stack_took_no_part():
+    how = {'blocks': 0}
+    whole = stack('a scan', twin('a scan', 0))
+    masks = jax.tree.map(lambda leaf: jnp.ones((), bool), whole)
+    masks['head']['kernel'] = jnp.ones((8, 5), bool)
+    pruner = surgery(Rule(dns_jax.layer_density(0.25)), jax.random.key(0), masks=masks, stacked=how)
+    _, state = pruner.update(whole, pruner.init(whole), whole)
+    assert dns_jax.count_kept(state.masks) == {'head': 10}
+
+
+@pytest.mark.slow
+def test_under_scan_of_linen_and_vmapped_modules():
+    """The networks of the libraries, whose loops are the twins."""
+    import flax.linen as nn
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            x = nn.LayerNorm()(x)
+            return x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)(x), None
+
+    scanned = nn.scan(Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=3)
+    x = jnp.ones((2, 4, 8))
+    with jax.numpy_rank_promotion('allow'):
+        params = {'blocks': scanned().init(jax.random.key(0), x, None)['params']}
+    alone = {
+        'blocks': {
+            str(number): jax.tree.map(lambda leaf, at=number: leaf[at], params['blocks'])
+            for number in range(3)
+        }
+    }
+    key = jax.random.key(0)
+    stacked = dns_jax.prune_to(density=0.3, steps=3, key=key, stacked={'blocks': 0})
+    apart = dns_jax.prune_to(density=0.3, steps=3, key=key)
+    states = stacked.init(params), apart.init(alone)
+    for _ in range(3):
+        states = (
+            jax.jit(stacked.update)(params, states[0], params)[1],
+            jax.jit(apart.update)(alone, states[1], alone)[1],
+        )
+    (_, masks) = unstack({'blocks': 0}, params, states[0].masks)
+    chex.assert_trees_all_equal(masks, states[1].masks)
+    assert sum(dns_jax.count_kept(masks).values()) == round(0.3 * 3 * 4 * 64)
+
+
+def test_optimizer_around_a_stack():
+    whole = stack('a scan', twin('a scan', 0))
+    optimizer = optax.chain(
+        dns_jax.prune_to(density=0.2, steps=4, stacked={'blocks': 0}), optax.sgd(0.1)
+    )
+    state = optimizer.init(whole)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(5):
+        whole, state = step(whole, state)
+    masks = dns_jax.get_masks(state)
+    assert sum(dns_jax.count_kept(masks).values()) == round(0.2 * (3 * 48 + 40))

@@ -1,0 +1,448 @@
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging as absl_logging
+
+from experiments.training.checkpoints import Checkpoints, _checksums
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = ('', 'a', 'a/b', 'a.b', 'é %2F..')
+
+
+class Thresholds(NamedTuple):
+    low: jax.Array
+    high: jax.Array
+
+
+class SurgeryState(NamedTuple):
+    count: jax.Array
+    key: jax.Array
+    masks: Any
+    thresholds: Any
+
+
+def surgery(key):
+    def init(params):
+        masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+        masks['bias'] = jnp.asarray(True)
+        return SurgeryState(jnp.int32(0), key, masks, thresholds())
+
+    def update(updates, state, params):
+        draw = jax.random.uniform(jax.random.fold_in(state.key, state.count))
+        masks = {**state.masks, 'kernel': jnp.abs(params['kernel']) > draw}
+        return updates, state._replace(count=state.count + 1, masks=masks)
+
+    return optax.GradientTransformation(init, update)
+
+
+def thresholds():
+    return {
+        name: Thresholds(jnp.float32(0.1 * index), jnp.float32(0.3 * index))
+        for index, name in enumerate(NAMES)
+    }
+
+
+def optimizer(implementation='threefry2x32'):
+    return optax.chain(surgery(jax.random.key(7, impl=implementation)), optax.sgd(0.1, 0.9))
+
+
+def initial_state(implementation='threefry2x32'):
+    params = {
+        'kernel': jax.random.normal(jax.random.key(1), (30, 20)),
+        'bias': jnp.asarray([0.1, -0.0, jnp.nan, jnp.inf], jnp.bfloat16),
+    }
+    return {
+        'params': params,
+        'opt_state': optimizer(implementation).init(params),
+        'keys': jax.random.split(jax.random.key(3, impl=implementation), (2, 3)),
+        'a': {'b': jnp.float32(1)},
+        'a.b': jnp.float32(2),
+        'nothing': None,
+    }
+
+
+def train_step(state):
+    grads = jax.tree.map(jnp.sin, state['params'])
+    updates, opt_state = optimizer().update(grads, state['opt_state'], state['params'])
+    params = optax.apply_updates(state['params'], updates)
+    return {**state, 'params': params, 'opt_state': opt_state}
+
+
+def to_bytes(leaf):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def assert_identical(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for one, other in pairs:
+        assert isinstance(one, jax.Array)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert one.sharding == other.sharding
+        assert to_bytes(one) == to_bytes(other)
+
+
+def save_steps(directory, steps, keep=2):
+    with Checkpoints(directory, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, {'w': jnp.full((50, 40), step, jnp.float32)})
+
+
+def like():
+    return {'w': jax.ShapeDtypeStruct((50, 40), jnp.float32)}
+
+
+@pytest.mark.parametrize('implementation', ['threefry2x32', 'rbg', 'unsafe_rbg'])
+@pytest.mark.parametrize('abstract', [False, True])
+def test_everything_comes_back_bit_for_bit(tmp_path, implementation, abstract):
+    state = initial_state(implementation)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state)
+    wanted = jax.eval_shape(lambda: state) if abstract else jax.tree.map(jnp.zeros_like, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored = checkpoints.restore(wanted)
+    assert step == 5
+    assert_identical(restored, state)
+
+
+def test_a_tree_with_its_leaves_in_another_order_restores_by_path(tmp_path):
+    class Reordered(NamedTuple):
+        high: jax.Array
+        low: jax.Array
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, Thresholds(low=jnp.float32(1), high=jnp.float32(2)))
+        _, restored = checkpoints.restore(Reordered(jnp.float32(0), jnp.float32(0)))
+    assert (restored.low, restored.high) == (1, 2)
+
+
+def test_a_bare_array_and_the_sharding_asked_for(tmp_path):
+    mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, jnp.arange(4))
+        _, restored = checkpoints.restore(jax.ShapeDtypeStruct((4,), jnp.int32, sharding=sharding))
+    assert restored.sharding == sharding
+    np.testing.assert_array_equal(restored, np.arange(4))
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
+    step_function = jax.jit(train_step, donate_argnums=0)
+    state = initial_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(1, 9):
+            state = step_function(state)
+            if step == 4:
+                checkpoints.save(step, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        step, resumed = checkpoints.restore(initial_state())
+    for _ in range(step, 8):
+        resumed = step_function(resumed)
+    assert_identical(resumed, state)
+
+
+def test_a_state_donated_right_after_save_is_saved_as_it_was(tmp_path):
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: -leaf, state), donate_argnums=0)
+    state = [jax.random.normal(jax.random.key(index), (300_000,)) for index in range(4)]
+    expected = [np.array(leaf) for leaf in state]
+    state = overwrite(overwrite(state))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        for _ in range(3):
+            state = overwrite(state)
+        jax.block_until_ready(state)
+        _, restored = checkpoints.restore(state)
+    for one, other in zip(restored, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize('keep', [1, 3])
+def test_only_the_newest_are_kept(tmp_path, keep):
+    save_steps(tmp_path, range(10, 60, 10), keep)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [10, 20, 30, 40, 50][-keep:]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 50
+        assert checkpoints.restore(like())[0] == 50
+        if keep > 1:
+            assert checkpoints.restore(like(), step=40)[1]['w'][0, 0] == 40
+
+
+def test_the_latest_step_is_that_of_a_checkpoint_on_disk(tmp_path):
+    with Checkpoints(tmp_path) as writer, Checkpoints(tmp_path) as reader:
+        for step in (1, 2):
+            writer.save(step, jax.random.normal(jax.random.key(step), (2_000_000,)))
+            assert writer.latest_step() == step
+            assert (tmp_path / str(step)).is_dir()
+            assert reader.latest_step() == step
+
+
+def test_an_empty_directory_has_no_checkpoint(tmp_path):
+    with Checkpoints(str(tmp_path / 'run' / 'phase')) as checkpoints:
+        assert checkpoints.latest_step() is None
+        with pytest.raises(FileNotFoundError, match=r'phase holds steps \[\]; wanted a checkpoint'):
+            checkpoints.restore(like())
+        checkpoints.save(0, {'w': jnp.zeros((50, 40))})
+        assert checkpoints.latest_step() == 0
+        with pytest.raises(FileNotFoundError, match=r'holds steps \[0\]; wanted the .* step 3'):
+            checkpoints.restore(like(), step=3)
+
+
+def test_a_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('text')
+    with pytest.raises(NotADirectoryError, match=r'file is a file; wanted a folder of checkpoints'):
+        Checkpoints(tmp_path / 'file')
+
+
+def test_keep_below_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'keep is 0; wanted at least 1'):
+        Checkpoints(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize(
+    ('state', 'error', 'message'),
+    [
+        ({}, ValueError, r'state to save at step 1 has no leaves'),
+        ({'w': np.float32(1)}, TypeError, r"state\['w'\] is a float32; wanted a jax.Array"),
+        ({'w': np.ones(2)}, TypeError, r"state\['w'\] is a ndarray; wanted a jax.Array"),
+        ({'w': 1}, TypeError, r"state\['w'\] is a int; wanted a jax.Array"),
+        ({'w': jnp.ones((0, 3))}, ValueError, r"state\['w'\] is float32\[0, 3\]; .* no empty"),
+    ],
+)
+def test_states_that_cannot_be_saved(tmp_path, state, error, message):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(error, match=message):
+            checkpoints.save(1, state)
+        assert checkpoints.latest_step() is None
+
+
+@pytest.mark.parametrize('step', [1, 2])
+def test_a_step_that_is_not_the_newest_is_refused(tmp_path, step):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, jnp.ones(3))
+        with pytest.raises(ValueError, match=rf'step is {step}; .* already holds step 2'):
+            checkpoints.save(step, jnp.zeros(3))
+        np.testing.assert_array_equal(checkpoints.restore(jnp.ones(3))[1], np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ('wanted', 'message'),
+    [
+        ({'a': jnp.ones((2, 3))}, r"like\['k'\] is missing but was saved as key<fry>\[\]"),
+        (
+            {'a': jnp.ones((2, 3)), 'k': jax.random.key(0), 'b': jnp.ones(1)},
+            r"like\['b'\] is float32\[1\] but was saved as nothing",
+        ),
+        (
+            {'a': jnp.ones((3, 2)), 'k': jax.random.key(0)},
+            r"like\['a'\] is float32\[3, 2\] but was saved as float32\[2, 3\]",
+        ),
+        (
+            {'a': jnp.ones((2, 3), jnp.bfloat16), 'k': jax.random.key(0)},
+            r"like\['a'\] is bfloat16\[2, 3\] but was saved as float32\[2, 3\]",
+        ),
+        (
+            {'a': jnp.ones((2, 3)), 'k': jax.random.key(0, impl='rbg')},
+            r"like\['k'\] is key<rbg>\[\] but was saved as key<fry>\[\]",
+        ),
+        (
+            {'a': jnp.ones((2, 3)), 'k': jax.random.PRNGKey(0)},
+            r"like\['k'\] is uint32\[2\] but was saved as key<fry>\[\]",
+        ),
+        ((jnp.ones((2, 3)), jax.random.key(0)), r'step 4 differs .* in 4 leaves'),
+    ],
+)
+def test_a_state_unlike_the_saved_one_is_refused(tmp_path, wanted, message):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, {'a': jnp.ones((2, 3)), 'k': jax.random.key(0)})
+        with pytest.raises(ValueError, match=message) as caught:
+            checkpoints.restore(wanted)
+        assert str(tmp_path) in str(caught.value)
+        assert checkpoints.latest_step() == 4
+
+
+def largest_file(directory):
+    return max((path for path in directory.rglob('*') if path.is_file()), key=os.path.getsize)
+
+
+def cut(directory):
+    path = largest_file(directory / 'leaves' / 'ocdbt.process_0')
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove_data(directory):
+    largest_file(directory / 'leaves' / 'ocdbt.process_0').unlink()
+
+
+def cut_description(directory):
+    (directory / 'tree' / 'metadata').write_bytes(b'[[')
+
+
+def remove_manifest(directory):
+    (directory / 'leaves' / 'manifest.ocdbt').unlink()
+
+
+def empty(directory):
+    for path in directory.rglob('*'):
+        if path.is_file():
+            path.unlink()
+
+
+DAMAGES = [cut, remove_data, cut_description, remove_manifest, empty]
+
+
+def save_noise(directory, steps):
+    with Checkpoints(directory) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, {'w': jax.random.normal(jax.random.key(step), (50, 40))})
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, damage, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(
+        absl_logging, 'warning', lambda message, *values: warnings.append(message % values)
+    )
+    save_noise(tmp_path, [1, 2])
+    damage(tmp_path / '2')
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(OSError, match=r'cannot read any .* of steps \[2\]'):
+            checkpoints.restore(like(), step=2)
+        assert checkpoints.latest_step() == 2
+        warnings.clear()
+        step, state = checkpoints.restore(like())
+        assert step == 1
+        assert_identical(state, {'w': jax.random.normal(jax.random.key(1), (50, 40))})
+        checkpoints.save(2, state)
+        assert checkpoints.restore(like())[0] == 2
+    assert any(f'{tmp_path}: the checkpoint of step 2 cannot be read' in one for one in warnings)
+    assert len(list(tmp_path.glob('damaged-2-*'))) == 1
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path):
+    save_noise(tmp_path, [1, 2])
+    cut(tmp_path / '1')
+    cut(tmp_path / '2')
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(OSError, match=r'cannot read any .* of steps \[2, 1\]') as caught:
+            checkpoints.restore(like())
+        assert str(tmp_path) in str(caught.value)
+        assert checkpoints.latest_step() == 2
+
+
+CHILD = """
+import sys
+import jax
+from experiments.checkpoints import Checkpoints, _checksums
+
+checkpoints = Checkpoints(sys.argv[1])
+state = {'w': jax.random.normal(jax.random.key(1), (8_000_000,))}
+checkpoints.save(1, {'w': state['w'][:5]})
+assert checkpoints.latest_step() == 1
+checkpoints.save(2, state)
+checkpoints.close()
+"""
+
+
+def test_a_process_killed_in_the_middle_of_a_save_loses_only_that_save(tmp_path):
+    child = subprocess.Popen([sys.executable, '-c', CHILD, str(tmp_path)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob('2.*')) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert list(tmp_path.glob('2.*'))
+    assert not (tmp_path / '2').exists()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        state = {'w': jnp.ones(5)}
+        step, restored = checkpoints.restore(state)
+        expected = jax.random.normal(jax.random.key(1), (8_000_000,))[:5]
+        assert step == 1
+        assert_identical(restored, {'w': expected})
+        checkpoints.save(2, restored)
+        assert checkpoints.latest_step() == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '2']
+
+
+def test_leaving_waits_until_the_save_is_on_disk(tmp_path):
+    code = (
+        'import sys, jax.numpy as jnp\n'
+        'from experiments.training.checkpoints import Checkpoints\n'
+        'with Checkpoints(sys.argv[1]) as checkpoints:\n'
+        '    checkpoints.save(3, jnp.arange(4_000_000.0))\n'
+    )
+    command = [sys.executable, '-c', code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stderr == ''
+    with Checkpoints(tmp_path) as checkpoints:
+        step, state = checkpoints.restore(jnp.zeros(4_000_000))
+    assert (step, state[-1]) == (3, 3_999_999)
+
+
+def test_an_error_in_the_background_is_raised_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_steps(tmp_path, [1], keep=1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'rename', fail)
+        patch.setattr(os, 'replace', fail)
+        checkpoints.save(2, {'w': jnp.zeros((50, 40))})
+        with pytest.raises(OSError, match='No space left on device'):
+            checkpoints.close()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(like())[0] == 1
+
+
+def checksum(array):
+    return int(_checksums([jnp.asarray(array)])[0])
+
+
+NOISE = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda noise: noise.at[1::2].multiply(-1.0),
+        lambda noise: noise.at[0, 0].multiply(-1.0).at[7, 3].multiply(-1.0),
+        lambda noise: noise.at[jnp.array([0, 256])].set(noise[jnp.array([256, 0])]),
+        lambda noise: noise[::-1],
+        lambda noise: -noise,
+        lambda noise: noise.at[5, 2].set(jnp.nextafter(noise[5, 2], 9.0)),
+        lambda noise: noise.astype(jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bool'])
+def test_a_change_shows_in_the_checksum(change, dtype):
+    noise = jnp.asarray(NOISE)
+    as_dtype = (lambda array: array > 0.5) if dtype == 'bool' else (lambda a: a.astype(dtype))
+    before, after = as_dtype(noise), as_dtype(change(noise))
+    assert (checksum(before) != checksum(after)) == bool((before != after).any())
+
+
+def test_the_checksum_of_ones_and_minus_ones_that_change_places():
+    ones = np.ones(8, np.float32)
+    for place in range(1, 8):
+        one, other = ones.copy(), ones.copy()
+        one[0], other[place] = -1.0, -1.0
+        assert checksum(one) != checksum(other)
+
+
+def test_the_checksum_does_not_depend_on_where_an_array_lies(mesh):
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    assert checksum(jax.device_put(NOISE[:296], rows)) == checksum(NOISE[:296])

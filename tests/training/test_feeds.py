@@ -1,0 +1,254 @@
+"""Tests of training.feeds and image_flags: what the flags of streamed images do to a run."""
+
+import dataclasses
+import itertools
+import json
+import math
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from tiny import Tiny
+
+from experiments import alexnet, vgg16
+from experiments.config.command_line import define, to_config
+from experiments.config.image_flags import ImageConfig
+from experiments.data import resident, streams
+from experiments.networks import models
+from experiments.training import feeds, pruning, run
+
+SIZE = 8  # pixels
+OWN_FLAGS = {field.name for field in dataclasses.fields(ImageConfig)} - {
+    field.name for field in dataclasses.fields(feeds.Config)
+}
+
+
+@pytest.fixture(scope='module')
+def make_config(data_dir, tmp_path_factory):
+    """Makes the configuration of a tiny run on the digits, in a new folder."""
+
+    def make(**fields):
+        fields.setdefault('workdir', str(tmp_path_factory.mktemp('run') / 'run'))
+        short = {'reference_steps': 30, 'surgery_steps': 40, 'finetuning_steps': 0}
+        short |= {'record_every': 10, 'checkpoint_every': 10, 'batch_size': 16, 'dropout': 0.2}
+        short |= {'image_size': SIZE, 'crop': 'whole', 'mesh': 'data:1', 'dataset': 'digits'}
+        short |= {'refresh_every': 5, 'compression': 4.0}
+        short |= {'reference_learning_rate': 'fixed:0.1', 'learning_rate': 'fixed:0.1'}
+        return ImageConfig(**{'network': 'tiny', 'data_dir': str(data_dir), **short, **fields})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.NETWORKS, 'tiny', Tiny)
+        yield make
+
+
+def outcome(config):
+    """Runs it; returns the records and the pruned network's bytes."""
+    run.run_together([config])
+    folder = Path(config.workdir)
+    return (folder / 'metrics.jsonl').read_text(), (folder / 'pruned.safetensors').read_bytes()
+
+
+@pytest.fixture(scope='module')
+def plain(make_config):
+    return outcome(make_config())
+
+
+def test_a_run_learns_and_repeats_itself(make_config, plain):
+    last = json.loads(plain[0].splitlines()[-1])
+    assert last['validation_error'] < 50
+    assert outcome(make_config()) == plain
+
+
+EFFECTIVE = {
+    'image_size': 10,
+    'crop': 'random_resized',
+    'width': 1.5,
+    'compute_dtype': 'bfloat16',
+    'accumulate': 2,
+}
+WITHOUT_EFFECT = {'workers': 1}
+ELSEWHERE = {'mesh', 'distributed'}  # below, and in test_distributed
+
+
+def test_every_flag_is_tried():
+    assert {*EFFECTIVE, *WITHOUT_EFFECT, *ELSEWHERE} == OWN_FLAGS
+
+
+@pytest.mark.parametrize(('name', 'value'), EFFECTIVE.items())
+@pytest.mark.slow
+def test_a_flag_has_an_effect(make_config, plain, name, value):
+    assert outcome(make_config(**{name: value})) != plain
+
+
+@pytest.mark.parametrize(('name', 'value'), WITHOUT_EFFECT.items())
+def test_a_place_has_none(make_config, plain, name, value):
+    config = make_config(**{name: value})
+    assert outcome(config) == plain
+    assert name not in config.identity()
+
+
+@pytest.mark.parametrize('mesh', ['data:1', 'data:4,model:2'])
+@pytest.mark.parametrize('phase', ['reference', 'surgery'])
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_on_any_mesh(make_config, plain, mesh, phase):
+    """It is stopped in the middle of an epoch of 78 batches."""
+    config = make_config()
+    trainer = run.Trainer(config)
+    stopping = [signal.SIGTERM]
+    dense = [] if phase == 'reference' else run.train_references([trainer], [])
+    train = run.train_surgery if dense else run.train_references
+    with pytest.raises(run.Stopped, match=f'saved {phase}'):
+        train([trainer], *([dense] if dense else []), stopping)
+    records, network = outcome(dataclasses.replace(config, resume=True, mesh=mesh))
+    if mesh == config.mesh:
+        assert (records, network) == plain
+    kept, expected = (json.loads(text.splitlines()[-1])['kept'] for text in (records, plain[0]))
+    assert kept == expected
+
+
+def test_batches_go_on_without_opening_the_stream_again(make_config, monkeypatch):
+    opened = []
+    whole = streams.StreamedSplit.train_batches
+
+    def train_batches(self, seed, batch_size, start, rows):
+        opened.append((seed, start))
+        return whole(self, seed, batch_size, start, rows)
+
+    monkeypatch.setattr(streams.StreamedSplit, 'train_batches', train_batches)
+    feed = feeds.open_feed(make_config())
+    parts = [list(feed.batches((0, 1), start, 3)) for start in (0, 3)]
+    assert opened == [((0, 1), 0)]
+    alone = list(feed.batches((0, 1), 4, 2))
+    assert opened == [((0, 1), 0), ((0, 1), 4)]
+    for one, other in zip(parts[1][1:], alone, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_errors_and_losses_count_every_image_once(make_config):
+    """The last batch of 200 validation images is padded."""
+    trainer = run.Trainer(make_config(mesh='data:4,model:2', dropout=0.0))
+    split = trainer.dataset.validation
+    assert len(split) == 200
+    batches = [(np.asarray(images), np.asarray(labels)) for images, labels in split.batches()]
+    images, labels = map(np.concatenate, zip(*batches, strict=True))
+    assert (len(labels), np.sum(labels < 0)) == (208, 8)
+    images, labels = images[:200].astype(np.float32), labels[:200]
+    weights = jax.tree.map(np.asarray, trainer.initial)
+    scale = models.INPUTS['lenet5'].scale
+    hidden = (images * scale).reshape(200, -1) @ weights['fc1']['kernel']
+    logits = np.maximum(hidden + weights['fc1']['bias'], 0) @ weights['fc2']['kernel']
+    logits += weights['fc2']['bias']
+    error = trainer.error(trainer.initial, split)
+    assert error == pytest.approx(100 * np.mean(logits.argmax(1) != labels))
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    expected = -np.mean(np.log(shares[np.arange(200), labels]))
+    loss = run.train.make_loss(trainer.network, trainer.inputs)
+    assert loss(trainer.initial, split) == pytest.approx(expected, rel=1e-5)
+
+
+def test_colours_are_taken_less_their_mean(make_config, monkeypatch):
+    """The network sees (pixels − mean) · scale."""
+    inputs = models.Input((10.0, 20.0, 30.0), 0.5, SIZE)
+    seen = []
+
+    class Seeing:
+        def apply(self, variables, images):
+            seen.append(images)
+            return jnp.zeros((images.shape[0], 10))
+
+    images = np.full((2, SIZE, SIZE, 3), 40, np.uint8)
+    split = resident.Split(images, np.zeros(2, np.int32))
+    with jax.disable_jit():
+        run.train.make_error(Seeing(), inputs)({}, split)
+    np.testing.assert_array_equal(seen[0][1, 2, 3], [15.0, 10.0, 5.0])
+
+
+def parse(script, *arguments):
+    flag_values = absl_flags.FlagValues()
+    define(ImageConfig, script.DEFAULTS, flag_values)
+    left = flag_values(['program', *arguments])
+    return to_config(ImageConfig, script.DEFAULTS, flag_values, left)
+
+
+@pytest.mark.parametrize('script', [alexnet, vgg16], ids=['alexnet', 'vgg16'])
+def test_defaults_of_the_scripts(script):
+    config = parse(script, '--compression=10')
+    assert config.dataset == 'imagenet2012'
+    assert config.image_size == models.INPUTS[config.network].size
+    assert config.batch_size == 256
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'mesh': 'rows:2'}, '--mesh=rows:2 must be data:SIZE'),
+        ({'distributed': 'here'}, '--distributed=here must be auto or HOST:PORT'),
+        ({'width': math.inf}, '--width must be finite in float32, but is inf'),
+        ({'width': 0.0}, '--width=0.0 must be above 0'),
+    ],
+)
+def test_flags_are_refused(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**fields)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'mesh': 'data:3'}, 'wants 3 devices, which does not divide the 8'),
+        ({'mesh': 'data:8', 'batch_size': 12}, 'does not divide --batch_size=12'),
+        ({'dataset': 'no_such_set'}, 'no_such_set'),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(make_config, fields, message):
+    config = make_config(**fields)
+    with pytest.raises(ValueError, match=message):
+        run.Trainer(config)
+    assert not Path(config.workdir).exists()
+
+
+def test_ramps_by_layer_end_where_they_say(make_config):
+    """One layer after the other, as the paper has convolutions first."""
+    config = make_config(
+        compression=None,
+        layer_density='fc1:0.1,fc2:0.5',
+        ramp_start='fc1:0,fc2:20',
+        ramp_end='fc1:10,fc2:30',
+        start='fc1:0,fc2:20',
+        stop='fc1:20,fc2:40',
+    )
+    run.run_together([config])
+    records = map(json.loads, (Path(config.workdir) / 'metrics.jsonl').read_text().splitlines())
+    kept = [record['kept'] for record in records if record['phase'] == 'surgery']
+    first, second = (SIZE * SIZE * 3 + 1) * 16, 17 * 10
+    shares = [(one['fc1'] / first, one['fc2'] / second) for one in kept]
+    assert shares[1] == (pytest.approx(0.1, abs=1e-3), 1.0)
+    assert shares[3] == (pytest.approx(0.1, abs=1e-3), pytest.approx(0.5, abs=0.01))
+    assert all(earlier[0] == shares[1][0] for earlier in itertools.islice(shares, 2, None))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'ramp_end': 'fc1:10'}, '--ramp_end=fc1:10 must come after --ramp_start=0%'),
+        ({'ramp_end': 'conv:10,*:20'}, "--ramp_end: pattern 'conv' is the first match of no layer"),
+        (
+            {'compression': 4.0, 'layer_density': '', 'ramp_end': 'fc1:10,fc2:20'},
+            "--ramp_end: pattern 'fc1' is the first match of no layer",
+        ),
+    ],
+)
+def test_ramps_by_layer_are_refused(make_config, fields, message):
+    given = {'compression': None, 'layer_density': 'fc1:0.1,fc2:0.5', **fields}
+    shapes = {
+        'fc1': {'kernel': jnp.zeros((192, 16)), 'bias': jnp.zeros(16)},
+        'fc2': {'kernel': jnp.zeros((16, 10)), 'bias': jnp.zeros(10)},
+    }
+    with pytest.raises(ValueError, match=message):
+        pruning.make_rules(make_config(**given), shapes)

@@ -1,0 +1,178 @@
+"""Tests of training.references; references of other runs are tested with the runs."""
+
+import functools
+
+import caffe_layers
+import jax
+import numpy as np
+import pytest
+from wire import blob, layer, old_blob, old_layer
+
+import dns_jax
+from dns_jax.files.caffe import read_caffemodel
+from experiments.config.flags import Config
+from experiments.networks import models
+from experiments.training import references, run
+from experiments.training.steps import TrainState
+
+SHAPES = ((784, 300), (300, 100), (100, 10))
+
+
+@pytest.fixture(scope='module')
+def like():
+    network = models.NETWORKS['lenet300']()
+    images = jax.ShapeDtypeStruct((1, 28, 28, 1), np.float32)
+    return TrainState(jax.eval_shape(network.init, jax.random.key(0), images)['params'], ())
+
+
+def lenet300(last_outputs=10, masks=False):
+    """The layers of LeNet-300-100 as Caffe would store them, and their weights."""
+    random, content, weights = np.random.default_rng(0), b'', []
+    for number, (inputs, outputs) in enumerate(SHAPES, start=1):
+        outputs = last_outputs if number == 3 else outputs
+        kernel = random.normal(size=(outputs, inputs)).astype(np.float32)
+        bias = random.normal(size=outputs).astype(np.float32)
+        marks = [kernel > 0, bias > 0] if masks else []
+        content += layer(f'ip{number}', 'InnerProduct', *map(blob, [kernel, bias, *marks]))
+        weights.append((kernel * (kernel > 0), bias * (bias > 0)) if masks else (kernel, bias))
+    return content, weights
+
+
+def make_config(path, network='lenet300', **fields):
+    fields = {'c_rate': '1', 'train_on_all': True, **fields}
+    return Config(network, reference=str(path), **fields)
+
+
+@pytest.mark.parametrize('masks', [False, True])
+def test_a_caffemodel_is_a_reference(tmp_path, like, masks):
+    content, weights = lenet300(masks=masks)
+    path = tmp_path / 'net.caffemodel'
+    path.write_bytes(content)
+    params = references.read(make_config(path), like)
+    assert jax.tree.structure(params) == jax.tree.structure(like.params)
+    for number, (kernel, bias) in enumerate(weights, start=1):
+        np.testing.assert_array_equal(params[f'fc{number}']['kernel'], kernel.T)
+        np.testing.assert_array_equal(params[f'fc{number}']['bias'], bias)
+    # Else the loop would be compiled a second time for the state that it gives back.
+    assert not any(leaf.committed for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize('kind', ['missing', 'damaged', 'other network'])
+def test_a_caffemodel_that_will_not_do(tmp_path, like, kind):
+    path = tmp_path / 'net.caffemodel'
+    error, message = ValueError, 'cannot read'
+    if kind == 'missing':
+        error, message = FileNotFoundError, 'net.caffemodel'
+    elif kind == 'damaged':
+        path.write_bytes(lenet300()[0][:-1])
+    else:
+        path.write_bytes(lenet300(last_outputs=11)[0])
+        message = r"--reference=.* holds the shapes .*'kernel': \(100, 11\).*; wanted .*\(100, 10\)"
+    with pytest.raises(error, match=message):
+        references.read(make_config(path), like)
+
+
+def test_a_caffemodel_may_have_seen_the_validation_images(like):
+    with pytest.raises(ValueError, match=r'--reference=some\.caffemodel .* with --train_on_all'):
+        references.read(make_config('some.caffemodel', train_on_all=False), like)
+
+
+def test_a_run_starts_from_it(tmp_path, capsys):
+    path = tmp_path / 'net.caffemodel'
+    path.write_bytes(lenet300()[0])
+    short = {'surgery_steps': 2, 'finetuning_steps': 0, 'record_every': 2, 'checkpoint_every': 2}
+    folders = {'data_dir': str(tmp_path / 'data'), 'workdir': str(tmp_path / 'run')}
+    config = make_config(path, dataset='digits', **short, **folders)
+    summary = run.run(config)
+    capsys.readouterr()
+    # Random weights know nothing of digits.
+    assert summary['reference_error'] > 70
+    assert not (tmp_path / 'run' / 'checkpoints' / 'reference').exists()
+
+
+SIZES = {'alexnet': 71, 'vgg16': 64}  # pixels a side, of which two by two maps are left
+
+
+@functools.cache
+def small(name):
+    """A narrow network for colour images and its weights: NumPy, larger than those at a start."""
+    network = models.NETWORKS[name](classes=10, width=1 / 32)
+    images = jax.ShapeDtypeStruct((1, SIZES[name], SIZES[name], 3), np.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)['params']
+    random = np.random.default_rng(1)
+    params = {
+        layer: {
+            'kernel': random.normal(size=leaves['kernel'].shape).astype(np.float32)
+            * np.float32(np.sqrt(2 / np.prod(leaves['kernel'].shape[:-1]))),
+            'bias': random.normal(size=leaves['bias'].shape).astype(np.float32),
+        }
+        for layer, leaves in shapes.items()
+    }
+    return network, params
+
+
+def caffe_blobs(name):
+    """Weight and bias of each layer in Caffe's own shapes, with random numbers of their own."""
+    random, blobs = np.random.default_rng(2), {}
+    for layer_name, leaves in small(name)[1].items():
+        *inputs, outputs = leaves['kernel'].shape
+        axes = (outputs, *inputs) if len(inputs) == 1 else (outputs, inputs[2], *inputs[:2])
+        weight = random.normal(size=axes) * np.sqrt(2 / np.prod(inputs))
+        bias = random.normal(size=outputs)
+        blobs[layer_name] = weight.astype(np.float32), bias.astype(np.float32)
+    return blobs
+
+
+@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('form', ['new', 'V1'])
+def test_networks_of_the_model_zoo_compute_what_they_do_in_caffe(tmp_path, name, form):
+    """A picture as we show it, red first, gives the logits that Caffe gives it blue first."""
+    network, params = small(name)
+    blobs, content = caffe_blobs(name), b''
+    for layer_name, arrays in blobs.items():
+        is_convolution = arrays[0].ndim == 4
+        if form == 'new':
+            kind = 'Convolution' if is_convolution else 'InnerProduct'
+            content += layer(layer_name, kind, *map(blob, arrays))
+        else:
+            content += old_layer(layer_name, 4 if is_convolution else 14, *map(old_blob, arrays))
+    path = tmp_path / f'{name}.caffemodel'
+    path.write_bytes(content)
+    found = references.read(make_config(path, name), TrainState(params, ()))
+
+    image = 60 * np.random.default_rng(3).normal(size=(SIZES[name], SIZES[name], 3))
+    logits = jax.jit(network.apply)({'params': found}, image[None].astype(np.float32))
+    wanted = getattr(caffe_layers, name)(blobs, image[:, :, ::-1].transpose(2, 0, 1))
+    np.testing.assert_allclose(logits[0], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('masked', [None, 'all', 'above the first'])
+def test_a_file_written_for_caffe_is_a_reference(tmp_path, name, masked):
+    params, path = small(name)[1], tmp_path / 'net.caffemodel'
+    first = next(iter(params))
+    masks = jax.tree.map(lambda leaf: leaf > 0, params) if masked else None
+    if masked == 'above the first':
+        masks[first] = {'kernel': np.ones((), bool), 'bias': np.ones((), bool)}
+    references.write_caffemodel(path, name, params, masks)
+
+    layers = read_caffemodel(path)
+    assert list(layers) == list(params)
+    weight, kernel = layers[first].blobs[0], params[first]['kernel']
+    for colour in range(3):
+        np.testing.assert_array_equal(
+            weight[:, 2 - colour], kernel[:, :, colour].transpose(2, 0, 1)
+        )
+
+    found = references.read(make_config(path, name), TrainState(params, ()))
+    pruned = dns_jax.apply_masks(params, masks) if masked else params
+    jax.tree.map(np.testing.assert_array_equal, found, pruned)
+
+
+def test_the_small_networks_are_written_with_the_names_that_caffe_gave_them(tmp_path, like):
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), like.params)
+    path = tmp_path / 'net.caffemodel'
+    references.write_caffemodel(path, 'lenet300', params)
+    assert list(read_caffemodel(path)) == ['ip1', 'ip2', 'ip3']
+    found = references.read(make_config(path), like)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
