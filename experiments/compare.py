@@ -14,10 +14,10 @@ from typing import Any
 from experiments.config import command_line
 from experiments.config.flags import Config
 from experiments.config.parsers import parse_step
-from experiments.reports import plots
-from experiments.sweeps import sweep, sweep_report
+from experiments.reports import plots, sweep_tables
+from experiments.reports.records import read_records
+from experiments.sweeps import sweep
 from experiments.sweeps.flags import CompareConfig
-from experiments.training.workdir import read_records
 
 COLUMNS = (
     *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -46,7 +46,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         'compare',
         'Comparison',
         lambda summaries: _to_rows(runs, summaries),
-        sweep_report.compare_tables,
+        sweep_tables.compare_tables,
         plots.compare_figure,
     )
 

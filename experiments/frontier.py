@@ -12,8 +12,8 @@ from typing import Any
 
 from experiments.config import command_line
 from experiments.config.flags import Config
-from experiments.reports import plots
-from experiments.sweeps import sweep, sweep_report
+from experiments.reports import plots, sweep_tables
+from experiments.sweeps import sweep
 from experiments.sweeps.flags import FrontierConfig
 
 COLUMNS = (
@@ -42,7 +42,7 @@ def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
         'frontier',
         'Frontier',
         lambda summaries: _to_rows(runs, summaries),
-        sweep_report.frontier_tables,
+        sweep_tables.frontier_tables,
         plots.frontier_figure,
     )
 

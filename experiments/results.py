@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reports.summaries import read_whole_summary
+from experiments.reports.sweep_tables import frontier_tables
 from experiments.reports.tables import middle_and_range, to_text
-from experiments.sweeps.sweep_report import frontier_tables
 
 _NUMBERS = ('target', 'compression', 'kept', 'reference_error', 'test_error')
 FOLDER = Path(__file__).parents[1] / 'results'

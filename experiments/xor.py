@@ -25,7 +25,7 @@ from experiments.config import command_line
 from experiments.devices import progress
 from experiments.networks.models import Xor
 from experiments.reports import plots, xor_plots
-from experiments.reports.tables import middle_and_range, table, write_csv
+from experiments.reports.tables import middle_and_range, table, to_csv
 from experiments.tool_flags import XorConfig
 from experiments.training import probes
 from experiments.training.steps import TrainState
@@ -254,7 +254,7 @@ def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, An
 
 
 def _write(folder, rows, result) -> None:
-    write_csv(folder / 'xor.csv', rows)
+    write_whole(folder / 'xor.csv', to_csv(rows))
     write_whole(folder / 'xor.md', result['table'] + '\n')
     plots.save(xor_plots.smallest_figure(result['smallest']), folder / 'smallest.png')
 

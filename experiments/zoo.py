@@ -12,9 +12,10 @@ from dns_jax.files.sparse import load_sparse
 from dns_jax.files.writing import write_whole
 from experiments.config import command_line
 from experiments.reports import run_report as report
+from experiments.reports.records import SUMMARY_FILE
 from experiments.reports.summaries import read_whole_summary
 from experiments.tool_flags import ZooConfig
-from experiments.training.workdir import NETWORK_FILE, SUMMARY_FILE
+from experiments.training.workdir import NETWORK_FILE
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
 

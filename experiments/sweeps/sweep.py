@@ -14,13 +14,13 @@ from dns_jax.files.writing import write_whole
 from experiments.config.flags import Config
 from experiments.devices import progress
 from experiments.reports import plots
+from experiments.reports.records import SUMMARY_FILE
 from experiments.reports.summaries import read_summary
-from experiments.reports.tables import Table, to_text, write_csv
+from experiments.reports.tables import Table, to_csv, to_text
 from experiments.sweeps import sweep_report
 from experiments.sweeps.flags import FrontierConfig
 from experiments.training.divergence import Diverged
 from experiments.training.run import run_together
-from experiments.training.workdir import SUMMARY_FILE
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
@@ -121,7 +121,7 @@ def report_all(
     def write(summaries, left_out=None):
         rows = to_rows(summaries)
         tables = to_tables(rows)
-        write_csv(path.with_suffix('.csv'), rows)
+        write_whole(path.with_suffix('.csv'), to_csv(rows))
         write_whole(path.with_suffix('.md'), to_text(tables) + '\n')
         figure = to_figure(rows)
         plots.save(figure, path.with_suffix('.png'))

@@ -25,12 +25,13 @@ from experiments.config.flags import Config
 from experiments.config.parsers import parse_learning_rate
 from experiments.devices import hosts, progress
 from experiments.reports import run_report as report
+from experiments.reports.records import PHASES
 from experiments.training import divergence, probes
 from experiments.training import steps as train
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.pruning import make_optimizer
 from experiments.training.task import Trainer
-from experiments.training.workdir import CHECKPOINTS_FOLDER, PHASES
+from experiments.training.workdir import CHECKPOINTS_FOLDER
 
 
 class Stopped(RuntimeError):

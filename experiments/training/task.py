@@ -22,11 +22,12 @@ from experiments.devices import hosts, meshes
 from experiments.networks import models
 from experiments.reports import run_report as report
 from experiments.reports.commits import describe_commit
+from experiments.reports.records import PHASES
 from experiments.training import divergence, probes, references
 from experiments.training import steps as train
 from experiments.training.feeds import open_feed
 from experiments.training.pruning import make_optimizer, make_pruner, make_rules, takes_part
-from experiments.training.workdir import NETWORK_FILE, PHASES, Records, claim
+from experiments.training.workdir import NETWORK_FILE, Records, claim
 
 
 class Trainer:

@@ -14,16 +14,13 @@ from typing import Any
 
 from dns_jax.files.writing import write_whole
 from experiments.config.flags import Config
+from experiments.reports.records import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, read_records
 
 FLAGS_FILE = 'flags.json'
-METRICS_FILE = 'metrics.jsonl'
-SUMMARY_FILE = 'summary.json'
-REPORT_FILE = 'report.html'
 NETWORK_FILE = 'pruned.safetensors'
 CHECKPOINTS_FOLDER = 'checkpoints'
 LOCK_FILE = '.lock'
 _locks: dict[tuple[int, int], int] = {}  # of this process: descriptors by file
-PHASES = ('reference', 'surgery', 'finetuning')
 
 
 def claim(config: Config) -> Path:
@@ -103,33 +100,6 @@ def _check_claim(config: Config, folder: Path) -> None:
 
 def _not_writable(folder: Path, error: OSError) -> OSError:
     return OSError(f'--workdir={folder} must be a folder that can be written: {error}')
-
-
-def read_records(folder: str | Path) -> list[dict[str, Any]]:
-    """Reads the records of a run.
-
-    Args:
-      folder: of the run.
-
-    Returns:
-      The records in the order written. A last line without its end, as a killed writer leaves
-      it, is no record.
-
-    Raises:
-      ValueError: if a line is damaged; the message names the file and the line.
-      OSError: if the file is missing or cannot be read.
-    """
-    path = Path(folder) / METRICS_FILE
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], start=1):
-        try:
-            record = json.loads(line)
-            if record['phase'] not in PHASES or not isinstance(record['step'], int):
-                raise ValueError(f'phase {record["phase"]!r}, step {record["step"]!r}')
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f'{path}, line {number}, is damaged: {error!r}') from error
-        records.append(record)
-    return records
 
 
 class Records:

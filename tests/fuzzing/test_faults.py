@@ -23,8 +23,8 @@ from tiny import Tiny, run_tiny
 
 from experiments.config.flags import Config
 from experiments.networks import models
+from experiments.reports.records import PHASES
 from experiments.training import divergence, run
-from experiments.training.workdir import PHASES
 
 FIELDS = {
     'dataset': 'digits',

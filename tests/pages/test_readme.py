@@ -16,8 +16,7 @@ from experiments.config.command_line import define, to_config
 from experiments.config.image_flags import ImageConfig
 from experiments.measurements import latency_report, scale_report
 from experiments.reports import run_report as report
-from experiments.reports import tables
-from experiments.sweeps import sweep_report
+from experiments.reports import sweep_tables, tables
 
 ROOT = Path(__file__).parents[2]
 # Flags younger than the results, set to what these runs did without them.
@@ -109,14 +108,14 @@ def test_the_page_of_many_devices_starts_runs():
 def test_the_frontier_is_that_of_the_results():
     rows = results.read_frontiers()
     assert rows
-    assert tables.to_text(sweep_report.frontier_tables(rows)) in README
+    assert tables.to_text(sweep_tables.frontier_tables(rows)) in README
 
 
 @pytest.mark.parametrize('name', COMPARISONS)
 def test_the_page_of_comparisons_holds_their_tables_and_commands(name):
     page = (ROOT / 'results' / 'compare.md').read_text()
     rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
-    assert tables.to_text(sweep_report.compare_tables(rows)) in page
+    assert tables.to_text(sweep_tables.compare_tables(rows)) in page
     assert f'python -m experiments.compare --flagfile=experiments/flagfiles/{name}.flags' in page
     # The variants of the table are those of the flagfile, and all its seeds are there.
     flags = (ROOT / 'experiments' / 'flagfiles' / f'{name}.flags').read_text()
@@ -129,7 +128,7 @@ def test_the_page_of_comparisons_holds_their_tables_and_commands(name):
 def test_the_page_of_comparisons_holds_the_other_tables():
     page = (ROOT / 'results' / 'compare.md').read_text()
     assert (
-        tables.to_text(sweep_report.frontier_tables(results.read_frontiers(kind='authors'))) in page
+        tables.to_text(sweep_tables.frontier_tables(results.read_frontiers(kind='authors'))) in page
     )
     assert (ROOT / 'results' / 'xor' / 'xor.md').read_text() in page
 

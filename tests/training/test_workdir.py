@@ -9,10 +9,10 @@ import pytest
 
 from dns_jax.files.writing import write_whole
 from experiments.config.flags import Config
+from experiments.reports.records import METRICS_FILE
 from experiments.training.workdir import (
     FLAGS_FILE,
     LOCK_FILE,
-    METRICS_FILE,
     Records,
     claim,
     release,
