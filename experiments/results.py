@@ -4,11 +4,11 @@ python -m experiments.results
 """
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.config import command_line
 from experiments.reports.summaries import read_whole_summary
 from experiments.reports.sweep_tables import frontier_tables
 from experiments.reports.tables import middle_and_range, to_text
@@ -131,4 +131,4 @@ def table(flagfiles: dict[str, list[dict[str, Any]]]) -> str:
 if __name__ == '__main__':
     summaries = read_summaries()
     print(table(summaries), to_text(frontier_tables(read_frontiers())), sep='\n\n')
-    print(json.dumps(summaries))
+    command_line.print_result(summaries)

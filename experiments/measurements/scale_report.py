@@ -59,8 +59,8 @@ def page(result: Result, name: str) -> str:
         f'`{result["command"]}`, {result["device"]}, {result["cores"]} cores, computed in '
         f'{result["dtype"]}; all numbers are in `{name}.json`, and '
         '`experiments/measurements/scale_report.py` writes this page from it. Times are medians of '
-        'single steps, ratios are within a round. Surgery updates its masks at every step (σ = 1), the most it can cost. In the same '
-        'process, a product of two large matrices reaches '
+        'single steps, ratios are within a round. Surgery updates its masks at every step (σ = 1), '
+        'the most it can cost. In the same process, a product of two large matrices reaches '
         f'{machine["flop_per_s"] / 1e9:,.0f} GFLOP/s, and a pass over memory '
         f'{machine["bytes_per_s"] / 1e9:,.1f} GB/s, read and written.',
         '## The step',

@@ -11,7 +11,7 @@ import pytest
 from short_sweep import SHORT
 
 from experiments import frontier
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.data import resident
 from experiments.reports import plots, published, sweep_tables
 from experiments.reports.tables import to_text

@@ -28,7 +28,7 @@ from PIL import Image
 
 from experiments import lenet300, search
 from experiments.config.command_line import define, to_config
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.config.parsers import parse_table
 from experiments.data import resident
 from experiments.networks import models

@@ -15,7 +15,7 @@ from absl import logging
 from tiny import Tiny
 
 from experiments import frontier, search
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.devices import hosts, progress
 from experiments.networks import models
 from experiments.sweeps.flags import FrontierConfig, SearchConfig

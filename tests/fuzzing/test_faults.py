@@ -21,7 +21,7 @@ from absl import logging
 from damaged_checkpoints import restore_damaged
 from tiny import Tiny, run_tiny
 
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.networks import models
 from experiments.reports.records import PHASES
 from experiments.training import divergence, run

@@ -11,8 +11,8 @@ from reader import Reader, to_text, write_new
 
 from experiments import tool_flags
 from experiments.config.command_line import define, is_flag, to_config
-from experiments.config.flags import Config
-from experiments.config.image_flags import ImageConfig
+from experiments.training.flags import Config
+from experiments.training.image_flags import ImageConfig
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_table
 from experiments.devices.hosts import parse_distributed
 from experiments.devices.meshes import parse_mesh

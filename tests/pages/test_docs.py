@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 
 from experiments import results, tool_flags
 from experiments.config.command_line import define, to_config
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'

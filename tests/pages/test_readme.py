@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 import dns_jax
 from experiments import alexnet, results
 from experiments.config.command_line import define, to_config
-from experiments.config.image_flags import ImageConfig
+from experiments.training.image_flags import ImageConfig
 from experiments.measurements import latency_report, scale_report
 from experiments.reports import run_report as report
 from experiments.reports import sweep_tables, tables

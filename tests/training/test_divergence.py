@@ -8,7 +8,7 @@ import pytest
 
 import dns_jax
 from dns_jax import has_axes, is_kernel
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.training import divergence
 from experiments.training import steps as train
 from experiments.training.divergence import (

@@ -16,7 +16,7 @@ from tiny import Tiny
 
 from experiments import alexnet, vgg16
 from experiments.config.command_line import define, to_config
-from experiments.config.image_flags import ImageConfig
+from experiments.training.image_flags import ImageConfig
 from experiments.data import resident, streams
 from experiments.networks import models
 from experiments.training import feeds, pruning, run

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.data import resident
 from experiments.reports import commits
 from experiments.reports import run_report as report

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dns_jax.files.writing import write_whole
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.reports.records import METRICS_FILE
 from experiments.training.workdir import (
     FLAGS_FILE,

@@ -17,10 +17,10 @@ from absl import flags as absl_flags
 
 import dns_jax
 from experiments import alexnet, lenet5, lenet300, vgg16
-from experiments.config import flags
+from experiments.training import flags
 from experiments.config.command_line import define, is_flag, to_config
-from experiments.config.flags import Config
-from experiments.config.image_flags import ImageConfig
+from experiments.training.flags import Config
+from experiments.training.image_flags import ImageConfig
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_table
 from experiments.data import resident
 from experiments.networks import models
