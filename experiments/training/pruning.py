@@ -106,14 +106,14 @@ def _make_baseline(config, params, key, options) -> optax.GradientTransformation
             importance.chance if is_set else importance.gradient,
             # Papers begin at random; here the network is a trained one.
             initial=importance.magnitude,
-            divide=divide,
+            density_rule=divide,
             takes_part=options['takes_part'],
         )
     if config.pruner == 'gradual':
         every = config.refresh_every
         return pruners.gradual(densities, start, end, every, key, divide, **options)
     if config.pruner == 'one_shot':
-        return pruners.one_shot(densities, start, key, divide=divide, **options)
+        return pruners.one_shot(densities, start, key, density_rule=divide, **options)
     return pruners.iterative(densities, rounds, key, divide, **options)
 
 
