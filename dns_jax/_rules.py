@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dns_jax._checks import abridge, check_step
 from dns_jax.densities import DensityRule
 from dns_jax.importance import magnitude
-from dns_jax.layers import abridge, map_leaves, match_patterns, named_leaves
+from dns_jax.layers import has_axes, map_leaves, match_patterns, named_leaves
 from dns_jax.masks import discriminate, throw_coins
-from dns_jax.roles import has_axes
-from dns_jax.schedules import check_step
 from dns_jax.stacking import slice_paths
 from dns_jax.typing import (
     Importance,
@@ -31,7 +30,7 @@ from dns_jax.typing import (
 )
 
 
-class Plan:
+class LayersByRule:
     """Which layers follow which rule, and which leaves they have.
 
     Args:
@@ -108,7 +107,7 @@ class Plan:
 
     def is_due(self, count) -> jax.Array:
         """Says whether any layer may be updated at a step."""
-        due = (chance(rule, count)[0] > 0 for rule, _ in self.rules)
+        due = (sigma_at(rule, count)[0] > 0 for rule, _ in self.rules)
         return functools.reduce(jnp.logical_or, due, jnp.array(False))
 
     def operate(self, weights, key, count, masks, bands, splicing):
@@ -142,7 +141,7 @@ class Plan:
         """Applies h_k to the layers that have a threshold and whose coin says so."""
         chances, known = {}, {}
         for rule, layers in self.rules:
-            chances |= dict.fromkeys(layers, chance(rule, count)[0])
+            chances |= dict.fromkeys(layers, sigma_at(rule, count)[0])
             if is_followed(rule):  # it has no thresholds before it is corrected
                 known |= {layer: bands[layer].high >= 0 for layer in layers}
         coins = throw_coins(jax.random.fold_in(key, count), chances)
@@ -236,7 +235,7 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
     return rule._replace(refresh_every=every)
 
 
-def chance(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sigma_at(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gives σ of a step, and whether it is the last update: by density that is certain.
 
     Args:
@@ -281,7 +280,7 @@ def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
     """
     if not rule.refresh_every:
         return bands
-    sigma, last = chance(rule, count)
+    sigma, last = sigma_at(rule, count)
     due = last | ((count % rule.refresh_every == 0) & (sigma > 0))
     compute = functools.partial(compute_thresholds, rule.thresholds, weights, masks, count)
     return jax.lax.cond(due, compute, lambda: bands)
@@ -304,7 +303,7 @@ def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[st
     if not is_followed(rule):
         return jnp.array(False), bands
     density: Any = rule.thresholds
-    (sigma, last), (following, _) = (chance(rule, when) for when in (count, count + 1))
+    (sigma, last), (following, _) = (sigma_at(rule, when) for when in (count, count + 1))
     near, moved = density.follow(weights, masks, count, bands, last)
     unknown = _unknown(bands)
     # Where a coin fails, what is kept says nothing of the thresholds.
@@ -330,7 +329,7 @@ def correct(wrong, rule: Rule, weights, masks, count, bands) -> dict[str, Thresh
     if not is_followed(rule):
         return bands
     density: Any = rule.thresholds
-    exactly = chance(rule, count)[1] | _unknown(bands)
+    exactly = sigma_at(rule, count)[1] | _unknown(bands)
     solve = functools.partial(density.solve, weights, masks, count, bands, exactly)
     return jax.lax.cond(wrong, solve, lambda: bands)
 

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax import _counts, _search
+from dns_jax._checks import check_hysteresis
 from dns_jax._counts import Count
+from dns_jax._search import range_scale
 from dns_jax.masks import discriminate
-from dns_jax.thresholds import check_hysteresis, make_band, range_scale
+from dns_jax.thresholds import make_band
 from dns_jax.typing import LayerArrays, Schedule, Thresholds
 
 TOLERANCE = 1 / 128

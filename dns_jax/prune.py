@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax import _counts
+from dns_jax._checks import check_step
 from dns_jax.densities import divide_among_layers
 from dns_jax.importance import magnitude
-from dns_jax.layers import named_leaves, parent
-from dns_jax.roles import is_kernel
-from dns_jax.schedules import check_finite, check_step, update_probability
+from dns_jax.layers import is_kernel, named_leaves, parent_path
+from dns_jax.schedules import check_finite, update_probability
 from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart
 
@@ -34,7 +34,7 @@ def prune_to(
     start: int = 0,
     key: jax.Array | None = None,
     takes_part: TakesPart = is_kernel,
-    layer_of: LayerOf = parent,
+    layer_of: LayerOf = parent_path,
     importance: Importance = magnitude,
     masks: Masks | None = None,
     stacked: Mapping[str, int] | None = None,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dns_jax._checks import check_step, check_steps
 from dns_jax.typing import Schedule
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -299,51 +300,6 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
     """
     check_step('middle', middle)
     return lambda step: base / (1.0 + jnp.exp(-gamma * _float32(jnp.asarray(step) - middle)))
-
-
-def check_steps(name: str, steps: Sequence[float]) -> None:
-    """Checks steps with `check_step`, and that there are any.
-
-    Args:
-      name: what the caller knows them by.
-      steps: what should be steps.
-
-    Raises:
-      ValueError: if there are none, or one of them is no step.
-
-    Example:
-      >>> check_steps('rounds', [])
-      Traceback (most recent call last):
-        ...
-      ValueError: rounds must name at least one step, but is []
-    """
-    if not len(steps):
-        raise ValueError(f'{name} must name at least one step, but is {steps!r}')
-    for step in steps:
-        check_step(name, step)
-
-
-def check_step(name: str, step: float, least: int = 0) -> None:
-    """Checks that a number is one that a count of steps, an int32, can reach.
-
-    Args:
-      name: what the caller knows it by.
-      step: what should be a step.
-      least: the first that will do.
-
-    Raises:
-      ValueError: if it is not whole, or not from `least` to 2**31 − 1.
-
-    Example:
-      >>> check_step('stop', 3_000_000_000)
-      Traceback (most recent call last):
-        ...
-      ValueError: stop must be a whole number from 0 to 2147483647, but is 3000000000
-    """
-    if not (least <= step < 2**31 and step % 1 == 0):
-        raise ValueError(
-            f'{name} must be a whole number from {least} to {2**31 - 1}, but is {step!r}'
-        )
 
 
 def check_finite(name: str, number: float, least: float = -math.inf) -> None:

@@ -13,17 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from dns_jax._rules import Plan, complete_rule, compute_thresholds, once_if, start_unknown
+from dns_jax._checks import as_table
+from dns_jax._rules import LayersByRule, complete_rule, compute_thresholds, once_if, start_unknown
+from dns_jax._trees import check_parallel, find_holes, nest_leaves
 from dns_jax.importance import magnitude
-from dns_jax.layers import (
-    as_table,
-    find_holes,
-    named_leaves,
-    nest_leaves,
-    parent,
-)
-from dns_jax.masks import apply_masks, check_parallel, init_masks
-from dns_jax.roles import has_axes, is_kernel
+from dns_jax.layers import has_axes, is_kernel, named_leaves, parent_path
+from dns_jax.masks import apply_masks, init_masks
 from dns_jax.stacking import restack, slice_paths, unstack
 from dns_jax.typing import (
     Importance,
@@ -59,7 +54,7 @@ def surgery(
     rules: Rule | Mapping[str, Rule],
     key: jax.Array,
     takes_part: TakesPart = is_kernel,
-    layer_of: LayerOf = parent,
+    layer_of: LayerOf = parent_path,
     importance: Importance = magnitude,
     splicing: bool = True,
     masks: Masks | None = None,
@@ -134,12 +129,14 @@ def surgery(
         raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
     if masks is not None:
         takes_part = _has_mask(masks, stacked or {})
-    plan = functools.partial(Plan, table, takes_part, layer_of, may_be_empty=masks is not None)
+    assign = functools.partial(
+        LayersByRule, table, takes_part, layer_of, may_be_empty=masks is not None
+    )
 
     def init_fn(params):
         _refuse_shards(params)
         weights = unstack(stacked, params)[0] if stacked else params
-        layers = plan(weights)
+        layers = assign(weights)
         if masks is None:
             own = init_masks(weights, lambda path, leaf: path in layers.paths)
             start = restack(stacked, params, own) if stacked else own
@@ -164,7 +161,7 @@ def surgery(
         weights, own, gradients = params, check_parallel(params, state.masks), updates
         if stacked:
             weights, own, gradients = unstack(stacked, weights, own, gradients)
-        layers = plan(weights)
+        layers = assign(weights)
         layers.check_state(state.masks, state.thresholds, stacked)
         # No coin is thrown with a negative count.
         seen = importance(jax.random.fold_in(state.key, ~state.count), weights, gradients)

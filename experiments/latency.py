@@ -25,7 +25,7 @@ from dns_jax.files.export import save_onnx
 from dns_jax.files.writing import write_whole
 from dns_jax.inference import native
 from dns_jax.inference.chain import Chain, Dense, Weighted, Weights, trace_shapes
-from dns_jax.inference.kernels import make_scipy, plan_steps
+from dns_jax.inference.kernels import make_scipy
 from dns_jax.inference.runners import (
     Runner,
     choose_kinds,
@@ -34,6 +34,7 @@ from dns_jax.inference.runners import (
     scipy_runner,
     time_in_turns,
 )
+from dns_jax.inference.stages import make_pipeline
 from experiments.artefacts.loading import Model, load_model
 from experiments.config import command_line
 from experiments.config.command_line import flag
@@ -136,7 +137,7 @@ def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
         calls['JAX, as the file says'] = partial(run, on_device)
     if len(model.chain) == 1 and isinstance(model.chain[0], Dense):
         name, whole = model.chain[0].name, (model.chain, model.params, model.input_shape)
-        compute = make_scipy(plan_steps(*whole, {name: 'sparse'}, ['sparse']).steps[0])
+        compute = make_scipy(make_pipeline(*whole, {name: 'sparse'}, ['sparse']).stages[0])
         calls['SciPy, the product alone'] = partial(compute, np.ascontiguousarray(inputs.T))
     calls['ONNX Runtime'] = _onnx_call(model.chain, model.params, model.input_shape, inputs)
     calls['ONNX Runtime, compact'] = _onnx_call(
@@ -182,7 +183,7 @@ def _dense_calls(model: Model, inputs: np.ndarray) -> Calls:
 def _runners() -> dict[str, tuple[Callable[..., Runner], tuple[str, ...]]]:
     """What makes runners, and of which kinds; of the last the break-even is told."""
     runners: dict[str, Any] = {'JAX': (jax_runner, ('dense', 'sparse'))}
-    if not native.why_unavailable():
+    if not native.build_failure():
         runners['JAX and C++'] = (jax_runner, ('dense', 'sparse', 'native'))
     return {**runners, 'SciPy': (scipy_runner, ('dense', 'sparse'))}
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from dns_jax.files.sparse import sort_metadata
-from dns_jax.files.writing import check_float32, check_metadata, write_whole
+from dns_jax.files._contents import check_float32, check_metadata, sort_metadata
+from dns_jax.files.writing import write_whole
 from dns_jax.inference.chain import (
     Chain,
     Dense,

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 from absl import app, logging
 from absl import flags as absl_flags
 
-from dns_jax.schedules import check_finite as check_number
-
 C = TypeVar('C', bound=Any)  # a dataclass of flags
 
 _HELP = {f'-{dashes}{name}' for dashes in ('', '-') for name in ('help', 'helpshort', 'helpfull')}
@@ -229,6 +227,8 @@ def check_finite(config: Any) -> None:
     Raises:
       ValueError: if one of them is.
     """
+    from dns_jax.schedules import check_finite as check_number  # brings JAX
+
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float):

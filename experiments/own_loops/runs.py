@@ -135,7 +135,9 @@ def make_pruner(run: Run, params: dns_jax.Params) -> optax.GradientTransformatio
         return dns_jax.prune_to(steps=run.steps, **how_small)
     # Masks stay from about the same step on as with `prune_to`; no coin is thrown with the key.
     ramp, density = run.steps * 3 // 5, _to_density(run, params)
-    return pruners.gradual(density, 0, ramp, 1, jax.random.key(0), divide=dns_jax.global_density)
+    return pruners.gradual(
+        density, 0, ramp, 1, jax.random.key(0), density_rule=dns_jax.global_density
+    )
 
 
 def train(

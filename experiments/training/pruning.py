@@ -183,24 +183,24 @@ def _make_han(wanted, params, key):
 
 
 def _make_iterative(wanted, params, key):
-    densities, divide = _baseline(wanted, params)
-    return pruners.iterative(densities, _rounds(wanted), key, divide, **wanted.options)
+    densities, rule = _baseline(wanted, params)
+    return pruners.iterative(densities, _rounds(wanted), key, rule, **wanted.options)
 
 
 def _make_one_shot(wanted, params, key):
-    densities, divide = _baseline(wanted, params)
+    densities, rule = _baseline(wanted, params)
     start, _ = wanted.ramps['*']
-    return pruners.one_shot(densities, start, key, divide=divide, **wanted.options)
+    return pruners.one_shot(densities, start, key, density_rule=rule, **wanted.options)
 
 
 def _make_gradual(wanted, params, key):
-    densities, divide = _baseline(wanted, params)
+    densities, rule = _baseline(wanted, params)
     start, end = wanted.ramps['*']
-    return pruners.gradual(densities, start, end, wanted.every, key, divide, **wanted.options)
+    return pruners.gradual(densities, start, end, wanted.every, key, rule, **wanted.options)
 
 
 def _make_regrowing(drop, growth, wanted, params, key):
-    densities, divide = _baseline(wanted, params)
+    densities, rule = _baseline(wanted, params)
     _, end = wanted.ramps['*']
     return pruners.regrow(
         densities,
@@ -211,7 +211,7 @@ def _make_regrowing(drop, growth, wanted, params, key):
         growth,
         # Papers begin at random; here the network is a trained one.
         initial=importance.magnitude,
-        divide=divide,
+        density_rule=rule,
         takes_part=wanted.takes_part,
     )
 

@@ -350,7 +350,7 @@ def test_latency_of_a_layer(capsys):
 
 
 def test_latency_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(native, 'why_unavailable', lambda: 'no compiler')
+    monkeypatch.setattr(native, 'build_failure', lambda: 'no compiler')
     flags = {'model': 'fc:30x20:0.1', 'batches': '2', 'turns': 1, 'break_even': True}
     result = measure(LatencyConfig(**flags))
     assert (

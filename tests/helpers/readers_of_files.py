@@ -16,6 +16,7 @@ import pytest
 import wire
 from reader import Reader, check_array, to_text, write_new
 
+from dns_jax._trees import check_parallel
 from dns_jax.files._entropy import Decoder, Encoder, decode_mask, encode_mask
 from dns_jax.files._header import Reader as HeaderReader
 from dns_jax.files._header import encode_number, encode_text
@@ -33,7 +34,6 @@ from dns_jax.inference.chain import (
     trace_shapes,
 )
 from dns_jax.inference.runners import recorded_kinds
-from dns_jax.masks import check_parallel
 from experiments import results, zoo
 from experiments.artefacts.loading import load_model
 from experiments.compare import COLUMNS as COMPARE_COLUMNS

@@ -9,7 +9,7 @@ import pytest
 
 import dns_jax
 from dns_jax import Rule, _search, densities, importance, pruners, surgery, update_probability
-from dns_jax.thresholds import std
+from dns_jax.thresholds import weight_std
 
 COMPAT_TABLE = 'field'
 
@@ -184,7 +184,7 @@ def test_statistics_against_float64(scale):
     mean, deviation = dns_jax.magnitude_statistics([jnp.asarray(leaf) for leaf in leaves])
     np.testing.assert_allclose(float(mean), np.abs(flat).mean(), rtol=2e-6)
     np.testing.assert_allclose(float(deviation), np.abs(flat).std(), rtol=2e-6)
-    band = std(0.7)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
+    band = weight_std(0.7)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
     np.testing.assert_allclose(float(band.low), 0.7 * flat.std(), rtol=2e-6)
     band = dns_jax.mean_std(0.3)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
     middle = np.abs(flat).mean() + 0.3 * np.abs(flat).std()
@@ -204,7 +204,7 @@ def test_a_power_of_two_changes_no_bit():
         'norm': jitted('norm', 0.1),
         'rms': jitted('rms', 0.1),
         'mean_std': jax.jit(dns_jax.mean_std(0.3)),
-        'std': jax.jit(std(0.3)),
+        'weight_std': jax.jit(weight_std(0.3)),
     }
     for name, rule in rules.items():
         plain = rule(layers, masks, jnp.float32(0.3))
