@@ -101,7 +101,7 @@ def make_plan(config: Config) -> Plan:
         network or the other flags.
     """
     shapes = _shapes(config)
-    wanted = _read_wanted(config, list(shapes))
+    wanted = read_wanted(config, list(shapes))
     pruner = functools.partial(make_pruner, wanted)
     make_phase = functools.partial(
         Phase,
@@ -159,7 +159,7 @@ def _read_rate(config: Config, flag: str, steps: int) -> dns_jax.Schedule:
     return _named(flag, parse_learning_rate, getattr(config, flag), max(steps, 1))
 
 
-def _read_wanted(config: Config, layers: Sequence[str]) -> Wanted:
+def read_wanted(config: Config, layers: Sequence[str]) -> Wanted:
     """Reads all that is said of pruning, for the layers of a network."""
     steps = config.surgery_steps
     rates = _by_layer(config, 'c_rate', layers)

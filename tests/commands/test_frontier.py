@@ -7,18 +7,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import opened
 import pytest
 from short_sweep import SHORT
 
 from experiments import frontier
-from experiments.training.flags import Config
 from experiments.data import resident
 from experiments.reports import plots, published, sweep_tables
 from experiments.reports.tables import to_text
 from experiments.sweeps import sweep
 from experiments.sweeps.flags import FrontierConfig
-from experiments.training import run
 from experiments.training.divergence import Diverged
+from experiments.training.flags import Config
 
 
 @pytest.fixture(scope='module')
@@ -95,10 +95,10 @@ def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, ro
             raise OSError('no space left')
 
     with pytest.raises(OSError, match='no space left'):
-        run.run_together(runs, stop_in_the_middle)
+        opened.do(*runs, on_record=stop_in_the_middle)
     # As after a kill between the two saves of the step.
     shutil.rmtree(tmp_path / '5-1' / 'checkpoints' / 'reference' / '100')
-    again = run.run_together([dataclasses.replace(one, resume=True) for one in runs])
+    again = opened.do(*(dataclasses.replace(one, resume=True) for one in runs))
     for summary, row, config_of_run in zip(again, rows[:2], runs, strict=True):
         assert summary['kept'] == row['kept']
         assert summary['reference_error'] == pytest.approx(row['reference_error'], abs=0.6)

@@ -17,8 +17,8 @@ from experiments import zoo
 from experiments.data import resident
 from experiments.networks import models, names
 from experiments.reports import run_report as report
-from experiments.tool_flags import ZooConfig
 from experiments.training import steps as train
+from experiments.zoo import ZooConfig
 
 ZOO = sorted((Path(__file__).parents[2] / 'zoo').glob('*.safetensors'))
 

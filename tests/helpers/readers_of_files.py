@@ -43,8 +43,8 @@ from experiments.reports import run_report as report
 from experiments.reports import sweep_tables
 from experiments.reports.records import read_records
 from experiments.reports.summaries import LAYER_COUNTS, SUMMARY_KEYS
-from experiments.tool_flags import ZooConfig
 from experiments.training.workdir import read_flags
+from experiments.zoo import ZooConfig
 
 MOST = 10**5  # parameters that a network is allowed to have
 CHAIN = (Flatten(), Dense('a'), Relu(), Dense('b'))

@@ -11,8 +11,10 @@ import jax
 import pytest
 from absl import flags as absl_flags
 
-from experiments import results, tool_flags
+from experiments import results
 from experiments.config.command_line import define, to_config
+from experiments.export import ExportConfig
+from experiments.latency import LatencyConfig
 from experiments.training.flags import Config
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +59,8 @@ def commands():
 def test_the_commands_are_accepted(line):
     module, *arguments = shlex.split(line, comments=True)
     config_type = {
-        'experiments.export': tool_flags.ExportConfig,
-        'experiments.latency': tool_flags.LatencyConfig,
+        'experiments.export': ExportConfig,
+        'experiments.latency': LatencyConfig,
     }.get(module, Config)
     defaults = getattr(importlib.import_module(module), 'DEFAULTS', {})
     values = absl_flags.FlagValues()

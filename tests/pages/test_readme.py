@@ -13,10 +13,10 @@ from absl import flags as absl_flags
 import dns_jax
 from experiments import alexnet, results
 from experiments.config.command_line import define, to_config
-from experiments.training.image_flags import ImageConfig
 from experiments.measurements import latency_report, scale_report
 from experiments.reports import run_report as report
 from experiments.reports import sweep_tables, tables
+from experiments.training.image_flags import ImageConfig
 
 ROOT = Path(__file__).parents[2]
 # Flags younger than the results, set to what these runs did without them.

@@ -10,9 +10,9 @@ from wire import blob, layer, old_blob, old_layer
 
 import dns_jax
 from dns_jax.files.caffe import read_caffemodel
-from experiments.training.flags import Config
 from experiments.networks import models
 from experiments.training import references, run
+from experiments.training.flags import Config
 from experiments.training.steps import TrainState
 
 SHAPES = ((784, 300), (300, 100), (100, 10))

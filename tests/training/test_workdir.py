@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from dns_jax.files.writing import write_whole
-from experiments.training.flags import Config
 from experiments.reports.records import METRICS_FILE
+from experiments.training.flags import Config
 from experiments.training.workdir import (
     FLAGS_FILE,
     LOCK_FILE,
