@@ -237,7 +237,8 @@ def _input(result: Result) -> list[str]:
         f'cropped to {given["size"]} pixels as Caffe does:',
         table(['decoded by', 'cores', 'images/s', 'per core'], rows),
         f'The dense step above needs {wanted:,.1f} images/s. That is {wanted / best:.2f} of what '
-        f'all cores decode, so decoding {"keeps" if best >= wanted else "does not keep"} up with it.',
+        'all cores decode, so decoding '
+        f'{"keeps" if best >= wanted else "does not keep"} up with it.',
     ]
 
 
