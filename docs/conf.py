@@ -47,7 +47,8 @@ def setup(app):
         raise nodes.SkipNode
 
     def block(writer, node):
-        writer.body.append(tex2mathml(node.astext(), as_block=True))
+        formula = tex2mathml(node.astext(), as_block=True)
+        writer.body.append(f'<div style="overflow-x: auto">{formula}</div>')
         raise nodes.SkipNode
 
     def leave_out(app, what, name, obj, options, lines):

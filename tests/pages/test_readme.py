@@ -1,5 +1,6 @@
 """The README: it is short, its example runs, its numbers are those of the results."""
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_what_surgery_reaches_is_that_of_the_results():
     rows = results.read_comparison(ROOT / 'results' / 'compare_lenet300.csv')
     reference = statistics.median(row['reference_error'] for row in rows)
     assert f'with an error of {reference:.2f} %,' in text
+
+
+def test_the_price_is_the_highest_that_was_measured():
+    bench, scale = (
+        json.loads((ROOT / 'results' / f'{name}.json').read_text()) for name in ('bench', 'scale')
+    )
+    ratios = [bench[name]['ratio'] for name in ('lenet300', 'lenet5')]
+    ratios += [row['moving'] for loop in bench['loops'].values() for row in loop.values()]
+    ratios += [scale['step']['ratio'], *(row.get('ratio', 0) for row in scale['sizes'])]
+    assert f'a step takes up to {100 * max(ratios) - 100:.0f} % longer' in README
 
 
 def test_the_tree_names_folders():
