@@ -123,7 +123,7 @@ def iterative(
     r"""Prunes in rounds, by the same factor in each, and trains on between.
 
     .. math::
-      d_i = d^{\,i / n} \quad \text{after round } i = 1 \dots n
+      d_i = d^{\,i / n} \quad \text{after round } i = 1 \ldots n
 
     The rounds are those of Han et al., with thresholds from a density in place of c.
 

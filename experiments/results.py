@@ -1,4 +1,4 @@
-"""The tables of the README from the files in results/: medians and ranges over seeds.
+"""The tables of docs/results.md from the files in results/: medians and ranges over seeds.
 
 python -m experiments.results
 """

@@ -104,7 +104,7 @@ def save_onnx(
     Raises:
       ValueError: if the chain is empty or does not fit, or a weight is not finite.
       TypeError: if a layer is none of `inference.chain`, or a weight of a type float32 cannot hold.
-      ImportError: without the extra `onnx`: pip install dns-jax[onnx].
+      ImportError: without the extra `onnx`: pip install dynamic-network-surgery[onnx].
       OSError: if the file cannot be written; what was there before is then as it was.
 
     Example:
@@ -169,7 +169,7 @@ def save_stablehlo(
       ValueError: if the chain is empty or does not fit, a weight is not finite, or a platform
         not known.
       TypeError: if a layer is none of `inference.chain`, or a weight of a type float32 cannot hold.
-      ImportError: without the extra `stablehlo`: pip install dns-jax[stablehlo].
+      ImportError: without the extra `stablehlo`: pip install dynamic-network-surgery[stablehlo].
       OSError: if the file cannot be written; what was there before is then as it was.
 
     Example:
