@@ -51,6 +51,26 @@ def check_steps(name: str, steps: Sequence[float]) -> None:
         check_step(name, step)
 
 
+def check_density(name: str, density: float) -> None:
+    """Checks a density.
+
+    Args:
+      name: what the caller knows it by.
+      density: kept / all connections.
+
+    Raises:
+      ValueError: if it is not in (0, 1].
+
+    Example:
+      >>> check_density('final', 0)
+      Traceback (most recent call last):
+        ...
+      ValueError: final must be in (0, 1], but is 0
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f'{name} must be in (0, 1], but is {density!r}')
+
+
 def check_hysteresis(hysteresis: float) -> None:
     """Checks the width of a band.
 

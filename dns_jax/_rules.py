@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax._checks import abridge, check_step
-from dns_jax.densities import DensityRule
+from dns_jax._following import DensityRule
 from dns_jax.importance import magnitude
 from dns_jax.layers import has_axes, map_leaves, match_patterns, named_leaves
 from dns_jax.masks import discriminate, throw_coins

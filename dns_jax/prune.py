@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax import _counts
-from dns_jax._checks import check_step
-from dns_jax.densities import divide_among_layers
+from dns_jax._checks import check_density, check_step
+from dns_jax._following import DensityRule, share_among_layers
 from dns_jax.importance import magnitude
 from dns_jax.layers import is_kernel, named_leaves, parent_path
 from dns_jax.schedules import check_finite, update_probability
@@ -96,8 +96,8 @@ def prune_to(
         )
     if compression is not None:
         check_finite('compression', compression, 1)
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f'density must be in (0, 1], but is {density!r}')
+    if density is not None:
+        check_density('density', density)
     check_step('steps', steps, 1)
     check_step('start', start)
     check_step('start + steps', start + steps, 1)
@@ -135,7 +135,7 @@ def prune_to(
                 functools.partial(jnp.where, at_end), _counts.from_int(final), falling
             )
 
-        rule = Rule(divide_among_layers(wanted, changes=True, hysteresis=_HYSTERESIS), sigma)
+        rule = Rule(DensityRule(share_among_layers(wanted), _HYSTERESIS, changes=True), sigma)
         return surgery(
             rule,
             jax.random.key(0) if key is None else key,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax import _counts
-from dns_jax._checks import as_table, check_step, check_steps
+from dns_jax._checks import as_table, check_density, check_step, check_steps
 from dns_jax._search import bisect
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
@@ -335,8 +335,7 @@ def regrow(
 def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
     table = as_table(density)
     for number in table.values():
-        if not 0 < number <= 1:
-            raise ValueError(f'density must be in (0, 1], but is {number!r}')
+        check_density('density', number)
     return table
 
 
