@@ -42,8 +42,11 @@ class Division(NamedTuple):
     measure_units: Callable[[Mapping[str, Thresholds]], Mapping[str, jax.Array]] | None
 
 
-Divide = Callable[[LayerArrays, LayerArrays, jax.Array], Division]
-"""Maps weights, masks and the step count to what is wanted of the layers."""
+Divide = Callable[[LayerArrays, LayerArrays, Sequence[jax.Array]], list[Division]]
+"""Maps weights, masks and some counts of steps to what is wanted of the layers at each of them."""
+
+Wanted = Callable[[jax.Array, Mapping[str, int]], Count]
+"""Maps the step, and how many connections each layer has, to how many to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ class DensityRule:
           step; one that keeps a layer at its floor goes on doing so.
         """
         kept = {layer: _counts.count_all(leaves) for layer, leaves in masks.items()}
-        division, following = (self.divide(layers, masks, when) for when in (step, step + 1))
+        division, following = self.divide(layers, masks, (step, step + 1))
         slack = jnp.where(exactly, 0.0, TOLERANCE)
         near = [step % _STEPS_BETWEEN_UNITS != 0] if division.measure_units else []
         near += _near(division, layers, kept, slack)
@@ -111,7 +114,7 @@ class DensityRule:
 
     def _solve(self, layers, masks, step, last, exactly, find) -> dict[str, Thresholds]:
         """Finds the threshold of each share, and that of layers which it leaves too little of."""
-        division = self.divide(layers, masks, step)
+        (division,) = self.divide(layers, masks, (step,))
         floors = _within_reach(division.floors, layers)
         slack = jnp.where(exactly, 0.0, TOLERANCE)
         division = division._replace(floors=floors)
@@ -189,45 +192,32 @@ class DensityRule:
 
 
 def share_by_layer(density: Callable[[jax.Array], jax.Array]) -> Divide:
-    """Lets every layer keep the same share, in no unit.
+    """Lets every layer keep the same density, which is one of the step."""
 
-    Args:
-      density: of a step.
-
-    Returns:
-      What is wanted of the layers.
-    """
-
-    def divide(layers, masks, step):
+    def divide(layers, masks, steps):
         del masks
-        return _each_by_itself(layers, dict.fromkeys(layers, density(step)))
+        return [_each_by_itself(layers, dict.fromkeys(layers, density(step))) for step in steps]
 
     return divide
 
 
-def share_among_layers(
-    wanted: Callable[[jax.Array, Mapping[str, int]], Count],
-    score: str = 'norm',
-    floor: float = 0.05,
-) -> Divide:
-    """Lets layers share a number of connections, as `global_density` says.
+def share_by_axes(wanted: Wanted) -> Divide:
+    """Lets layers share a number of connections as `global_density` says of `erk`."""
 
-    Args:
-      wanted: maps the step, and how many connections each layer has, to how many to keep.
-      score: as for `global_density`.
-      floor: as for `global_density`.
+    def divide(layers, masks, steps):
+        del masks
+        sizes = _sizes(layers)
+        shares = jnp.stack([_share(wanted(step, sizes), sizes) for step in steps])
+        return [_each_by_itself(layers, own) for own in _erdos_renyi_kernel(layers, shares)]
 
-    Returns:
-      What is wanted of the layers.
-    """
+    return divide
 
-    def divide(layers, masks, step):
-        sizes = {layer: _size(leaves) for layer, leaves in layers.items()}
-        count = wanted(step, sizes)
-        share = _counts.to_float(count) / float(max(sum(sizes.values()), 1))
-        if score == 'erk':
-            return _each_by_itself(layers, _erdos_renyi_kernel(layers, share))
-        floors = {layer: _floor(floor * share, size) for layer, size in sizes.items()}
+
+def share_by_units(wanted: Wanted, score: str = 'norm', floor: float = 0.05) -> Divide:
+    """Lets layers share a number of connections as `global_density` says of `norm` and `rms`."""
+
+    def divide(layers, masks, steps):
+        sizes = _sizes(layers)
 
         def measure_units(last):
             units = {layer: _unit(layers[layer], masks[layer], score) for layer in layers}
@@ -237,7 +227,13 @@ def share_among_layers(
             }
             return units if score == 'rms' else _settle(units, layers, masks, last)
 
-        return Division([Share(list(layers), count)], floors, measure_units)
+        def divide_at(step):
+            count = wanted(step, sizes)
+            share = _share(count, sizes)
+            floors = {layer: _floor(floor * share, size) for layer, size in sizes.items()}
+            return Division([Share(list(layers), count)], floors, measure_units)
+
+        return [divide_at(step) for step in steps]
 
     return divide
 
@@ -283,15 +279,12 @@ def _factors(division: Division, layers, kept) -> dict[str, jax.Array]:
 def _each_by_itself(layers, densities) -> Division:
     """Gives each layer what its own density says, in no unit."""
     wanted = {layer: _floor(densities[layer], _size(leaves)) for layer, leaves in layers.items()}
-    return Division(
-        [Share([layer], count) for layer, count in wanted.items()],
-        {},
-        None,
-    )
+    return Division([Share([layer], count) for layer, count in wanted.items()], {}, None)
 
 
-def _erdos_renyi_kernel(layers, density):
-    sizes = {layer: _size(leaves) for layer, leaves in layers.items()}
+def _erdos_renyi_kernel(layers, densities: jax.Array) -> list[dict[str, jax.Array]]:
+    """Finds the density of each layer for each density of all, of one axis, in one bisection."""
+    sizes = _sizes(layers)
     kernels = {layer: max(leaves, key=jnp.size) for layer, leaves in layers.items()}
     axes = {layer: max(sum(kernel.shape), 1) for layer, kernel in kernels.items()}
 
@@ -300,12 +293,16 @@ def _erdos_renyi_kernel(layers, density):
 
     def halve(_, ends):
         middle = (ends[0] + ends[1]) / 2
-        enough = sum(kept_at(middle).values()) >= density * float(sum(sizes.values()))
+        enough = sum(kept_at(middle).values()) >= densities * float(sum(sizes.values()))
         return jnp.where(enough, ends[0], middle), jnp.where(enough, middle, ends[1])
 
-    ends = jnp.float32(0), jnp.float32(max(sizes[layer] / axes[layer] for layer in layers))
+    largest = max(sizes[layer] / axes[layer] for layer in layers)
+    ends = jnp.zeros_like(densities), jnp.full_like(densities, largest)
     kept = kept_at(jax.lax.fori_loop(0, 30, halve, ends)[1])
-    return {layer: kept[layer] / float(max(sizes[layer], 1)) for layer in layers}
+    return [
+        {layer: kept[layer][index] / float(max(sizes[layer], 1)) for layer in layers}
+        for index in range(len(densities))
+    ]
 
 
 def _unit(weights, masks, score) -> jax.Array:
@@ -387,6 +384,14 @@ def _middle(band: Thresholds) -> jax.Array:
 
 def _size(leaves: Sequence[jax.Array]) -> int:
     return sum(leaf.size for leaf in leaves)
+
+
+def _sizes(layers: LayerArrays) -> dict[str, int]:
+    return {layer: _size(leaves) for layer, leaves in layers.items()}
+
+
+def _share(count: Count, sizes: Mapping[str, int]) -> jax.Array:
+    return _counts.to_float(count) / float(max(sum(sizes.values()), 1))
 
 
 def _floor(share: jax.Array, size: int) -> Count:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dns_jax import _counts
 from dns_jax._checks import check_density, check_hysteresis
-from dns_jax._following import DensityRule, share_among_layers, share_by_layer
+from dns_jax._following import DensityRule, share_by_axes, share_by_layer, share_by_units
 from dns_jax.typing import Schedule, ThresholdRule
 
 
@@ -106,7 +106,8 @@ def global_density(
     def wanted(step, sizes):
         return _counts.from_share(schedule(step), sum(sizes.values()))
 
-    return DensityRule(share_among_layers(wanted, score, floor), hysteresis, callable(density))
+    divide = share_by_axes(wanted) if score == 'erk' else share_by_units(wanted, score, floor)
+    return DensityRule(divide, hysteresis, callable(density))
 
 
 def _density_schedule(density: float | Schedule) -> Callable[[jax.Array], jax.Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dns_jax import _counts
 from dns_jax._checks import check_density, check_step
-from dns_jax._following import DensityRule, share_among_layers
+from dns_jax._following import DensityRule, share_by_units
 from dns_jax.importance import magnitude
 from dns_jax.layers import is_kernel, named_leaves, parent_path
 from dns_jax.schedules import check_finite, update_probability
@@ -135,7 +135,7 @@ def prune_to(
                 functools.partial(jnp.where, at_end), _counts.from_int(final), falling
             )
 
-        rule = Rule(DensityRule(share_among_layers(wanted), _HYSTERESIS, changes=True), sigma)
+        rule = Rule(DensityRule(share_by_units(wanted), _HYSTERESIS, changes=True), sigma)
         return surgery(
             rule,
             jax.random.key(0) if key is None else key,
