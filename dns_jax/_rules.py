@@ -108,6 +108,15 @@ class LayersByRule:
                     'on from its masks, give them to surgery(masks=…)'
                 )
 
+    def start(self, weights, masks, count) -> dict[str, Thresholds]:
+        """Asks all rules for thresholds; a followed density begins anew in the first update."""
+        bands = {}
+        for rule, seen, kept in self.arrays(weights, masks):
+            compute = start_unknown if is_followed(rule) else compute_thresholds
+            # What is jitted compiles in one.
+            bands |= jax.jit(functools.partial(compute, rule.thresholds))(seen, kept, count)
+        return bands
+
     def is_due(self, count) -> jax.Array:
         """Says whether any layer may be updated at a step."""
         due = (sigma_at(rule, count)[0] > 0 for rule, _ in self.rules)
