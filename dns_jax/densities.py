@@ -54,7 +54,7 @@ def global_density(
     r"""Thresholds that keep a share of all layers together, and divide it among them.
 
     .. math::
-      t_k = \tau\,u_k, \quad \tau = \max \{ \tau : \textstyle\sum_k |h_k(W_k, T_k)| \ge
+      t_k = \tau\,u_k, \quad \tau = \max \{ \tau : \sum_k |h_k(W_k, T_k)| \ge
       \mathrm{round}(d \sum_k n_k) \}
 
     A layer's weights are compared in its own unit u_k, by `score`:

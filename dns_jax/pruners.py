@@ -58,7 +58,7 @@ def han(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `rounds` is empty, or one is no step (`dns_jax.schedules.check_step`).
+      ValueError: if `rounds` is empty, or one is no step: a whole number that an int32 holds.
       As `surgery` and `weight_std` do.
 
     Example:
@@ -97,7 +97,7 @@ def one_shot(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `step` is no step (`dns_jax.schedules.check_step`).
+      ValueError: if `step` is not a whole number that an int32 holds.
       As `iterative` does.
 
     Example:
@@ -123,7 +123,7 @@ def iterative(
     r"""Prunes in rounds, by the same factor in each, and trains on between.
 
     .. math::
-      d_i = d^{\,i / n} \quad \text{after round } i = 1 \dots n
+      d_i = d^{\,i / n} \quad \text{after round } i = 1 \ldots n
 
     The rounds are those of Han et al., with thresholds from a density in place of c.
 
@@ -139,7 +139,7 @@ def iterative(
 
     Raises:
       ValueError: if `density` is outside (0, 1], or `rounds` is empty, names a step twice, or
-        what is no step (`dns_jax.schedules.check_step`).
+        what is no whole number that an int32 holds.
       As `surgery` does.
 
     Example:

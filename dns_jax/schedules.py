@@ -73,7 +73,7 @@ def update_at(steps: Sequence[int]) -> Schedule:
       A schedule whose values are float32 scalars, 0 or 1.
 
     Raises:
-      ValueError: if there are no steps, or one is none (`check_step`).
+      ValueError: if there are no steps, or one is not a whole number that an int32 holds.
 
     Example:
       >>> [float(update_at([10, 30])(step)) for step in (9, 10, 20, 30)]
@@ -230,7 +230,8 @@ def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Sch
       A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
-      ValueError: if `boundaries` do not ascend, or one is no step (`check_step`).
+      ValueError: if `boundaries` do not ascend, or one is not a whole number that an int32
+        holds.
 
     Example:
       >>> schedule = caffe_multistep(0.1, 0.5, [10, 15])

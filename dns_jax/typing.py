@@ -13,7 +13,7 @@ Tree = TypeVar('Tree')
 """A pytree that comes back with its own type."""
 
 Role = Literal['kernel', 'bias', 'scale', 'embedding', 'statistic']
-"""What a leaf is to its layer (`dns_jax.roles.role`)."""
+"""What a leaf is to its layer (`dns_jax.role`)."""
 
 Masks = Any
 """A pytree parallel to the params: boolean arrays, True where a connection is kept.

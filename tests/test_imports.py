@@ -20,7 +20,8 @@ WINGS = (
     {'experiments.data'},
     {'experiments.config'},
     {'experiments.reports'},
-    {'experiments.artefacts', 'experiments.training'},
+    {'experiments.artefacts'},
+    {'experiments.training'},
     {'experiments.measurements', 'experiments.own_loops', 'experiments.sweeps'},
     {'experiments'},  # the commands
 )

@@ -38,6 +38,9 @@ from dns_jax.files.sharing import MAX_CLUSTERS, SharedNetwork, round_codebooks
 from dns_jax.files.writing import write_whole
 from dns_jax.layers import named_leaves, parent_path
 
+SUFFIX = '.dns'
+"""How the name of a coded file ends."""
+
 _MAGIC = b'DNS\x01'
 _MAX_PATH = 1_000  # characters: a layer's name counts for each of its leaves
 _MAX_CHARACTERS = 2**20  # of all paths: a file says layers and names once, and combines them

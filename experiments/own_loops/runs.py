@@ -18,12 +18,13 @@ from flax import nnx
 
 import dns_jax
 from dns_jax import pruners
+from dns_jax.files.writing import write_whole
 from experiments.config.command_line import flag
 from experiments.devices import progress
 from experiments.own_loops import networks as own_networks
 from experiments.own_loops.networks import Task
 from experiments.reports.commits import describe_commit
-from experiments.reports.tables import middle_and_range, table, write_csv
+from experiments.reports.tables import middle_and_range, table, to_csv
 
 METHODS = ('surgery', 'gradual')
 _TARGETS = {'cnn': 'compression', 'gpt': 'density'}  # in what each network says how small
@@ -216,7 +217,7 @@ def run_all(config: OwnLoopConfig) -> list[Row]:
             for _, runs in itertools.groupby(left, lambda run: run.seed):
                 for row in _run_seed(task, list(runs)):
                     rows.append({**row, 'commit': commit})
-                    write_csv(path, rows)
+                    write_whole(path, to_csv(rows))
                     bar.update()
     by_run = {_to_run(row): row for row in rows}
     return [by_run[run] for run in wanted]

@@ -30,11 +30,10 @@ from dns_jax.inference.chain import (
 from dns_jax.inference.runners import Choice, jax_runner, recorded_kinds
 from experiments.artefacts import loading
 from experiments.artefacts.loading import load_model
-from experiments.export import export
-from experiments.latency import _crossing, measure
+from experiments.export import ExportConfig, export
+from experiments.latency import LatencyConfig, _crossing, measure
 from experiments.measurements import latency_report, timing
 from experiments.networks import models
-from experiments.tool_flags import ExportConfig, LatencyConfig
 from experiments.zoo import FOLDER
 
 ZOO = str(FOLDER / 'lenet300.safetensors')

@@ -15,6 +15,7 @@ from experiments import own_loop
 from experiments.own_loops import networks as own_networks
 from experiments.own_loops import runs as own_runs
 from experiments.own_loops.runs import OwnLoopConfig, Run
+from experiments.reports import tables
 
 TEXT = ''.join(np.random.default_rng(0).choice(list('abcd \n'), 4_000))
 
@@ -246,7 +247,7 @@ def test_a_file_of_other_rows_is_refused(config):
     path.write_text('network,error\ncnn,1\n')
     with pytest.raises(ValueError, match='must have the columns'):
         own_runs.run_all(config)
-    own_runs.write_csv(path, [dict.fromkeys(own_runs.COLUMNS, 'cnn')])
+    path.write_text(tables.to_csv([dict.fromkeys(own_runs.COLUMNS, 'cnn')]))
     with pytest.raises(ValueError, match=r"rows.csv, line 2: could not convert .* 'cnn'"):
         own_runs.run_all(config)
 

@@ -9,7 +9,7 @@ import pytest
 import dns_jax
 from experiments import scale
 from experiments.measurements import hlo, scale_input, scale_programs, scale_report
-from experiments.tool_flags import ScaleConfig
+from experiments.scale import ScaleConfig
 
 SMALL = {'width': 0.02, 'batch_size': 2, 'rounds': 2, 'sizes': '0.002,0.004', 'images': 0}
 

@@ -40,10 +40,11 @@ from experiments.compare import COLUMNS as COMPARE_COLUMNS
 from experiments.frontier import COLUMNS as FRONTIER_COLUMNS
 from experiments.measurements import hlo
 from experiments.reports import run_report as report
+from experiments.reports import sweep_tables
+from experiments.reports.records import read_records
 from experiments.reports.summaries import LAYER_COUNTS, SUMMARY_KEYS
-from experiments.sweeps import sweep_report
-from experiments.tool_flags import ZooConfig
-from experiments.training.workdir import read_flags, read_records
+from experiments.training.workdir import read_flags
+from experiments.zoo import ZooConfig
 
 MOST = 10**5  # parameters that a network is allowed to have
 CHAIN = (Flatten(), Dense('a'), Relu(), Dense('b'))
@@ -409,7 +410,7 @@ def write_csv(columns, **values):
 def frontiers(folder):
     def read(data):
         write_new(folder / 'frontier_lenet5.csv', data)
-        sweep_report.frontier_tables(results.read_frontiers(folder))
+        sweep_tables.frontier_tables(results.read_frontiers(folder))
 
     return Reader((write_csv(FRONTIER_COLUMNS, network='lenet5', commit='a,"b'),), read)
 
