@@ -1,16 +1,13 @@
 """The types that the modules of `dns_jax` share. Owns no behaviour."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
 
 Params = Any
 """Any pytree of floating-point arrays, the dense weights W."""
-
-Tree = TypeVar('Tree')
-"""A pytree that comes back with its own type."""
 
 Role = Literal['kernel', 'bias', 'scale', 'embedding', 'statistic']
 """What a leaf is to its layer (`dns_jax.role`)."""
