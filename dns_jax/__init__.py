@@ -1,7 +1,7 @@
 """Dynamic network surgery for JAX: prune a network while it trains, splice back what matters.
 
-The names here are the method. Baselines are in `pruners`, other importances in `importance`, files
-in `sparse`, `codec`, `caffe` and `export`.
+The names here are the method. Baselines are in `pruners`, other importances in `importance`. Files
+of networks are in `dns_jax.files`, and what becomes of a pruned network in `dns_jax.inference`.
 """
 
 from dns_jax.densities import global_density, layer_density

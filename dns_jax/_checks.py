@@ -1,9 +1,35 @@
-"""What arguments must be, and how messages name what they are not."""
+"""What arguments must be and what must be installed, and how messages say what is not so."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 _Value = TypeVar('_Value')
+_DISTRIBUTION = 'dynamic-network-surgery'
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Says where a module comes from that is imported within and is not there.
+
+    Args:
+      extra: the extra of this distribution that has the module.
+
+    Raises:
+      ModuleNotFoundError: an ImportError that names the extra and the command for it.
+
+    Example:
+      >>> with needs_extra('sparse'):
+      ...     import safetensors
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{error.name} is missing, which comes with the extra {extra!r}: '
+            f"pip install '{_DISTRIBUTION}[{extra}]'",
+            name=error.name,
+        ) from error
 
 
 def check_step(name: str, step: float, least: int = 0) -> None:
@@ -49,6 +75,26 @@ def check_steps(name: str, steps: Sequence[float]) -> None:
         raise ValueError(f'{name} must name at least one step, but is {steps!r}')
     for step in steps:
         check_step(name, step)
+
+
+def check_density(name: str, density: float) -> None:
+    """Checks a density.
+
+    Args:
+      name: what the caller knows it by.
+      density: kept / all connections.
+
+    Raises:
+      ValueError: if it is not in (0, 1].
+
+    Example:
+      >>> check_density('final', 0)
+      Traceback (most recent call last):
+        ...
+      ValueError: final must be in (0, 1], but is 0
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f'{name} must be in (0, 1], but is {density!r}')
 
 
 def check_hysteresis(hysteresis: float) -> None:

@@ -1,6 +1,9 @@
 """Rules at work: which layers follow them, and when they are asked for thresholds.
 
-Owns no state: `surgery` carries the thresholds from step to step.
+Owns no state: `surgery` carries the thresholds from step to step. Below, a `rule` is one that
+`complete_rule` gave; `weights` is what its thresholds are compared with and `masks` theirs, both
+lists of arrays by layer; `count` is that of steps, an int32 scalar; `bands` are the thresholds by
+layer.
 """
 
 import functools
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax._checks import abridge, check_step
-from dns_jax.densities import DensityRule
+from dns_jax._following import DensityRule
 from dns_jax.importance import magnitude
 from dns_jax.layers import has_axes, map_leaves, match_patterns, named_leaves
 from dns_jax.masks import discriminate, throw_coins
@@ -104,6 +107,15 @@ class LayersByRule:
                     f'{path!r} takes part by the {"state" if by_state else "rules"} alone; to go '
                     'on from its masks, give them to surgery(masks=…)'
                 )
+
+    def start(self, weights, masks, count) -> dict[str, Thresholds]:
+        """Asks all rules for thresholds; a followed density begins anew in the first update."""
+        bands = {}
+        for rule, seen, kept in self.arrays(weights, masks):
+            compute = start_unknown if is_followed(rule) else compute_thresholds
+            # What is jitted compiles in one.
+            bands |= jax.jit(functools.partial(compute, rule.thresholds))(seen, kept, count)
+        return bands
 
     def is_due(self, count) -> jax.Array:
         """Says whether any layer may be updated at a step."""
@@ -238,10 +250,6 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
 def sigma_at(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gives σ of a step, and whether it is the last update: by density that is certain.
 
-    Args:
-      rule: completed.
-      count: of steps, an int32 scalar.
-
     Returns:
       σ, a float32 scalar, and a bool scalar.
     """
@@ -254,30 +262,12 @@ def sigma_at(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def is_followed(rule: Rule) -> bool:
-    """Says whether a rule is a density that is followed at every step.
-
-    Args:
-      rule: completed.
-
-    Returns:
-      True if so.
-    """
+    """Says whether a rule is a density that is followed at every step."""
     return rule.refresh_every is None
 
 
 def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
-    """Asks a rule for thresholds, where it is not followed and that is due.
-
-    Args:
-      rule: completed.
-      weights: by layer, what its thresholds are compared with.
-      masks: of these.
-      count: of steps, an int32 scalar.
-      bands: the last thresholds by layer.
-
-    Returns:
-      The thresholds by layer.
-    """
+    """Asks a rule for thresholds, where it is not followed and that is due."""
     if not rule.refresh_every:
         return bands
     sigma, last = sigma_at(rule, count)
@@ -287,14 +277,7 @@ def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
 
 
 def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
-    """Judges thresholds by what they kept, and moves them for the next step.
-
-    Args:
-      rule: completed.
-      weights: by layer, what its thresholds are compared with.
-      masks: of these, updated by the thresholds.
-      count: of steps, an int32 scalar.
-      bands: the thresholds by layer.
+    """Judges thresholds by the masks that they made, and moves them for the next step.
 
     Returns:
       Whether they must be corrected now, a bool scalar, and the moved ones by layer. Thresholds
@@ -313,19 +296,7 @@ def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[st
 
 
 def correct(wrong, rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
-    """Corrects the thresholds of a rule where `follow` said that they must be.
-
-    Args:
-      wrong: whether they must be, a bool scalar.
-      rule: completed.
-      weights: by layer, what its thresholds are compared with.
-      masks: of these, updated by the thresholds.
-      count: of steps, an int32 scalar.
-      bands: the thresholds by layer.
-
-    Returns:
-      The thresholds by layer.
-    """
+    """Corrects the thresholds of a rule where `follow` said that they must be."""
     if not is_followed(rule):
         return bands
     density: Any = rule.thresholds
@@ -344,15 +315,6 @@ def _of(layers, bands) -> dict[str, Thresholds]:
 
 def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
     """Computes the bands of a rule's layers, and holds it to their names and type.
-
-    Args:
-      rule: of thresholds.
-      weights: by layer.
-      masks: of these.
-      count: of steps, an int32 scalar.
-
-    Returns:
-      The thresholds by layer, float32 scalars.
 
     Raises:
       ValueError: if the rule names other layers.

@@ -6,7 +6,7 @@ Pure functions on parallel trees of weights and masks. `surgery` decides when th
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from dns_jax._checks import abridge
 from dns_jax._counts import count_all, to_int
 from dns_jax._trees import check_parallel
 from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
-from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds, Tree
+from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
+
+_Tree = TypeVar('_Tree')
 
 
 class Events(NamedTuple):
@@ -66,7 +68,7 @@ def init_masks(params: Params, takes_part: TakesPart = is_kernel) -> Masks:
     return map_leaves(init, params)
 
 
-def apply_masks(params: Tree, masks: Masks) -> Tree:
+def apply_masks(params: _Tree, masks: Masks) -> _Tree:
     """Masks the weights: W⊙T, what the network computes with.
 
     Pruned weights are exact zeros, also where the dense weight is negative or not finite, so

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax import _counts
-from dns_jax._checks import as_table, check_step, check_steps
+from dns_jax._checks import as_table, check_density, check_step, check_steps
 from dns_jax._search import bisect
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
@@ -58,7 +58,7 @@ def han(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `rounds` is empty, or one is no step (`dns_jax.schedules.check_step`).
+      ValueError: if `rounds` is empty, or one is no step: a whole number that an int32 holds.
       As `surgery` and `weight_std` do.
 
     Example:
@@ -97,7 +97,7 @@ def one_shot(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `step` is no step (`dns_jax.schedules.check_step`).
+      ValueError: if `step` is not a whole number that an int32 holds.
       As `iterative` does.
 
     Example:
@@ -139,7 +139,7 @@ def iterative(
 
     Raises:
       ValueError: if `density` is outside (0, 1], or `rounds` is empty, names a step twice, or
-        what is no step (`dns_jax.schedules.check_step`).
+        what is no whole number that an int32 holds.
       As `surgery` does.
 
     Example:
@@ -335,8 +335,7 @@ def regrow(
 def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
     table = as_table(density)
     for number in table.values():
-        if not 0 < number <= 1:
-            raise ValueError(f'density must be in (0, 1], but is {number!r}')
+        check_density('density', number)
     return table
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import check_step, check_steps
+from dns_jax._checks import check_density, check_step, check_steps
 from dns_jax.typing import Schedule
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -73,7 +73,7 @@ def update_at(steps: Sequence[int]) -> Schedule:
       A schedule whose values are float32 scalars, 0 or 1.
 
     Raises:
-      ValueError: if there are no steps, or one is none (`check_step`).
+      ValueError: if there are no steps, or one is not a whole number that an int32 holds.
 
     Example:
       >>> [float(update_at([10, 30])(step)) for step in (9, 10, 20, 30)]
@@ -230,7 +230,8 @@ def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Sch
       A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
-      ValueError: if `boundaries` do not ascend, or one is no step (`check_step`).
+      ValueError: if `boundaries` do not ascend, or one is not a whole number that an int32
+        holds.
 
     Example:
       >>> schedule = caffe_multistep(0.1, 0.5, [10, 15])
@@ -327,8 +328,7 @@ def check_finite(name: str, number: float, least: float = -math.inf) -> None:
 def _ramp(final: float, start: int, end: int, initial: float) -> Schedule:
     """Makes the schedule of how much of a ramp is done, from 0 to 1."""
     for name, density in (('final', final), ('initial', initial)):
-        if not 0 < density <= 1:
-            raise ValueError(f'{name} must be in (0, 1], but is {density!r}')
+        check_density(name, density)
     check_step('start', start)
     check_step('end', end, start + 1)
     return lambda step: jnp.clip(_float32(jnp.asarray(step) - start) / (end - start), 0.0, 1.0)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import as_table
+from dns_jax._checks import as_table, needs_extra
 from dns_jax._trees import check_parallel
 from dns_jax.files._contents import check_float32
 from dns_jax.layers import map_leaves, match_patterns, named_leaves, parent_path
@@ -196,9 +196,9 @@ def _clusters_by_layer(clusters: int | Mapping[str, int], layers: list[str]) -> 
 
 def _codebook(values: np.ndarray, clusters: int) -> np.ndarray:
     """The centroids of the values, rounded, ascending, each once."""
-    # Only here, so that a file can be read where there is no scikit-learn.
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
+    with needs_extra('codec'):  # only here, so that a file can be read without scikit-learn
+        from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
 
     centroids = np.unique(values)
     if len(centroids) > clusters:

@@ -23,14 +23,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from dns_jax._checks import needs_extra
 from dns_jax._trees import check_parallel, nest_leaves
 from dns_jax.files._contents import check_float32, check_metadata, sort_metadata
 from dns_jax.files.writing import write_whole
 from dns_jax.layers import named_leaves
 from dns_jax.typing import Masks, Params
+
+with needs_extra('sparse'):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import save
 
 _SHAPE = re.compile(r'\[(NUMBER(, ?NUMBER){0,63})?\]'.replace('NUMBER', '(0|[1-9][0-9]{0,17})'))
 

@@ -6,11 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 
+from dns_jax._checks import needs_extra
 from dns_jax.inference import native
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, max_pool
 from dns_jax.inference.stages import Stage, is_in_order
+
+with needs_extra('runners'):
+    import scipy.sparse
 
 MAX_KEPT_WEIGHTS = 4_096
 """The most kept weights of a sparse convolution in JAX.

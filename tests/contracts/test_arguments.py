@@ -281,7 +281,6 @@ def test_rules_are_named_by_their_patterns(every):
 
 # These refuse for others, or what an update is given: test_training has that.
 ELSEWHERE = {'train_kept', 'check_finite'}
-ELSEWHERE |= {'divide_among_layers'}  # as global_density
 
 
 def factories():
