@@ -64,7 +64,7 @@ $(BIN)/ready: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# The runs behind the README's table, about three quarters of an hour on two cores; needs MNIST.
+# The runs behind the tables of docs/results.md, about three quarters of an hour on two cores; needs MNIST.
 results: $(BIN)/ready
 	mkdir -p results
 	for seed in 0 1 2; do for name in lenet300_mnist lenet300_paper lenet5_mnist lenet5_paper; do \

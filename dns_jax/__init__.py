@@ -1,11 +1,11 @@
 """Dynamic network surgery for JAX: prune a network while it trains, splice back what matters.
 
-The names here are the method. Baselines are in `pruners`, other importances in `importance`, files
-in `sparse`, `codec`, `caffe` and `export`.
+The names here are the method. Baselines are in `pruners`, other importances in `importance`. Files
+of networks are in `dns_jax.files`, and what becomes of a pruned network in `dns_jax.inference`.
 """
 
 from dns_jax.densities import global_density, layer_density
-from dns_jax.layers import group_by_layer, layer_names, match_patterns
+from dns_jax.layers import group_by_layer, has_axes, is_kernel, layer_names, match_patterns, role
 from dns_jax.masks import (
     Events,
     apply_masks,
@@ -18,7 +18,6 @@ from dns_jax.masks import (
 from dns_jax.metrics import Size, Sizes, measure_sizes
 from dns_jax.optimizers import caffe_sgd
 from dns_jax.prune import prune_to
-from dns_jax.roles import has_axes, is_kernel, role
 from dns_jax.schedules import (
     caffe_exp,
     caffe_inv,

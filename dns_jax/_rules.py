@@ -1,6 +1,9 @@
 """Rules at work: which layers follow them, and when they are asked for thresholds.
 
-Owns no state: `surgery` carries the thresholds from step to step.
+Owns no state: `surgery` carries the thresholds from step to step. Below, a `rule` is one that
+`complete_rule` gave; `weights` is what its thresholds are compared with and `masks` theirs, both
+lists of arrays by layer; `count` is that of steps, an int32 scalar; `bands` are the thresholds by
+layer.
 """
 
 import functools
@@ -12,12 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dns_jax.densities import DensityRule
+from dns_jax._checks import abridge, check_step
+from dns_jax._following import DensityRule
 from dns_jax.importance import magnitude
-from dns_jax.layers import abridge, map_leaves, match_patterns, named_leaves
+from dns_jax.layers import has_axes, map_leaves, match_patterns, named_leaves
 from dns_jax.masks import discriminate, throw_coins
-from dns_jax.roles import has_axes
-from dns_jax.schedules import check_step
 from dns_jax.stacking import slice_paths
 from dns_jax.typing import (
     Importance,
@@ -31,7 +33,7 @@ from dns_jax.typing import (
 )
 
 
-class Plan:
+class LayersByRule:
     """Which layers follow which rule, and which leaves they have.
 
     Args:
@@ -106,9 +108,18 @@ class Plan:
                     'on from its masks, give them to surgery(masks=…)'
                 )
 
+    def start(self, weights, masks, count) -> dict[str, Thresholds]:
+        """Asks all rules for thresholds; a followed density begins anew in the first update."""
+        bands = {}
+        for rule, seen, kept in self.arrays(weights, masks):
+            compute = start_unknown if is_followed(rule) else compute_thresholds
+            # What is jitted compiles in one.
+            bands |= jax.jit(functools.partial(compute, rule.thresholds))(seen, kept, count)
+        return bands
+
     def is_due(self, count) -> jax.Array:
         """Says whether any layer may be updated at a step."""
-        due = (chance(rule, count)[0] > 0 for rule, _ in self.rules)
+        due = (sigma_at(rule, count)[0] > 0 for rule, _ in self.rules)
         return functools.reduce(jnp.logical_or, due, jnp.array(False))
 
     def operate(self, weights, key, count, masks, bands, splicing):
@@ -142,7 +153,7 @@ class Plan:
         """Applies h_k to the layers that have a threshold and whose coin says so."""
         chances, known = {}, {}
         for rule, layers in self.rules:
-            chances |= dict.fromkeys(layers, chance(rule, count)[0])
+            chances |= dict.fromkeys(layers, sigma_at(rule, count)[0])
             if is_followed(rule):  # it has no thresholds before it is corrected
                 known |= {layer: bands[layer].high >= 0 for layer in layers}
         coins = throw_coins(jax.random.fold_in(key, count), chances)
@@ -236,12 +247,8 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
     return rule._replace(refresh_every=every)
 
 
-def chance(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sigma_at(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gives σ of a step, and whether it is the last update: by density that is certain.
-
-    Args:
-      rule: completed.
-      count: of steps, an int32 scalar.
 
     Returns:
       σ, a float32 scalar, and a bool scalar.
@@ -255,47 +262,22 @@ def chance(rule: Rule, count: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def is_followed(rule: Rule) -> bool:
-    """Says whether a rule is a density that is followed at every step.
-
-    Args:
-      rule: completed.
-
-    Returns:
-      True if so.
-    """
+    """Says whether a rule is a density that is followed at every step."""
     return rule.refresh_every is None
 
 
 def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
-    """Asks a rule for thresholds, where it is not followed and that is due.
-
-    Args:
-      rule: completed.
-      weights: by layer, what its thresholds are compared with.
-      masks: of these.
-      count: of steps, an int32 scalar.
-      bands: the last thresholds by layer.
-
-    Returns:
-      The thresholds by layer.
-    """
+    """Asks a rule for thresholds, where it is not followed and that is due."""
     if not rule.refresh_every:
         return bands
-    sigma, last = chance(rule, count)
+    sigma, last = sigma_at(rule, count)
     due = last | ((count % rule.refresh_every == 0) & (sigma > 0))
     compute = functools.partial(compute_thresholds, rule.thresholds, weights, masks, count)
     return jax.lax.cond(due, compute, lambda: bands)
 
 
 def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
-    """Judges thresholds by what they kept, and moves them for the next step.
-
-    Args:
-      rule: completed.
-      weights: by layer, what its thresholds are compared with.
-      masks: of these, updated by the thresholds.
-      count: of steps, an int32 scalar.
-      bands: the thresholds by layer.
+    """Judges thresholds by the masks that they made, and moves them for the next step.
 
     Returns:
       Whether they must be corrected now, a bool scalar, and the moved ones by layer. Thresholds
@@ -304,7 +286,7 @@ def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[st
     if not is_followed(rule):
         return jnp.array(False), bands
     density: Any = rule.thresholds
-    (sigma, last), (following, _) = (chance(rule, when) for when in (count, count + 1))
+    (sigma, last), (following, _) = (sigma_at(rule, when) for when in (count, count + 1))
     near, moved = density.follow(weights, masks, count, bands, last)
     unknown = _unknown(bands)
     # Where a coin fails, what is kept says nothing of the thresholds.
@@ -314,23 +296,11 @@ def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[st
 
 
 def correct(wrong, rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
-    """Corrects the thresholds of a rule where `follow` said that they must be.
-
-    Args:
-      wrong: whether they must be, a bool scalar.
-      rule: completed.
-      weights: by layer, what its thresholds are compared with.
-      masks: of these, updated by the thresholds.
-      count: of steps, an int32 scalar.
-      bands: the thresholds by layer.
-
-    Returns:
-      The thresholds by layer.
-    """
+    """Corrects the thresholds of a rule where `follow` said that they must be."""
     if not is_followed(rule):
         return bands
     density: Any = rule.thresholds
-    exactly = chance(rule, count)[1] | _unknown(bands)
+    exactly = sigma_at(rule, count)[1] | _unknown(bands)
     solve = functools.partial(density.solve, weights, masks, count, bands, exactly)
     return jax.lax.cond(wrong, solve, lambda: bands)
 
@@ -345,15 +315,6 @@ def _of(layers, bands) -> dict[str, Thresholds]:
 
 def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
     """Computes the bands of a rule's layers, and holds it to their names and type.
-
-    Args:
-      rule: of thresholds.
-      weights: by layer.
-      masks: of these.
-      count: of steps, an int32 scalar.
-
-    Returns:
-      The thresholds by layer, float32 scalars.
 
     Raises:
       ValueError: if the rule names other layers.

@@ -173,6 +173,31 @@ def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) 
     return _as_floats(bracket.found)
 
 
+def range_scale(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Finds the power of two that the largest magnitude is about as large as.
+
+    Squares and sums of what is divided by it stay within float32, with the same bits.
+
+    Args:
+      arrays: floating point.
+
+    Returns:
+      A float32 scalar from 2^−126 to 2^126.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(range_scale([jnp.array([0.0, -5.0])]))
+      8.0
+    """
+    largest = jnp.float32(0)
+    for array in arrays:
+        if array.size:
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(array)).astype(jnp.float32))
+    # By the bits of the exponent: jnp.frexp and jnp.ldexp make infinities on their way.
+    exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) + 1
+    return jax.lax.bitcast_convert_type(jnp.clip(exponent, 1, 253) << 23, jnp.float32)
+
+
 def _as_bits(thresholds: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(thresholds, jnp.int32)
 

@@ -1,21 +1,39 @@
-"""The leaves of a pytree by name, and which of them form one layer.
+"""The leaves of a pytree by name: what each is to its layer, and which form one layer.
 
 All is decided by the path of a leaf, so that any pytree will do: a Flax, Haiku or Equinox tree, a
-tuple, a bare array. Everything here runs on structure alone, at trace time.
+tuple, a bare array. What a leaf is, the names say that Flax, Haiku, Equinox and others give, and
+its shape only where names say nothing; another choice is a predicate of one's own (`TakesPart`).
+Everything here runs on structure alone, at trace time.
 """
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import optax
+import jax.numpy as jnp
 
-from dns_jax.roles import has_axes
-from dns_jax.typing import LayerOf, TakesPart
+from dns_jax._checks import abridge
+from dns_jax.typing import LayerOf, Role, TakesPart
 
-_MAX_PARTS = 100  # of a path: JAX cannot walk trees much deeper than a few times that
 _Value = TypeVar('_Value')
+
+# What the last word of a leaf's name says, in all libraries that are known.
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(('kernel', 'kernels', 'matrix'), 'kernel'),
+    **dict.fromkeys(('bias', 'biases', 'beta', 'offset'), 'bias'),
+    **dict.fromkeys(('scale', 'scales', 'gamma', 'slope'), 'scale'),
+    **dict.fromkeys(('embedding', 'embeddings', 'embed', 'emb', 'embs', 'encoding'), 'embedding'),
+    **dict.fromkeys(('pos', 'posemb', 'position', 'positions', 'table'), 'embedding'),
+    **dict.fromkeys(('token', 'tokens', 'cls', 'vocab', 'lookup', 'wte', 'wpe'), 'embedding'),
+    **dict.fromkeys(('prompt', 'prompts', 'latents', 'codebook', 'memory'), 'embedding'),
+    **dict.fromkeys(('mean', 'var', 'variance', 'average', 'count', 'counter'), 'statistic'),
+}
+_FIRST_WORDS = ('kernel', 'bias', 'embedding')  # say it too, as in bias_ih
+_NORM = re.compile(r'norms?$|^(ln|bn|gn|rms)$')
+_NO_NORM = {'ada', 'modulation', 'spectral', 'weight'}  # beside `norm`, of what has kernels
+_EMBEDDING = re.compile(r'\b(pos)?emb|\b(wte|wpe)\b|\b(vocab|lookup|tokens?|pos|positions?|table)$')
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -32,24 +50,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
       >>> named_leaves({'conv1': {'kernel': 1.0, 'bias': 0.0}})
       [('conv1/bias', 0.0), ('conv1/kernel', 1.0)]
     """
-    return [(path, leaf) for path, leaf in _named_nodes(tree) if not _is_hole(leaf)]
-
-
-def find_holes(tree: Any) -> list[str]:
-    """Finds where `optax.masked`, `optax.partition` or `optax.multi_transform` left something out.
-
-    Args:
-      tree: any pytree.
-
-    Returns:
-      The path of each `optax.MaskedNode`.
-
-    Example:
-      >>> import optax
-      >>> find_holes({'conv1': {'kernel': 1.0, 'bias': optax.MaskedNode()}})
-      ['conv1/bias']
-    """
-    return [path for path, leaf in _named_nodes(tree) if _is_hole(leaf)]
+    return _named_leaves(tree, '')
 
 
 def map_leaves(function: Callable[[str, Any], Any], tree: Any) -> Any:
@@ -70,42 +71,89 @@ def map_leaves(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), mapped)
 
 
-def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
-    """Makes the nested dict of leaves, by the parts of their paths: `named_leaves` the other way.
+def role(path: str, leaf: Any) -> Role:
+    """Says what a leaf is, by its name where that says it, else by its shape.
+
+    The last word of the name decides: `kernel`, `bias`, `scale`, `embedding` and their like in
+    other libraries. Names such as `weight` and `w`, or none that are known, are a scale in a layer
+    called a norm, an embedding in one called so, and else a kernel from two axes on.
 
     Args:
-      leaves: paths and leaves, none of them a dict.
+      path: the path of a leaf; of a stacked one, that of a slice.
+      leaf: an array, or anything with a shape.
 
     Returns:
-      The dict, or the leaf itself where its path is `''`.
-
-    Raises:
-      ValueError: if there are no leaves, one has the place of another or lies within it, or a
-        path has more than 100 parts.
+      `kernel`, `bias`, `scale`, `embedding` or `statistic`.
 
     Example:
-      >>> nest_leaves([('fc1/bias', 1), ('fc1/kernel', 2)])
-      {'fc1': {'bias': 1, 'kernel': 2}}
+      >>> import jax.numpy as jnp
+      >>> role('attention/out/bias', jnp.zeros((4, 8))), role('norm1/weight', jnp.zeros(8))
+      ('bias', 'scale')
     """
-    top: dict[str, Any] = {}
-    for path, leaf in leaves:
-        node, key = top, ''  # the whole tree is the one entry of `top`
-        parts = path.split('/') if path else []
-        if len(parts) > _MAX_PARTS:
-            raise ValueError(f'the path {path[:80]!r}... has {len(parts)} parts, over {_MAX_PARTS}')
-        for part in parts:
-            node, key = node.setdefault(key, {}), part
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or key in node:
-            raise ValueError(f'the leaf {path!r} has the place of another, or lies within it')
-        node[key] = leaf
-    if not top:
-        raise ValueError('a network must have at least one leaf')
-    return top['']
+    *parents, name = path.split('/')
+    words, axes = _words(name), jnp.ndim(leaf)
+    if words == ['b'] and name[0] == 'b':  # Haiku's; B of a low-rank pair is a matrix
+        return 'bias'
+    shared = words[:1] in (['w'], ['weight'], ['weights'])  # a name of all kinds of layers
+    around = _words(parents[-1]) if parents else []
+    # The name of a box or a node around says it too, where the leaf's own says nothing.
+    for said in (words, [] if shared else around):
+        found = _ROLES.get(said[-1]) if said else None
+        if found and (found != 'statistic' or axes < 2 or len(said) == 1):  # w_mean may be a kernel
+            return found
+        if said and said[0] in _FIRST_WORDS:
+            return _ROLES[said[0]]
+    if {'rel', 'pos'} <= set(words) or words == ['weight', 'g']:
+        return 'embedding' if 'pos' in words else 'scale'
+    if shared and around[-1:] == ['bias']:
+        return 'bias'
+    if any(map(_NORM.search, around)) and not (axes > 1 and _NO_NORM & set(around)):
+        return 'scale'
+    if axes == 2 and 'patch' not in around and _EMBEDDING.search(' '.join(around)):
+        return 'embedding'
+    if axes < 2:
+        return 'scale' if axes == 0 or words[:1] in (['w'], ['weight']) else 'bias'
+    return 'kernel'
 
 
-def parent(path: str) -> str:
+def is_kernel(path: str, leaf: Any) -> bool:
+    """Selects the kernels (`role`): biases, norms, embeddings and statistics stay dense.
+
+    Args:
+      path: the path of a leaf.
+      leaf: an array, or anything with a shape.
+
+    Returns:
+      True for a kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> is_kernel('fc1/kernel', jnp.zeros((4, 3))), is_kernel('fc1/bias', jnp.zeros(3))
+      (True, False)
+    """
+    return role(path, leaf) == 'kernel'
+
+
+def has_axes(path: str, leaf: Any) -> bool:
+    """Selects every leaf but scalars: the paper's choice, which prunes biases too.
+
+    Args:
+      path: the path of a leaf.
+      leaf: an array, or anything with a shape.
+
+    Returns:
+      True where the leaf has at least one axis and one element.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> has_axes('fc1/bias', jnp.zeros(3)), has_axes('temperature', jnp.zeros(()))
+      (True, False)
+    """
+    del path
+    return jnp.ndim(leaf) > 0 and 0 not in jnp.shape(leaf)
+
+
+def parent_path(path: str) -> str:
     """Names the layer of a leaf by all of its path but the last part.
 
     Args:
@@ -115,13 +163,13 @@ def parent(path: str) -> str:
       The path of the tree node that holds the leaf, `''` for the root.
 
     Example:
-      >>> parent('block/conv1/kernel'), parent('bias')
+      >>> parent_path('block/conv1/kernel'), parent_path('bias')
       ('block/conv1', '')
     """
     return path.rpartition('/')[0]
 
 
-def layer_names(tree: Any, layer_of: LayerOf = parent) -> Any:
+def layer_names(tree: Any, layer_of: LayerOf = parent_path) -> Any:
     """Names the layer of every leaf.
 
     Args:
@@ -139,7 +187,7 @@ def layer_names(tree: Any, layer_of: LayerOf = parent) -> Any:
 
 
 def group_by_layer(
-    tree: Any, layer_of: LayerOf = parent, takes_part: TakesPart = has_axes
+    tree: Any, layer_of: LayerOf = parent_path, takes_part: TakesPart = has_axes
 ) -> dict[str, list[Any]]:
     """Collects the leaves that take part, layer by layer.
 
@@ -162,22 +210,6 @@ def group_by_layer(
         if takes_part(path, leaf):
             groups.setdefault(layer_of(path), []).append(leaf)
     return dict(sorted(groups.items()))
-
-
-def as_table(values: Mapping[str, _Value] | _Value) -> dict[str, _Value]:
-    """Makes a table for `match_patterns` of a value for all layers.
-
-    Args:
-      values: the value, or a table, which stays as it is.
-
-    Returns:
-      ``{pattern: value}``.
-
-    Example:
-      >>> as_table(0.5), as_table({'fc*': 0.1, '*': 0.5})
-      ({'*': 0.5}, {'fc*': 0.1, '*': 0.5})
-    """
-    return dict(values) if isinstance(values, Mapping) else {'*': values}
 
 
 def match_patterns(
@@ -218,37 +250,17 @@ def match_patterns(
     return matches
 
 
-def abridge(names: Iterable[str]) -> str:
-    """Lists some names for a message; a network may have hundreds.
-
-    Args:
-      names: what is listed.
-
-    Returns:
-      The list, or its first eight names and how many there are.
-
-    Example:
-      >>> abridge(['fc1', 'fc2'])
-      "['fc1', 'fc2']"
-    """
-    names = list(names)
-    if len(names) <= 8:
-        return repr(names)
-    return f'[{", ".join(map(repr, names[:8]))}, … {len(names)} in all]'
-
-
-def _named_nodes(tree: Any, top: str = '') -> list[tuple[str, Any]]:
-    """Names leaves, and the holes of optax, which have none."""
+def _named_leaves(tree: Any, top: str) -> list[tuple[str, Any]]:
     named = []
     for key_path, node in jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: node is not tree and (_is_variable(node) or _is_hole(node))
+        tree, is_leaf=lambda node: node is not tree and _is_variable(node)
     )[0]:
         if _is_variable(tree):  # the attribute `value` that holds the array is not its name
             key_path = key_path[1:]
         path = jax.tree_util.keystr(key_path, simple=True, separator='/')
         path = '/'.join(filter(None, (top, path)))
-        named += _named_nodes(node, path) if _is_variable(node) else [(path, node)]
-    return [(top, tree)] if _is_hole(tree) else named
+        named += _named_leaves(node, path) if _is_variable(node) else [(path, node)]
+    return named
 
 
 def _is_variable(node: Any) -> bool:
@@ -259,5 +271,6 @@ def _is_variable(node: Any) -> bool:
     )
 
 
-def _is_hole(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+def _words(name: str) -> list[str]:
+    """Parts a name in snake case or camel case; digits are no words."""
+    return [word.lower() for word in re.findall(r'[A-Z]+(?![a-z])|[A-Z]?[a-z]+', name)]

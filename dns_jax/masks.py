@@ -6,17 +6,19 @@ Pure functions on parallel trees of weights and masks. `surgery` decides when th
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
+from dns_jax._checks import abridge
 from dns_jax._counts import count_all, to_int
-from dns_jax.layers import abridge, find_holes, group_by_layer, map_leaves, named_leaves, parent
-from dns_jax.roles import is_kernel
-from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds, Tree
+from dns_jax._trees import check_parallel
+from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
+from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
+
+_Tree = TypeVar('_Tree')
 
 
 class Events(NamedTuple):
@@ -66,7 +68,7 @@ def init_masks(params: Params, takes_part: TakesPart = is_kernel) -> Masks:
     return map_leaves(init, params)
 
 
-def apply_masks(params: Tree, masks: Masks) -> Tree:
+def apply_masks(params: _Tree, masks: Masks) -> _Tree:
     """Masks the weights: W⊙T, what the network computes with.
 
     Pruned weights are exact zeros, also where the dense weight is negative or not finite, so
@@ -105,7 +107,7 @@ def update_masks(
     masks: Masks,
     thresholds: Mapping[str, Thresholds],
     update_probability: Mapping[str, jax.typing.ArrayLike],
-    layer_of: LayerOf = parent,
+    layer_of: LayerOf = parent_path,
 ) -> Masks:
     r"""Updates the masks by the discriminative function h_k, layer by layer, with probability σ.
 
@@ -225,7 +227,7 @@ def discriminate(weights: jax.Array, mask: jax.Array, thresholds: Thresholds) ->
     return ~((wide < threshold) & (wide > -threshold))
 
 
-def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, Any]:
+def count_kept(masks: Masks, layer_of: LayerOf = parent_path) -> dict[str, Any]:
     """Counts the kept connections of each layer that takes part.
 
     Args:
@@ -248,7 +250,7 @@ def count_kept(masks: Masks, layer_of: LayerOf = parent) -> dict[str, Any]:
     return {layer: _count(layer, leaves) for layer, leaves in layers.items()}
 
 
-def find_empty_layers(masks: Masks, layer_of: LayerOf = parent) -> list[str]:
+def find_empty_layers(masks: Masks, layer_of: LayerOf = parent_path) -> list[str]:
     """Names the layers of which surgery has left nothing: a network with one answers all alike.
 
     Cheap enough for every record of one's own loop; NaN never tells. Of layers that are stacked in
@@ -269,7 +271,7 @@ def find_empty_layers(masks: Masks, layer_of: LayerOf = parent) -> list[str]:
     return [layer for layer, kept in count_kept(masks, layer_of).items() if not kept]
 
 
-def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent) -> dict[str, Events]:
+def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent_path) -> dict[str, Events]:
     """Counts the connections that an update pruned and spliced.
 
     Args:
@@ -295,66 +297,6 @@ def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent) -> dic
     pruned = count_kept(jax.tree.map(lambda old, new: old & ~new, before, after), layer_of)
     spliced = count_kept(jax.tree.map(lambda old, new: new & ~old, before, after), layer_of)
     return {layer: Events(pruned[layer], spliced[layer]) for layer in pruned}
-
-
-def check_parallel(params: Params, masks: Masks) -> Masks:
-    """Checks that the masks belong to the weights, by the paths of their leaves.
-
-    So the two may be of different types, as weights in an `nnx.State` and masks from a file are.
-
-    Args:
-      params: dense weights.
-      masks: masks that should be parallel to them. Where `optax.masked` or `optax.partition` left
-        something out, nothing is masked.
-
-    Returns:
-      The masks, in the structure of `params`.
-
-    Raises:
-      ValueError: if the paths differ, or a mask has neither the shape of its weights nor shape
-        `()`.
-      TypeError: if a mask is not boolean.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> check_parallel({'fc1': jnp.zeros(3)}, {'fc1': jnp.ones(2, bool)})
-      Traceback (most recent call last):
-        ...
-      ValueError: masks['fc1'] has shape (2,); its weights have shape (3,)
-    """
-    weights_of, masks_of, left_out = named_leaves(params), named_leaves(masks), find_holes(masks)
-    if jax.tree.structure(params) != jax.tree.structure(masks) or left_out:
-        masks = _in_structure_of(params, weights_of, dict(masks_of), left_out)
-    for (path, weights), mask in zip(weights_of, jax.tree.leaves(masks), strict=True):
-        name = f'masks[{path!r}]'
-        if jnp.result_type(mask) != jnp.bool_:
-            raise TypeError(f'{name} must be boolean, but its dtype is {jnp.result_type(mask)}')
-        if jnp.shape(mask) not in (jnp.shape(weights), ()):
-            raise ValueError(
-                f'{name} has shape {jnp.shape(mask)}; its weights have shape {jnp.shape(weights)}'
-            )
-    return masks
-
-
-def _in_structure_of(params, weights_of, masks_of, left_out) -> Masks:
-    """Finds the mask of each weight by its path."""
-    aligned = []
-    for path, _ in weights_of:
-        if path in masks_of:
-            aligned.append(masks_of.pop(path))
-        elif any(path == hole or not hole or path.startswith(f'{hole}/') for hole in left_out):
-            aligned.append(np.ones((), bool))
-        else:
-            raise ValueError(
-                f'masks must have the leaves of params, but lack {path!r}; they have '
-                f'{abridge(masks_of)}'
-            )
-    if masks_of:
-        raise ValueError(
-            f'masks must have the leaves of params, but have {abridge(masks_of)} too, which params '
-            'lack'
-        )
-    return jax.tree.unflatten(jax.tree.structure(params), aligned)
 
 
 def _count(layer: str, masks: Sequence[Any]) -> Any:

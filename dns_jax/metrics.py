@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dns_jax._checks import abridge
 from dns_jax._counts import count_all, to_int
-from dns_jax.layers import abridge, group_by_layer, named_leaves, parent
-from dns_jax.masks import check_parallel
-from dns_jax.roles import role
+from dns_jax._trees import check_parallel
+from dns_jax.layers import group_by_layer, named_leaves, parent_path, role
 from dns_jax.typing import LayerOf, Masks, Params
 
 _INDEX_BYTES = 4  # a flat uint32 index
@@ -58,7 +58,7 @@ def measure_sizes(
     params: Params,
     masks: Masks,
     positions: Mapping[str, int] | None = None,
-    layer_of: LayerOf = parent,
+    layer_of: LayerOf = parent_path,
 ) -> Sizes:
     r"""Measures a network under its masks; one with stacked layers after `unstack`, if by layer.
 

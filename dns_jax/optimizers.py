@@ -2,8 +2,7 @@
 
 import optax
 
-from dns_jax.layers import map_leaves
-from dns_jax.roles import role
+from dns_jax.layers import map_leaves, role
 from dns_jax.typing import Schedule
 
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax import _counts
-from dns_jax.densities import divide_among_layers
+from dns_jax._checks import check_density, check_step
+from dns_jax._following import DensityRule, share_by_units
 from dns_jax.importance import magnitude
-from dns_jax.layers import named_leaves, parent
-from dns_jax.roles import is_kernel
-from dns_jax.schedules import check_finite, check_step, update_probability
+from dns_jax.layers import is_kernel, named_leaves, parent_path
+from dns_jax.schedules import check_finite, update_probability
 from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart
 
@@ -34,7 +34,7 @@ def prune_to(
     start: int = 0,
     key: jax.Array | None = None,
     takes_part: TakesPart = is_kernel,
-    layer_of: LayerOf = parent,
+    layer_of: LayerOf = parent_path,
     importance: Importance = magnitude,
     masks: Masks | None = None,
     stacked: Mapping[str, int] | None = None,
@@ -96,16 +96,12 @@ def prune_to(
         )
     if compression is not None:
         check_finite('compression', compression, 1)
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f'density must be in (0, 1], but is {density!r}')
+    if density is not None:
+        check_density('density', density)
     check_step('steps', steps, 1)
     check_step('start', start)
     check_step('start + steps', start + steps, 1)
-    asked = f'density={density}' if compression is None else f'compression={compression}'
-    given = None
-    if masks is not None:
-        with_axes = [mask for _, mask in named_leaves(masks) if jnp.ndim(mask)]
-        given = _counts.to_int(_counts.count_all(with_axes))
+    given = None if masks is None else _count_given(masks)
     ramp_steps, changing = int(_RAMP * (steps - 1)), int(_CHANGING * (steps - 1)) + 1
     sigma = update_probability(power=0, start=start, stop=start + changing)
 
@@ -114,28 +110,16 @@ def prune_to(
 
         def wanted(step, sizes):
             all_of_them = sum(sizes.values())
-            if density is not None:
-                final = round(density * all_of_them)
-            else:
-                kept = math.floor(parameters / (compression or 1))
-                final = kept - (parameters - all_of_them)
-            if final < len(sizes):
-                raise ValueError(
-                    f'{asked} would keep {final} of the {all_of_them} connections that take part, '
-                    f'fewer than the {len(sizes)} layers need; {parameters - all_of_them} other '
-                    'parameters stay dense'
-                )
+            final = _final_number(sizes, parameters, compression, density)
             done = jnp.clip(_float32(step - start) / max(ramp_steps, 1), 0.0, 1.0)
             first = all_of_them if given is None else given
             share = float(final) + float(first - final) * (1.0 - done) ** 3
             share = share / float(all_of_them)
             falling = _counts.from_share(share, all_of_them)
-            at_end = step >= start + ramp_steps
-            return jax.tree.map(
-                functools.partial(jnp.where, at_end), _counts.from_int(final), falling
-            )
+            at_end = functools.partial(jnp.where, step >= start + ramp_steps)
+            return jax.tree.map(at_end, _counts.from_int(final), falling)
 
-        rule = Rule(divide_among_layers(wanted, changes=True, hysteresis=_HYSTERESIS), sigma)
+        rule = Rule(DensityRule(share_by_units(wanted), _HYSTERESIS, changes=True), sigma)
         return surgery(
             rule,
             jax.random.key(0) if key is None else key,
@@ -151,6 +135,31 @@ def prune_to(
         lambda params: make(params).init(params),
         lambda updates, state, params=None, **extra: make(params).update(updates, state, params),
     )
+
+
+def _count_given(masks: Masks) -> int:
+    """Counts the connections that masks keep of what takes part."""
+    with_axes = [mask for _, mask in named_leaves(masks) if jnp.ndim(mask)]
+    return _counts.to_int(_counts.count_all(with_axes))
+
+
+def _final_number(
+    sizes: Mapping[str, int], parameters: int, compression: float | None, density: float | None
+) -> int:
+    """Says how many connections are kept in the end, and refuses fewer than the layers need."""
+    all_of_them = sum(sizes.values())
+    others = parameters - all_of_them
+    if density is not None:
+        asked, final = f'density={density}', round(density * all_of_them)
+    else:
+        asked = f'compression={compression}'
+        final = math.floor(parameters / (compression or 1)) - others
+    if final < len(sizes):
+        raise ValueError(
+            f'{asked} would keep {final} of the {all_of_them} connections that take part, fewer '
+            f'than the {len(sizes)} layers need; {others} other parameters stay dense'
+        )
+    return final
 
 
 def _float32(step) -> jax.Array:

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax import _counts
+from dns_jax._checks import as_table, check_density, check_step, check_steps
 from dns_jax._search import bisect
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
-from dns_jax.layers import as_table, group_by_layer, map_leaves, parent
+from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
 from dns_jax.masks import count_kept, discriminate
-from dns_jax.roles import is_kernel
-from dns_jax.schedules import check_step, check_steps, polynomial_density, update_at
+from dns_jax.schedules import polynomial_density, update_at
 from dns_jax.stacking import restack, unstack
-from dns_jax.thresholds import std
+from dns_jax.thresholds import weight_std
 from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import (
     Importance,
@@ -49,7 +49,7 @@ def han(
       \text{with } s_k \text{ the standard deviation of } W_k \odot T_k
 
     Args:
-      c_rate: c of `dns_jax.thresholds.std`, over the connections that the layer still keeps.
+      c_rate: c of `dns_jax.thresholds.weight_std`, over the connections that the layer still keeps.
       rounds: the steps at which it prunes.
       key: as for `surgery`; only a random importance uses it.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
@@ -58,8 +58,8 @@ def han(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `rounds` is empty, or one is no step (`dns_jax.schedules.check_step`).
-      As `surgery` and `std` do.
+      ValueError: if `rounds` is empty, or one is no step: a whole number that an int32 holds.
+      As `surgery` and `weight_std` do.
 
     Example:
       >>> import jax
@@ -76,7 +76,7 @@ def han(
     check_steps('rounds', rounds)
     probability = update_at(rounds)
     rules = {
-        pattern: Rule(std(c), probability, refresh_every=1)
+        pattern: Rule(weight_std(c), probability, refresh_every=1)
         for pattern, c in as_table(c_rate).items()
     }
     return surgery(rules, key, splicing=False, **options)
@@ -97,7 +97,7 @@ def one_shot(
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `step` is no step (`dns_jax.schedules.check_step`).
+      ValueError: if `step` is not a whole number that an int32 holds.
       As `iterative` does.
 
     Example:
@@ -117,13 +117,13 @@ def iterative(
     density: float | Mapping[str, float],
     rounds: Sequence[int],
     key: jax.Array,
-    divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
     **options: Any,
 ) -> Surgery:
     r"""Prunes in rounds, by the same factor in each, and trains on between.
 
     .. math::
-      d_i = d^{\,i / n} \quad \text{after round } i = 1 \dots n
+      d_i = d^{\,i / n} \quad \text{after round } i = 1 \ldots n
 
     The rounds are those of Han et al., with thresholds from a density in place of c.
 
@@ -131,7 +131,7 @@ def iterative(
       density: d, kept / all connections in the end, in (0, 1].
       rounds: the steps at which it prunes, none twice.
       key: as for `surgery`; only a random importance uses it.
-      divide: makes the threshold rule of a density, `layer_density` or `global_density`.
+      density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
@@ -139,7 +139,7 @@ def iterative(
 
     Raises:
       ValueError: if `density` is outside (0, 1], or `rounds` is empty, names a step twice, or
-        what is no step (`dns_jax.schedules.check_step`).
+        what is no whole number that an int32 holds.
       As `surgery` does.
 
     Example:
@@ -170,7 +170,7 @@ def iterative(
             done = jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.float32)
             return jnp.float32(final) ** (done / len(steps))
 
-        rules[pattern] = Rule(divide(schedule), probability, refresh_every=1)
+        rules[pattern] = Rule(density_rule(schedule), probability, refresh_every=1)
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -180,7 +180,7 @@ def gradual(
     end: int,
     every: int,
     key: jax.Array,
-    divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
     **options: Any,
 ) -> Surgery:
     r"""Prunes again and again, along a cubic ramp of the density.
@@ -195,7 +195,7 @@ def gradual(
       end: the step at which it is done, and the last at which anything is pruned.
       every: steps from one pruning to the next, at least 1.
       key: as for `surgery`; only a random importance uses it.
-      divide: makes the threshold rule of a density, `layer_density` or `global_density`.
+      density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
@@ -230,7 +230,8 @@ def gradual(
     }
     probability = update_at([*range(start, end, every), end])
     rules = {
-        pattern: Rule(divide(ramp), probability, refresh_every=1) for pattern, ramp in ramps.items()
+        pattern: Rule(density_rule(ramp), probability, refresh_every=1)
+        for pattern, ramp in ramps.items()
     }
     return surgery(rules, key, splicing=False, **options)
 
@@ -243,9 +244,9 @@ def regrow(
     drop: float | Schedule = 0.3,
     growth: Importance = gradient,
     initial: Importance = chance,
-    divide: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
     takes_part: TakesPart = is_kernel,
-    layer_of: LayerOf = parent,
+    layer_of: LayerOf = parent_path,
     stacked: Mapping[str, int] | None = None,
 ) -> Surgery:
     r"""Keeps the number of connections, and now and then exchanges the smallest for others.
@@ -267,7 +268,7 @@ def regrow(
         falls as a cosine.
       growth: what says which connections to grow.
       initial: what says which to keep at first; for a trained network, pass `magnitude`.
-      divide: makes the threshold rule of a density, `layer_density` or `global_density`.
+      density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
       takes_part: as for `surgery`.
       layer_of: as for `surgery`.
       stacked: as for `surgery`.
@@ -306,7 +307,7 @@ def regrow(
         'layer_of': layer_of,
         'stacked': stacked,
     }
-    start = iterative(density, [0], key, divide, importance=initial, **options)
+    start = iterative(density, [0], key, density_rule, importance=initial, **options)
 
     def update_fn(updates, state: Any, params: Any = None, **extra_args):
         del extra_args
@@ -334,8 +335,7 @@ def regrow(
 def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
     table = as_table(density)
     for number in table.values():
-        if not 0 < number <= 1:
-            raise ValueError(f'density must be in (0, 1], but is {number!r}')
+        check_density('density', number)
     return table
 
 

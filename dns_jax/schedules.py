@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dns_jax._checks import check_density, check_step, check_steps
 from dns_jax.typing import Schedule
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -72,7 +73,7 @@ def update_at(steps: Sequence[int]) -> Schedule:
       A schedule whose values are float32 scalars, 0 or 1.
 
     Raises:
-      ValueError: if there are no steps, or one is none (`check_step`).
+      ValueError: if there are no steps, or one is not a whole number that an int32 holds.
 
     Example:
       >>> [float(update_at([10, 30])(step)) for step in (9, 10, 20, 30)]
@@ -229,7 +230,8 @@ def caffe_multistep(base: float, gamma: float, boundaries: Sequence[int]) -> Sch
       A schedule whose values are float32 scalars, the learning rate.
 
     Raises:
-      ValueError: if `boundaries` do not ascend, or one is no step (`check_step`).
+      ValueError: if `boundaries` do not ascend, or one is not a whole number that an int32
+        holds.
 
     Example:
       >>> schedule = caffe_multistep(0.1, 0.5, [10, 15])
@@ -301,51 +303,6 @@ def caffe_sigmoid(base: float, gamma: float, middle: int) -> Schedule:
     return lambda step: base / (1.0 + jnp.exp(-gamma * _float32(jnp.asarray(step) - middle)))
 
 
-def check_steps(name: str, steps: Sequence[float]) -> None:
-    """Checks steps with `check_step`, and that there are any.
-
-    Args:
-      name: what the caller knows them by.
-      steps: what should be steps.
-
-    Raises:
-      ValueError: if there are none, or one of them is no step.
-
-    Example:
-      >>> check_steps('rounds', [])
-      Traceback (most recent call last):
-        ...
-      ValueError: rounds must name at least one step, but is []
-    """
-    if not len(steps):
-        raise ValueError(f'{name} must name at least one step, but is {steps!r}')
-    for step in steps:
-        check_step(name, step)
-
-
-def check_step(name: str, step: float, least: int = 0) -> None:
-    """Checks that a number is one that a count of steps, an int32, can reach.
-
-    Args:
-      name: what the caller knows it by.
-      step: what should be a step.
-      least: the first that will do.
-
-    Raises:
-      ValueError: if it is not whole, or not from `least` to 2**31 − 1.
-
-    Example:
-      >>> check_step('stop', 3_000_000_000)
-      Traceback (most recent call last):
-        ...
-      ValueError: stop must be a whole number from 0 to 2147483647, but is 3000000000
-    """
-    if not (least <= step < 2**31 and step % 1 == 0):
-        raise ValueError(
-            f'{name} must be a whole number from {least} to {2**31 - 1}, but is {step!r}'
-        )
-
-
 def check_finite(name: str, number: float, least: float = -math.inf) -> None:
     """Checks that a number is finite in float32, in which schedules and thresholds are computed.
 
@@ -371,8 +328,7 @@ def check_finite(name: str, number: float, least: float = -math.inf) -> None:
 def _ramp(final: float, start: int, end: int, initial: float) -> Schedule:
     """Makes the schedule of how much of a ramp is done, from 0 to 1."""
     for name, density in (('final', final), ('initial', initial)):
-        if not 0 < density <= 1:
-            raise ValueError(f'{name} must be in (0, 1], but is {density!r}')
+        check_density(name, density)
     check_step('start', start)
     check_step('end', end, start + 1)
     return lambda step: jnp.clip(_float32(jnp.asarray(step) - start) / (end - start), 0.0, 1.0)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dns_jax.layers import group_by_layer, parent
-from dns_jax.masks import apply_masks, check_parallel, count_kept
+from dns_jax._trees import check_parallel
+from dns_jax.layers import group_by_layer, parent_path
+from dns_jax.masks import apply_masks, count_kept
 from dns_jax.transformation import get_masks
 from dns_jax.typing import LayerOf, Masks
 
@@ -73,7 +74,7 @@ def train_kept(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def scale_dropout(rate: float, masks: Masks, layer_of: LayerOf = parent) -> dict[str, Any]:
+def scale_dropout(rate: float, masks: Masks, layer_of: LayerOf = parent_path) -> dict[str, Any]:
     r"""Lowers a rate of dropout as connections go, since fewer of them overfit less.
 
     .. math::

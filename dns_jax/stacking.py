@@ -9,7 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dns_jax.layers import abridge, map_leaves, named_leaves, nest_leaves
+from dns_jax._checks import abridge
+from dns_jax._trees import nest_leaves
+from dns_jax.layers import map_leaves, named_leaves
 
 
 def unstack(stacked: Mapping[str, int], tree: Any, *others: Any) -> tuple[Any, ...]:
@@ -40,10 +42,10 @@ def unstack(stacked: Mapping[str, int], tree: Any, *others: Any) -> tuple[Any, .
       Array([3., 4.], dtype=float32)
     """
     named, others_of = named_leaves(tree), [dict(named_leaves(other)) for other in others]
-    check_nodes(stacked, [path for path, _ in named])
+    _check_nodes(stacked, [path for path, _ in named])
     slices: list[list[tuple[str, Any]]] = [[] for _ in (tree, *others)]
     for path, leaf in named:
-        axes, names = stacked_axes(stacked, path, leaf), slice_paths(stacked, path, leaf)
+        axes, names = _stacked_axes(stacked, path, leaf), slice_paths(stacked, path, leaf)
         for into, leaves in zip(slices, ({path: leaf}, *others_of), strict=True):
             if path not in leaves:
                 raise ValueError(f'others must have the leaves of tree, but one lacks {path!r}')
@@ -72,7 +74,7 @@ def restack(stacked: Mapping[str, int], like: Any, apart: Any) -> Any:
     slices = dict(named_leaves(apart))
 
     def together(path, leaf):
-        axes = stacked_axes(stacked, path, leaf)
+        axes = _stacked_axes(stacked, path, leaf)
         own = [slices[name] for name in slice_paths(stacked, path, leaf)]
         if all(jnp.ndim(each) == 0 for each in own):
             return own[0]
@@ -84,64 +86,6 @@ def restack(stacked: Mapping[str, int], like: Any, apart: Any) -> Any:
         return own[0]
 
     return map_leaves(together, like)
-
-
-def check_nodes(stacked: Mapping[str, int], paths: Iterable[str]) -> None:
-    """Checks that every stacked node has leaves.
-
-    Args:
-      stacked: as for `unstack`.
-      paths: of all leaves.
-
-    Raises:
-      ValueError: if a node has none, as one that is misspelt.
-
-    Example:
-      >>> check_nodes({'block': 0}, ['blocks/fc/kernel'])
-      Traceback (most recent call last):
-        ...
-      ValueError: stacked names the node 'block', which has no leaves among ['blocks/fc/kernel']
-    """
-    paths = list(paths)
-    nodes = {node for path in paths for node in _nodes(path)}
-    for pattern in stacked:
-        if not any(_is_node(node, pattern) for node in nodes):
-            raise ValueError(
-                f'stacked names the node {pattern!r}, which has no leaves among {abridge(paths)}'
-            )
-
-
-def stacked_axes(stacked: Mapping[str, int], path: str, leaf: Any) -> list[tuple[int, int, int]]:
-    """Finds the stacked axes of a leaf, those of outer nodes first.
-
-    Args:
-      stacked: as for `unstack`.
-      path: the path of the leaf.
-      leaf: an array.
-
-    Returns:
-      For each axis how many parts of the path name its node, the axis within a slice of the nodes
-      around, and its length.
-
-    Raises:
-      ValueError: if the leaf lacks an axis.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> stacked_axes({'blocks': 0}, 'blocks/fc/kernel', jnp.zeros((6, 16, 16)))
-      [(1, 0, 6)]
-    """
-    found, shape = [], list(jnp.shape(leaf))
-    for parts, node in enumerate(_nodes(path)):
-        for pattern, axis in stacked.items():
-            if _is_node(node, pattern):
-                if not 0 <= axis < len(shape):
-                    raise ValueError(
-                        f'{path!r} is under {pattern!r}, which is stacked along axis {axis}, but '
-                        f'its shape is {jnp.shape(leaf)}'
-                    )
-                found.append((parts, axis, shape.pop(axis)))
-    return found
 
 
 def slice_paths(stacked: Mapping[str, int], path: str, leaf: Any) -> list[str]:
@@ -164,10 +108,40 @@ def slice_paths(stacked: Mapping[str, int], path: str, leaf: Any) -> list[str]:
       ['blocks/0/fc/kernel', 'blocks/1/fc/kernel']
     """
     names = [path.split('/') if path else []]
-    for inserted, (at, _, length) in enumerate(stacked_axes(stacked, path, leaf)):
+    for inserted, (at, _, length) in enumerate(_stacked_axes(stacked, path, leaf)):
         at += inserted
         names = [[*n[:at], str(index), *n[at:]] for n in names for index in range(length)]
     return ['/'.join(name) for name in names]
+
+
+def _check_nodes(stacked: Mapping[str, int], paths: Iterable[str]) -> None:
+    """Refuses a node without leaves, as one that is misspelt."""
+    paths = list(paths)
+    nodes = {node for path in paths for node in _nodes(path)}
+    for pattern in stacked:
+        if not any(_is_node(node, pattern) for node in nodes):
+            raise ValueError(
+                f'stacked names the node {pattern!r}, which has no leaves among {abridge(paths)}'
+            )
+
+
+def _stacked_axes(stacked: Mapping[str, int], path: str, leaf: Any) -> list[tuple[int, int, int]]:
+    """Finds the stacked axes of a leaf, those of outer nodes first.
+
+    For each it gives how many parts of the path name its node, the axis within a slice of the nodes
+    around, and its length.
+    """
+    found, shape = [], list(jnp.shape(leaf))
+    for parts, node in enumerate(_nodes(path)):
+        for pattern, axis in stacked.items():
+            if _is_node(node, pattern):
+                if not 0 <= axis < len(shape):
+                    raise ValueError(
+                        f'{path!r} is under {pattern!r}, which is stacked along axis {axis}, but '
+                        f'its shape is {jnp.shape(leaf)}'
+                    )
+                found.append((parts, axis, shape.pop(axis)))
+    return found
 
 
 def _nodes(path: str) -> list[str]:

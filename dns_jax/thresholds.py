@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dns_jax._checks import check_hysteresis
+from dns_jax._search import range_scale
 from dns_jax.schedules import check_finite
 from dns_jax.typing import ThresholdRule, Thresholds
 
@@ -87,7 +89,7 @@ def mean_std(c_rate: float, hysteresis: float = 0.1) -> ThresholdRule:
     return rule
 
 
-def std(c_rate: float) -> ThresholdRule:
+def weight_std(c_rate: float) -> ThresholdRule:
     r"""Thresholds from the standard deviation of the weights, without a band.
 
     .. math::
@@ -108,7 +110,7 @@ def std(c_rate: float) -> ThresholdRule:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> band = std(0.5)({'fc1': [jnp.array([3.0, -1.0, 0.0])]}, {}, 0)['fc1']
+      >>> band = weight_std(0.5)({'fc1': [jnp.array([3.0, -1.0, 0.0])]}, {}, 0)['fc1']
       >>> float(band.low), float(band.high)
       (1.0, 1.0)
 
@@ -128,25 +130,6 @@ def std(c_rate: float) -> ThresholdRule:
     return rule
 
 
-def check_hysteresis(hysteresis: float) -> None:
-    """Checks the width of a band.
-
-    Args:
-      hysteresis: half its relative width.
-
-    Raises:
-      ValueError: if it is not in [0, 1); at 1 a kept connection would never be pruned.
-
-    Example:
-      >>> check_hysteresis(1.0)
-      Traceback (most recent call last):
-        ...
-      ValueError: hysteresis must be in [0, 1), but is 1.0
-    """
-    if not 0 <= hysteresis < 1:
-        raise ValueError(f'hysteresis must be in [0, 1), but is {hysteresis!r}')
-
-
 def make_band(middle: Any, hysteresis: float) -> Thresholds:
     """Makes the band around a threshold.
 
@@ -162,31 +145,6 @@ def make_band(middle: Any, hysteresis: float) -> Thresholds:
       Thresholds(low=1.0, high=3.0)
     """
     return Thresholds((1 - hysteresis) * middle, (1 + hysteresis) * middle)
-
-
-def range_scale(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Finds the power of two that the largest magnitude is about as large as.
-
-    Squares and sums of what is divided by it stay within float32, with the same bits.
-
-    Args:
-      arrays: floating point.
-
-    Returns:
-      A float32 scalar from 2^−126 to 2^126.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> float(range_scale([jnp.array([0.0, -5.0])]))
-      8.0
-    """
-    largest = jnp.float32(0)
-    for array in arrays:
-        if array.size:
-            largest = jnp.maximum(largest, jnp.max(jnp.abs(array)).astype(jnp.float32))
-    # By the bits of the exponent: jnp.frexp and jnp.ldexp make infinities on their way.
-    exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) + 1
-    return jax.lax.bitcast_convert_type(jnp.clip(exponent, 1, 253) << 23, jnp.float32)
 
 
 def _nonzero_statistics(arrays: Sequence[jax.Array]) -> Statistics:

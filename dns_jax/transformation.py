@@ -13,17 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from dns_jax._rules import Plan, complete_rule, compute_thresholds, once_if, start_unknown
+from dns_jax._checks import as_table
+from dns_jax._rules import LayersByRule, complete_rule, once_if
+from dns_jax._trees import check_parallel, find_holes, nest_leaves
 from dns_jax.importance import magnitude
-from dns_jax.layers import (
-    as_table,
-    find_holes,
-    named_leaves,
-    nest_leaves,
-    parent,
-)
-from dns_jax.masks import apply_masks, check_parallel, init_masks
-from dns_jax.roles import has_axes, is_kernel
+from dns_jax.layers import has_axes, is_kernel, named_leaves, parent_path
+from dns_jax.masks import apply_masks, init_masks
 from dns_jax.stacking import restack, slice_paths, unstack
 from dns_jax.typing import (
     Importance,
@@ -59,7 +54,7 @@ def surgery(
     rules: Rule | Mapping[str, Rule],
     key: jax.Array,
     takes_part: TakesPart = is_kernel,
-    layer_of: LayerOf = parent,
+    layer_of: LayerOf = parent_path,
     importance: Importance = magnitude,
     splicing: bool = True,
     masks: Masks | None = None,
@@ -129,29 +124,25 @@ def surgery(
         pattern: complete_rule(pattern, rule, importance, splicing)
         for pattern, rule in as_table(rules).items()
     }
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed or key.shape:
-        raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
+    _check_key(key)
     if masks is not None:
         takes_part = _has_mask(masks, stacked or {})
-    plan = functools.partial(Plan, table, takes_part, layer_of, may_be_empty=masks is not None)
+    assign = functools.partial(
+        LayersByRule, table, takes_part, layer_of, may_be_empty=masks is not None
+    )
 
     def init_fn(params):
         _refuse_shards(params)
         weights = unstack(stacked, params)[0] if stacked else params
-        layers = plan(weights)
+        layers = assign(weights)
         if masks is None:
             own = init_masks(weights, lambda path, leaf: path in layers.paths)
             start = restack(stacked, params, own) if stacked else own
         else:
             start = check_parallel(params, masks)
             own = unstack(stacked, params, start)[1] if stacked else start
-        count, thresholds = jnp.zeros((), jnp.int32), {}
-        for rule, arrays, kept in layers.arrays(weights, own):
-            # A followed density begins anew in the first update; what is jitted compiles in one.
-            compute = start_unknown if rule.refresh_every is None else compute_thresholds
-            compute = jax.jit(functools.partial(compute, rule.thresholds))
-            thresholds |= compute(arrays, kept, count)
+        count = jnp.zeros((), jnp.int32)
+        thresholds = layers.start(weights, own, count)
         # Copies: the first state may be donated, and init called again.
         start = jax.tree.map(lambda mask: jnp.array(mask, bool), start)
         return SurgeryState(count, jnp.copy(key), start, thresholds)
@@ -164,25 +155,14 @@ def surgery(
         weights, own, gradients = params, check_parallel(params, state.masks), updates
         if stacked:
             weights, own, gradients = unstack(stacked, weights, own, gradients)
-        layers = plan(weights)
+        layers = assign(weights)
         layers.check_state(state.masks, state.thresholds, stacked)
         # No coin is thrown with a negative count.
         seen = importance(jax.random.fold_in(state.key, ~state.count), weights, gradients)
         if not splicing:
             seen = apply_masks(seen, own)
         seen = jax.lax.stop_gradient(seen)  # a loop of unknown length has no gradient
-
-        def operate(turn, carry):
-            masks, thresholds = carry
-            count = state.count + turn
-            return layers.operate(seen, state.key, count, masks, thresholds, splicing)
-
-        # After the gradient, which is taken with the old masks, and before the optimizer, which
-        # writes over the weights: unordered, XLA copies both at every step.
-        due = _after(updates, layers.is_due(state.count), state.count)
-        turns, (own, thresholds) = once_if(due, operate, (own, state.thresholds))
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
-            updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
+        updates, own, thresholds = _operate(layers, seen, own, state, updates, splicing)
         masks = restack(stacked, params, own) if stacked else own
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, SurgeryState(count, state.key, masks, thresholds)
@@ -280,6 +260,29 @@ def masked_value_and_grad(
         return value_and_grad(apply_masks(params, masks), *args, **kwargs)
 
     return masked
+
+
+def _check_key(key: Any) -> None:
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or key.shape:
+        raise TypeError(f'key must be one typed PRNG key, from jax.random.key, but is {key!r}')
+
+
+def _operate(layers: LayersByRule, seen, masks, state: SurgeryState, updates, splicing: bool):
+    """Updates masks and thresholds where that is due, and gives them behind the updates."""
+
+    def operate(turn, carry):
+        masks, thresholds = carry
+        count = state.count + turn
+        return layers.operate(seen, state.key, count, masks, thresholds, splicing)
+
+    # After the gradient, which is taken with the old masks, and before the optimizer, which writes
+    # over the weights: unordered, XLA copies both at every step.
+    due = _after(updates, layers.is_due(state.count), state.count)
+    turns, (masks, thresholds) = once_if(due, operate, (masks, state.thresholds))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
+        updates = jax.tree.map(lambda leaf: _after(turns, leaf, state.count), updates)
+    return updates, masks, thresholds
 
 
 def _has_mask(masks: Masks, stacked: Mapping[str, int]) -> TakesPart:

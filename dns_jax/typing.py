@@ -1,7 +1,7 @@
 """The types that the modules of `dns_jax` share. Owns no behaviour."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -9,11 +9,8 @@ import optax
 Params = Any
 """Any pytree of floating-point arrays, the dense weights W."""
 
-Tree = TypeVar('Tree')
-"""A pytree that comes back with its own type."""
-
 Role = Literal['kernel', 'bias', 'scale', 'embedding', 'statistic']
-"""What a leaf is to its layer (`dns_jax.roles.role`)."""
+"""What a leaf is to its layer (`dns_jax.role`)."""
 
 Masks = Any
 """A pytree parallel to the params: boolean arrays, True where a connection is kept.

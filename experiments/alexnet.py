@@ -4,8 +4,8 @@ python -m experiments.alexnet --flagfile=experiments/flagfiles/alexnet_imagenet.
 """
 
 from experiments.config import command_line
-from experiments.config.image_flags import ImageConfig
 from experiments.devices import hosts
+from experiments.training.image_flags import ImageConfig
 from experiments.training.run import run
 
 DEFAULTS = {

@@ -10,8 +10,10 @@ object, `{network: {"dense": {"median_ms": …}, "surgery": {"median_ms": …}}}
 for the same steps.
 """
 
+import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import time
 from typing import Any, NamedTuple
@@ -22,10 +24,10 @@ import numpy as np
 
 import dns_jax
 from experiments.config import command_line
+from experiments.config.command_line import flag
 from experiments.devices import progress
 from experiments.measurements import loops, timing
 from experiments.networks import models
-from experiments.tool_flags import BenchConfig
 from experiments.training import steps as train
 
 _BATCH_SIZE = 64
@@ -33,6 +35,28 @@ _EXAMPLES = 10_000
 # A call takes long enough to be timed, and short enough for the machine to stay the same.
 _STEPS_PER_CALL = {'lenet300': 250, 'lenet5': 25}
 _LARGE_LAYER = (9_216, 4_096)  # the largest of AlexNet, 38 million weights
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """What `experiments.bench` measures."""
+
+    rounds: int = flag(30, 'Timed calls of each program, which take turns.', lower_bound=1)
+    peer: str | None = flag(
+        None, 'A Python that can run --peer_script; by default there is no peer.'
+    )
+    peer_script: str = flag(
+        '', 'Script of the peer, which prints its times as JSON; must be given with --peer.'
+    )
+    peer_rounds: int = flag(3, 'Runs of the peer, spread over --rounds.', lower_bound=1)
+
+    def __post_init__(self):
+        if self.peer and not os.path.isfile(self.peer_script):  # a Path raises for long names
+            raise ValueError(f'--peer_script must be a file, but is {self.peer_script!r}')
+        if self.peer_rounds > self.rounds:
+            raise ValueError(
+                f'--peer_rounds={self.peer_rounds} must be at most --rounds={self.rounds}'
+            )
 
 
 class TimedCall(NamedTuple):
@@ -195,7 +219,7 @@ def bench(config: BenchConfig) -> None:
         f'{large["sort_ms"]:.0f} ms'
     )
     print('\n'.join(loops.format_rows(table['loops'])))
-    print(json.dumps(table))
+    command_line.print_result(table)
 
 
 if __name__ == '__main__':

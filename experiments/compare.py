@@ -8,16 +8,15 @@ processes with seeds of their own may share a workdir. The time of a run is that
 side by side with it, after --resume without what was done before.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.config import command_line
-from experiments.config.flags import Config
-from experiments.config.parsers import parse_step
-from experiments.reports import plots
-from experiments.sweeps import sweep, sweep_report
+from experiments.reports.records import read_records
 from experiments.sweeps.flags import CompareConfig
-from experiments.training.workdir import read_records
+from experiments.training.flags import Config
+from experiments.training.plan import Plan, make_plan
 
 COLUMNS = (
     *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -34,36 +33,36 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
       config: from the command line.
 
     Returns:
-      One row for each run, of the columns of `compare.csv`; the last line on standard output is
-      the same as JSON.
+      One row for each run, of the columns of `compare.csv`.
 
     Raises:
       As `experiments.training.run.run` does.
     """
     runs = config.named_runs()
-    return sweep.report_all(
-        config,
-        'compare',
-        'Comparison',
-        lambda summaries: _to_rows(runs, summaries),
-        sweep_report.compare_tables,
-        plots.compare_figure,
-    )
+    plans = {run: make_plan(run) for _, run in runs}
+    # What takes long to import comes once nothing is left to refuse.
+    from experiments.reports import plots, sweep_tables
+    from experiments.sweeps import sweep
+
+    to_rows = functools.partial(_to_rows, {run: name for name, run in runs}, plans)
+    tables, figure = sweep_tables.compare_tables, plots.compare_figure
+    return sweep.report_all(config, plans, 'compare', 'Comparison', to_rows, tables, figure)
 
 
 def _to_rows(
-    runs: Sequence[tuple[str, Config]], summaries: sweep.Summaries
+    variants: Mapping[Config, str],
+    plans: Mapping[Config, Plan],
+    summaries: Mapping[Config, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     rows = []
-    for name, run in runs:
+    for run, variant in variants.items():
         if run in summaries:
             records = read_records(run.workdir)
-            row = {**summaries[run], 'variant': name, 'target': run.compression or ''}
+            row = {**summaries[run], 'variant': variant, 'target': run.compression or ''}
             row['steps_to_reach'] = steps_to_reach(records)
             returns = {f'returns_{key}': value for key, value in row.get('returns', {}).items()}
-            rows.append(
-                {key: row[key] for key in COLUMNS} | _errors_of_cut(run, row, records) | returns
-            )
+            errors = _errors_of_cut(plans[run], row, records)
+            rows.append({key: row[key] for key in COLUMNS} | errors | returns)
     return rows
 
 
@@ -95,11 +94,11 @@ def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
     return reached
 
 
-def _errors_of_cut(run, summary, records) -> dict[str, float]:
+def _errors_of_cut(plan: Plan, summary, records) -> dict[str, float]:
     """Says what a cut did to the validation error, by the records beside it."""
-    if not run.cut:
+    if not plan.wanted.cut:
         return {}
-    step = parse_step(run.cut_at, run.surgery_steps)
+    step = plan.wanted.cut_at
     surgery = [record for record in records if record['phase'] == 'surgery']
     before = [record['validation_error'] for record in surgery if record['step'] <= step]
     after = [record['validation_error'] for record in surgery if record['step'] > step]

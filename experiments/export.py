@@ -6,6 +6,7 @@ python -m experiments.export --model=zoo/lenet5.safetensors --format=onnx
 other format is exact.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -14,21 +15,90 @@ from typing import Any
 
 import numpy as np
 
-from dns_jax.files.codec import load_coded, save_coded
+from dns_jax.files.codec import SUFFIX, load_coded, save_coded
 from dns_jax.files.export import save_dense, save_onnx, save_stablehlo
 from dns_jax.files.sharing import expand, share_weights
 from dns_jax.files.sparse import save_sparse
 from dns_jax.inference.chain import chain_to_json
 from dns_jax.inference.runners import choose_kinds, jax_runner
+from experiments.artefacts.caffe_names import write_caffemodel
 from experiments.artefacts.loading import Model, load_model
 from experiments.artefacts.tuning import finetune
 from experiments.config import command_line
+from experiments.config.command_line import check_finite, flag, names_of
+from experiments.config.parsers import parse_table
 from experiments.data import resident
 from experiments.networks import models
 from experiments.reports.tables import table
-from experiments.tool_flags import CODED, ExportConfig
-from experiments.training.references import write_caffemodel
 from experiments.training.steps import make_error
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What `experiments.export` writes."""
+
+    model: str = flag('zoo/lenet5.safetensors', 'File of a pruned network.')
+    format: str = flag(
+        'sparse',
+        'dense and sparse are safetensors, coded is Deep Compression, caffemodel has the masks '
+        'beside the weights, as the authors have them; sparse, onnx and stablehlo hold the network '
+        'as compaction leaves it.',
+        choices=('dense', 'sparse', 'coded', 'caffemodel', 'onnx', 'stablehlo'),
+    )
+    output: str | None = flag(None, 'File that is written; by default one in runs/exports.')
+    batch: int = flag(
+        1,
+        'Examples in a call, for which --format=sparse records how each layer is computed fastest.',
+        lower_bound=1,
+    )
+
+    clusters: str = flag(
+        '16',
+        'With --format=coded: values that the weights of a layer share, as LAYER:NUMBER,…',
+        part='coding',
+    )
+    tuned: str = flag(
+        'weights',
+        'What is tuned with --format=coded: codebooks tunes the shared values alone; weights tunes '
+        'the weights as well, each of which takes the nearest shared value.',
+        choices=('codebooks', 'weights'),
+        part='tuning',
+    )
+    finetuning_steps: int = flag(
+        1_500, 'Steps of tuning; 0 leaves tuning out.', lower_bound=0, part='coding'
+    )
+    learning_rate: float = flag(
+        5e-4,
+        "Adam's learning rate at the start, from which it falls to 0.",
+        lower_bound=0.0,
+        part='tuning',
+    )
+    batch_size: int = flag(64, 'Images per step of tuning.', lower_bound=1, part='tuning')
+    seed: int = flag(0, 'Seeds the order of the images in tuning.', lower_bound=0, part='tuning')
+    dataset: str = flag('mnist', 'Data set to tune on.', choices=resident.DATASETS, part='coding')
+    data_dir: str | None = flag(None, resident.DATA_DIR_HELP, part='coding')
+    manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP, part='coding')
+    train_on_all: bool = flag(False, 'Tune on the validation images too.', part='tuning')
+
+    def __post_init__(self):
+        unread = [] if self.format == 'coded' else names_of(ExportConfig, 'coding', 'tuning')
+        unread += [] if self.format == 'sparse' else ['batch']
+        unread += [] if self.finetuning_steps else names_of(ExportConfig, 'tuning')
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in unread and value != field.default:
+                raise ValueError(f'--{field.name}={value} has no meaning beside the other flags')
+        if self.format == 'coded' and not (self.output or SUFFIX).endswith(SUFFIX):
+            raise ValueError(f'--output={self.output} must end in {SUFFIX}, by which it is known')
+        check_finite(self)
+        self.parse_clusters()
+
+    def parse_clusters(self) -> dict[str, int]:
+        """Returns how many values each layer may have, by patterns."""
+        try:
+            return parse_table(self.clusters, int)
+        except ValueError as error:
+            raise ValueError(f'--clusters: {error}') from error
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -62,7 +132,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     }
     row = [config.format, f'{result["bytes"]:,}', f'{result["ratio"]:.1f}×']
     print(table(['format', 'bytes', 'float32 dense / it'], [row]))
-    print(json.dumps(result))
+    command_line.print_result(result)
     return result
 
 
@@ -149,7 +219,7 @@ _FORMATS: dict[str, Callable[[ExportConfig, Model, Path], dict[str, float]]] = {
 _ENDINGS = {
     'dense': '.dense.safetensors',
     'sparse': '.sparse.safetensors',
-    'coded': CODED,
+    'coded': SUFFIX,
     'caffemodel': '.caffemodel',
     'onnx': '.onnx',
     'stablehlo': '.stablehlo',

@@ -7,14 +7,14 @@ with --resume as any run does; one that is finished is read. So processes with s
 may share a workdir, and one with all seeds and --resume joins their tables.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.config import command_line
-from experiments.config.flags import Config
-from experiments.reports import plots
-from experiments.sweeps import sweep, sweep_report
 from experiments.sweeps.flags import FrontierConfig
+from experiments.training.flags import Config
+from experiments.training.plan import make_plan
 
 COLUMNS = (
     *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
@@ -30,24 +30,24 @@ def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
       config: from the command line.
 
     Returns:
-      One row for each run, of the columns of `frontier.csv`; the last line on standard output is
-      the same as JSON.
+      One row for each run, of the columns of `frontier.csv`.
 
     Raises:
       As `experiments.training.run.run` does.
     """
-    runs = config.runs()
-    return sweep.report_all(
-        config,
-        'frontier',
-        'Frontier',
-        lambda summaries: _to_rows(runs, summaries),
-        sweep_report.frontier_tables,
-        plots.frontier_figure,
-    )
+    plans = {run: make_plan(run) for _, run in config.named_runs()}
+    # What takes long to import comes once nothing is left to refuse.
+    from experiments.reports import plots, sweep_tables
+    from experiments.sweeps import sweep
+
+    to_rows = functools.partial(_to_rows, list(plans))
+    tables, figure = sweep_tables.frontier_tables, plots.frontier_figure
+    return sweep.report_all(config, plans, 'frontier', 'Frontier', to_rows, tables, figure)
 
 
-def _to_rows(runs: Sequence[Config], summaries: sweep.Summaries) -> list[dict[str, Any]]:
+def _to_rows(
+    runs: Sequence[Config], summaries: Mapping[Config, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     return [
         {name: {**summaries[run], 'target': run.compression}[name] for name in COLUMNS}
         for run in runs

@@ -6,8 +6,10 @@ All ways take turns in one process, and each row's ratio is against the fastest 
 same run. `fc:9216x4096:0.037` is one layer, AlexNet's largest, with random weights.
 """
 
+import dataclasses
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +25,7 @@ from dns_jax.files.export import save_onnx
 from dns_jax.files.writing import write_whole
 from dns_jax.inference import native
 from dns_jax.inference.chain import Chain, Dense, Weighted, Weights, trace_shapes
-from dns_jax.inference.kernels import make_scipy, plan_steps
+from dns_jax.inference.kernels import make_scipy
 from dns_jax.inference.runners import (
     Runner,
     choose_kinds,
@@ -32,16 +34,45 @@ from dns_jax.inference.runners import (
     scipy_runner,
     time_in_turns,
 )
+from dns_jax.inference.stages import make_pipeline
 from experiments.artefacts.loading import Model, load_model
 from experiments.config import command_line
+from experiments.config.command_line import flag
 from experiments.devices import progress
 from experiments.measurements import latency_report, timing
 from experiments.networks import models
-from experiments.tool_flags import LatencyConfig
 
 Calls = dict[str, Callable[[], Any]]
 
 _DENSITIES = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01, 0.005)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyConfig:
+    """What `experiments.latency` measures."""
+
+    model: str = flag(
+        'zoo/lenet5.safetensors', 'A pruned network: its file, or fc:INPUTSxUNITS:DENSITY.'
+    )
+    batches: str = flag('1,64', 'Examples in a call, with commas between.')
+    turns: int = flag(31, 'Timed turns of each way to run the network.', lower_bound=1)
+    break_even: bool = flag(
+        False, 'Also find, for a layer fc:…, the densities at which sparse is as fast as dense.'
+    )
+    output: str | None = flag(
+        None, 'JSON file that the result is written to; by default none is written.'
+    )
+
+    def __post_init__(self):
+        self.sizes()
+        if self.break_even and not self.model.startswith('fc:'):
+            raise ValueError(f'--break_even is of a layer, not of --model={self.model}')
+
+    def sizes(self) -> list[int]:
+        """Returns the sizes of the batches."""
+        if not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', self.batches):
+            raise ValueError(f'--batches={self.batches} must be numbers with commas between')
+        return [int(size) for size in self.batches.split(',')]
 
 
 def measure(config: LatencyConfig) -> dict[str, Any]:
@@ -77,7 +108,7 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
         if config.break_even:
             result['break_even'] = _find_break_even(config)
     print(latency_report.latency_tables(result))
-    print(json.dumps(result))
+    command_line.print_result(result)
     if config.output:
         write_whole(Path(config.output), json.dumps(result, indent=2) + '\n')
     return result
@@ -106,7 +137,7 @@ def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
         calls['JAX, as the file says'] = partial(run, on_device)
     if len(model.chain) == 1 and isinstance(model.chain[0], Dense):
         name, whole = model.chain[0].name, (model.chain, model.params, model.input_shape)
-        compute = make_scipy(plan_steps(*whole, {name: 'sparse'}, ['sparse']).steps[0])
+        compute = make_scipy(make_pipeline(*whole, {name: 'sparse'}, ['sparse']).stages[0])
         calls['SciPy, the product alone'] = partial(compute, np.ascontiguousarray(inputs.T))
     calls['ONNX Runtime'] = _onnx_call(model.chain, model.params, model.input_shape, inputs)
     calls['ONNX Runtime, compact'] = _onnx_call(
@@ -152,7 +183,7 @@ def _dense_calls(model: Model, inputs: np.ndarray) -> Calls:
 def _runners() -> dict[str, tuple[Callable[..., Runner], tuple[str, ...]]]:
     """What makes runners, and of which kinds; of the last the break-even is told."""
     runners: dict[str, Any] = {'JAX': (jax_runner, ('dense', 'sparse'))}
-    if not native.why_unavailable():
+    if not native.build_failure():
         runners['JAX and C++'] = (jax_runner, ('dense', 'sparse', 'native'))
     return {**runners, 'SciPy': (scipy_runner, ('dense', 'sparse'))}
 

@@ -4,7 +4,7 @@ python -m experiments.lenet300 --flagfile=experiments/flagfiles/lenet300_mnist.f
 """
 
 from experiments.config import command_line
-from experiments.config.flags import Config
+from experiments.training.flags import Config
 from experiments.training.run import run
 
 DEFAULTS = {

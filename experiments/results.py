@@ -1,17 +1,17 @@
-"""The tables of the README from the files in results/: medians and ranges over seeds.
+"""The tables of docs/results.md from the files in results/: medians and ranges over seeds.
 
 python -m experiments.results
 """
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.config import command_line
 from experiments.reports.summaries import read_whole_summary
+from experiments.reports.sweep_tables import frontier_tables
 from experiments.reports.tables import middle_and_range, to_text
-from experiments.sweeps.sweep_report import frontier_tables
 
 _NUMBERS = ('target', 'compression', 'kept', 'reference_error', 'test_error')
 FOLDER = Path(__file__).parents[1] / 'results'
@@ -131,4 +131,4 @@ def table(flagfiles: dict[str, list[dict[str, Any]]]) -> str:
 if __name__ == '__main__':
     summaries = read_summaries()
     print(table(summaries), to_text(frontier_tables(read_frontiers())), sep='\n\n')
-    print(json.dumps(summaries))
+    command_line.print_result(summaries)

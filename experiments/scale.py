@@ -10,6 +10,7 @@ reported, and ratios within a round. `measurements.scale_report` writes the page
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,92 @@ import numpy as np
 
 from dns_jax.files.writing import write_whole
 from experiments.config import command_line
+from experiments.config.command_line import check_finite, flag
 from experiments.devices import progress
 from experiments.measurements import scale_programs, scale_report, timing
 from experiments.measurements.scale_programs import RunningStep, plan
 from experiments.reports import plots
-from experiments.tool_flags import ScaleConfig
 
 _TIMED = 0.1  # seconds that a timed call of a small program takes at least
 _MOST_STEPS = 50  # in such a call
+
+
+_FEWEST_IMAGES = 64  # two batches of those that decoding is timed with
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleConfig:
+    """What `experiments.scale` measures."""
+
+    network: str = flag('alexnet', 'Network of the step.', choices=('alexnet', 'vgg16'))
+    width: float = flag(
+        1.0, "Channels and hidden units, in shares of the paper's.", lower_bound=0.0
+    )
+    batch_size: int = flag(
+        0, 'Images per step; by default 8 on CPU and 256 on an accelerator.', lower_bound=0
+    )
+    compute_dtype: str = flag(
+        'float32', 'What the networks compute in.', choices=('float32', 'bfloat16')
+    )
+    rounds: int = flag(15, 'Timed calls of each program, which take turns.', lower_bound=1)
+    sizes: str = flag(
+        '0.3,3,30,138',
+        'Weights, in millions, of fully connected networks whose steps are timed, with commas '
+        'between.',
+    )
+    planned_sizes: str = flag(
+        '1000',
+        'Weights, in millions, of networks that are compiled but not run, with commas between.',
+    )
+    sized_batch: int = flag(
+        64, 'Images per step of the networks of --sizes and --planned_sizes.', lower_bound=1
+    )
+    images: int = flag(
+        2_000, 'Images made to time decoding; 0 leaves the measurement out.', lower_bound=0
+    )
+    xla_options: str = flag(
+        '',
+        'Options of the compiler, as NAME=VALUE with commas between, such as '
+        'xla_cpu_copy_insertion_use_region_analysis=true; by default none are given.',
+    )
+    output: str = flag(
+        'results/scale', 'Files that are written: OUTPUT.json, OUTPUT.png and OUTPUT.md.'
+    )
+
+    def __post_init__(self):
+        check_finite(self)
+        if self.width <= 0:
+            raise ValueError(f'--width={self.width} must be above 0')
+        if 0 < self.images < _FEWEST_IMAGES:
+            raise ValueError(f'--images={self.images} must be 0 or at least {_FEWEST_IMAGES}')
+        self.timed_weights()
+        self.planned_weights()
+        self.options()
+
+    def timed_weights(self) -> list[float]:
+        """Returns how many weights the networks have whose steps are timed."""
+        return self._weights('sizes')
+
+    def planned_weights(self) -> list[float]:
+        """Returns how many weights the networks have that are compiled alone."""
+        return self._weights('planned_sizes')
+
+    def options(self) -> dict[str, str]:
+        """Returns the options of the compiler."""
+        entries = [entry.partition('=') for entry in self.xla_options.split(',') if entry]
+        if not all(name and value for name, _, value in entries):
+            raise ValueError(f'--xla_options={self.xla_options} must be NAME=VALUE,…')
+        return {name: value for name, _, value in entries}
+
+    def _weights(self, name: str) -> list[float]:
+        text = getattr(self, name)
+        try:
+            weights = [1e6 * float(size) for size in text.split(',') if size]
+        except ValueError as error:
+            raise ValueError(f'--{name}={text} must be numbers with commas between') from error
+        if not all(1e-3 <= size / 1e6 < math.inf for size in weights):
+            raise ValueError(f'--{name}={text} must be numbers of 0.001 or more')
+        return weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ python -m experiments.vgg16 --flagfile=experiments/flagfiles/vgg16_imagenet.flag
 """
 
 from experiments.config import command_line
-from experiments.config.image_flags import ImageConfig
 from experiments.devices import hosts
+from experiments.training.image_flags import ImageConfig
 from experiments.training.run import run
 
 DEFAULTS = {

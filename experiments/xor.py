@@ -7,7 +7,7 @@ of Han et al. under several c: how often is XOR still solved, and with how many 
 the smallest network of surgery, pictures show its connections over time. Needs no data.
 """
 
-import json
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +22,11 @@ import dns_jax
 from dns_jax import pruners
 from dns_jax.files.writing import write_whole
 from experiments.config import command_line
+from experiments.config.command_line import check_finite, flag
 from experiments.devices import progress
 from experiments.networks.models import Xor
 from experiments.reports import plots, xor_plots
-from experiments.reports.tables import middle_and_range, table, write_csv
-from experiments.tool_flags import XorConfig
+from experiments.reports.tables import middle_and_range, table, to_csv
 from experiments.training import probes
 from experiments.training.steps import TrainState
 
@@ -40,6 +40,31 @@ _C_RATES = {
     'Han et al.': (0.1, 0.25, 0.4, 0.5, 0.6, 0.8),
 }
 COLUMNS = ('method', 'c_rate', 'seed', 'reference_error', 'test_error', 'kept', 'returned')
+
+
+@dataclasses.dataclass(frozen=True)
+class XorConfig:
+    """What `experiments.xor` does."""
+
+    workdir: str = flag('runs/xor', 'Folder that the result is written to.')
+    seed: int = flag(0, 'Seeds the points and all networks.', lower_bound=0)
+    seeds: int = flag(100, 'Networks under each pruner and each c.', lower_bound=1)
+    steps: int = flag(
+        8_000,
+        'Steps of dense training, and again of pruning, rounded down to hundreds.',
+        lower_bound=100,
+    )
+    noise: float = flag(
+        0.16, 'Standard deviation of the points around the corners of a square with sides of 1.'
+    )
+    solved: float = flag(1.0, 'Largest error, in percent, that counts as solved.')
+
+    def __post_init__(self):
+        check_finite(self)
+        if self.noise <= 0:
+            raise ValueError(f'--noise={self.noise} must be above 0')
+        if not 0 <= self.solved <= 100:
+            raise ValueError(f'--solved={self.solved} must be a percentage')
 
 
 class Points(NamedTuple):
@@ -203,7 +228,7 @@ def solve(config: XorConfig) -> dict[str, Any]:
     _draw(folder, rows, courses, config.solved, steps)
     print(result['table'])
     print(f'\nTable and pictures: {folder}')
-    print(json.dumps({name: value for name, value in result.items() if name != 'table'}))
+    command_line.print_result({name: value for name, value in result.items() if name != 'table'})
     return result
 
 
@@ -254,7 +279,7 @@ def summarise(rows: Sequence[dict[str, Any]], config: XorConfig) -> dict[str, An
 
 
 def _write(folder, rows, result) -> None:
-    write_csv(folder / 'xor.csv', rows)
+    write_whole(folder / 'xor.csv', to_csv(rows))
     write_whole(folder / 'xor.md', result['table'] + '\n')
     plots.save(xor_plots.smallest_figure(result['smallest']), folder / 'smallest.png')
 

@@ -3,6 +3,7 @@
 python -m experiments.zoo --workdir=runs/frontier_lenet300/120-0 --name=lenet300
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,12 +12,25 @@ import jax
 from dns_jax.files.sparse import load_sparse
 from dns_jax.files.writing import write_whole
 from experiments.config import command_line
+from experiments.config.command_line import flag
 from experiments.reports import run_report as report
+from experiments.reports.records import SUMMARY_FILE
 from experiments.reports.summaries import read_whole_summary
-from experiments.tool_flags import ZooConfig
-from experiments.training.workdir import NETWORK_FILE, SUMMARY_FILE
+from experiments.training.workdir import NETWORK_FILE
 
 FOLDER = Path(__file__).parents[1] / 'zoo'
+
+
+@dataclasses.dataclass(frozen=True)
+class ZooConfig:
+    """What `experiments.zoo` publishes."""
+
+    workdir: str = flag('runs/latest', 'Folder of the finished run.')
+    name: str = flag('', 'Name of the network in the zoo, as that of its files; must be given.')
+
+    def __post_init__(self):
+        if not self.name.isidentifier():
+            raise ValueError(f'--name={self.name!r} must be letters, digits and underscores')
 
 
 def publish(config: ZooConfig) -> list[Path]:
@@ -51,7 +65,7 @@ def publish(config: ZooConfig) -> list[Path]:
     write_whole(paths[0], (run / NETWORK_FILE).read_bytes())
     write_whole(paths[1], json.dumps(summary, indent=2) + '\n')
     write_whole(paths[2], card)
-    print(json.dumps([str(path) for path in paths]))
+    command_line.print_result([str(path) for path in paths])
     return paths
 
 

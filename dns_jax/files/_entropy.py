@@ -18,8 +18,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import constriction
 import numpy as np
+
+from dns_jax._checks import needs_extra
+
+with needs_extra('codec'):
+    import constriction
 
 _stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 _PRIOR = 0.25  # the count that a symbol starts with

@@ -1,53 +1,33 @@
 """Reads the weights and masks of `.caffemodel` files, as the paper's authors published theirs.
 
-Owns what is to be known of Caffe's binary format: a protobuf `NetParameter`, of which are read the
-names, types and blobs of the layers and how these blobs are laid out, and all else is skipped. The
-wire format is walked here, as views of the file's bytes: protobuf's own decoder was seen to take up
-to fifty times the size of a file before anything in it could be refused.
+A file is a protobuf `NetParameter`, of which are read the names, types and blobs of the layers and
+how these blobs are laid out, and all else is skipped.
 """
 
-import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from dns_jax.files._caffe_format import (
+    BYTES,
+    MAX_BYTES,
+    MESSAGES,
+    VARINT,
+    read_blob,
+    read_fields,
+    read_settings,
+    read_text,
+    side_of_maps,
+)
 from dns_jax.typing import Masks, Params
 
-MAX_BYTES = 2**31 - 1
-"""The most bytes of a file, protobuf's own limit."""
-
-MAX_NAME_BYTES = 1_000
-"""The most bytes of a layer's name that are read."""
-
-_MAX_AXES = 32  # Caffe's own limit
-_MAX_FIELDS = 4_096  # of one message; the deepest networks have some hundred layers
-_VARINT, _BYTES = 0, 2  # wire types
-_SIZES = {1: 8, 5: 4}  # of wire types without a length
-_TYPES_OF_V1 = {4: 'Convolution', 14: 'InnerProduct', 39: 'Deconvolution'}
-
-
-class _Message(NamedTuple):
-    """Where a layer says how it is set: the numbers of a message and of its fields."""
-
-    number: int
-    number_in_v1: int
-    fields: dict[str, int]
-
-
-_OF_CONVOLUTIONS = _Message(106, 10, {'num_output': 1, 'bias_term': 2, 'group': 5, 'axis': 16})
-_OF_PRODUCTS = _Message(117, 17, {'num_output': 1, 'bias_term': 2, 'axis': 5, 'transpose': 6})
 # In the authors' fork of Caffe, layers under surgery have types of their own.
 _CONVOLUTIONS = {'Convolution', 'CConvolution'}
 _WITH_MASKS = {'CConvolution', 'CInnerProduct'}
-MESSAGES = {
-    **dict.fromkeys(('Convolution', 'CConvolution'), _OF_CONVOLUTIONS),
-    **dict.fromkeys(('InnerProduct', 'CInnerProduct'), _OF_PRODUCTS),
-}
-"""Where layers say how their blobs are laid out, for the types that become layers of linen."""
+_TYPES_OF_V1 = {4: 'Convolution', 14: 'InnerProduct', 39: 'Deconvolution'}
 
 
 class CaffeLayer(NamedTuple):
@@ -82,7 +62,7 @@ def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, CaffeLayer]:
       put axes of length 1 before them.
 
     Raises:
-      ValueError: if the file has over `MAX_BYTES`, is damaged or no `.caffemodel`, two layers have
+      ValueError: if the file has over 2 GiB, is damaged or no `.caffemodel`, two layers have
         one name, a blob's shape is not that of its data, or its data are not finite float32
         numbers.
       OSError: if the file cannot be read.
@@ -172,39 +152,6 @@ def to_linen(layers: Mapping[str, CaffeLayer], rename: Callable[[str], str] = st
             raise ValueError(f'layer {name!r}: {error}') from error
         before = shape[-1], layer.type in _CONVOLUTIONS
     return CaffeNetwork(params, masks)
-
-
-def side_of_maps(shape: tuple[int, ...], before: tuple[int, bool] | None) -> int:
-    """Checks that a layer fits the one before, and finds the maps between the two.
-
-    Args:
-      shape: of the layer's kernel in the layout of linen, of four axes or of two.
-      before: the outputs of the layer before and whether they are maps; None if there is none.
-
-    Returns:
-      The side of the square maps that an inner product takes, in pixels; 0 if it takes none.
-
-    Raises:
-      ValueError: if the layer does not fit.
-
-    Example:
-      >>> side_of_maps((800, 500), before=(50, True))
-      4
-    """
-    outputs_before, are_maps = before or (0, False)
-    inputs = shape[-2]
-    if len(shape) == 4:
-        if before and (not are_maps or outputs_before % inputs):
-            raise ValueError(f'{inputs} input channels after {outputs_before} outputs')
-        return 0
-    if not are_maps:
-        if before and inputs != outputs_before:
-            raise ValueError(f'{inputs} inputs after {outputs_before} outputs')
-        return 0
-    side = math.isqrt(inputs // outputs_before)
-    if outputs_before * side * side != inputs:
-        raise ValueError(f'{inputs} inputs are not {outputs_before} square maps')
-    return side
 
 
 def _split(layer: CaffeLayer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -314,123 +261,26 @@ def _to_mask(marks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _layers(net: memoryview) -> Iterator[tuple[str, CaffeLayer]]:
-    fields = _fields(net)
-    for encoded in fields[2, _BYTES]:  # V1
-        layer = _fields(encoded)
-        number = (layer[5, _VARINT] or [0])[-1]
+    fields = read_fields(net)
+    for encoded in fields[2, BYTES]:  # V1
+        layer = read_fields(encoded)
+        number = (layer[5, VARINT] or [0])[-1]
         type_ = _TYPES_OF_V1.get(number, f'type {number} of V1')
         message = MESSAGES.get(type_)
-        said = layer[message.number_in_v1, _BYTES] if message else []
-        yield from _layer(layer[4, _BYTES], type_, layer[6, _BYTES], said)
-    for encoded in fields[100, _BYTES]:
-        layer = _fields(encoded)
-        type_ = _text(layer[2, _BYTES])
+        said = layer[message.number_in_v1, BYTES] if message else []
+        yield from _layer(layer[4, BYTES], type_, layer[6, BYTES], said)
+    for encoded in fields[100, BYTES]:
+        layer = read_fields(encoded)
+        type_ = read_text(layer[2, BYTES])
         message = MESSAGES.get(type_)
-        said = layer[message.number, _BYTES] if message else []
-        yield from _layer(layer[1, _BYTES], type_, layer[7, _BYTES], said)
+        said = layer[message.number, BYTES] if message else []
+        yield from _layer(layer[1, BYTES], type_, layer[7, BYTES], said)
 
 
 def _layer(names, type_, blobs, said) -> Iterator[tuple[str, CaffeLayer]]:
     if blobs:
-        name = _text(names)
+        name = read_text(names)
         try:
-            yield name, CaffeLayer(type_, tuple(map(_to_array, blobs)), _settings(type_, said))
+            yield name, CaffeLayer(type_, tuple(map(read_blob, blobs)), read_settings(type_, said))
         except ValueError as error:
             raise ValueError(f'layer {name!r}: {error}') from error
-
-
-def _settings(type_: str, messages: list[memoryview]) -> dict[str, int]:
-    settings: dict[str, int] = {}
-    for message in messages:  # one, or the parts of one: what is said last counts
-        found = _fields(message)
-        for name, number in MESSAGES[type_].fields.items():
-            if found[number, _VARINT]:
-                # All fit an int32, whose negative numbers are written with 64 bits.
-                settings[name] = (found[number, _VARINT][-1] + 2**31) % 2**32 - 2**31
-    return settings
-
-
-def _to_array(encoded: memoryview) -> np.ndarray:
-    blob = _fields(encoded)
-    if blob[8, _BYTES]:
-        raise ValueError('a blob holds numbers of double precision; float32 is wanted')
-    old_axes = [blob[number, _VARINT] for number in (1, 2, 3, 4)]
-    if any(old_axes):
-        shape = tuple((given or [0])[-1] for given in old_axes)
-    else:
-        shape = _shape(blob[7, _BYTES])
-    size = sum(map(len, blob[5, _BYTES]))
-    if size != 4 * math.prod(shape):
-        raise ValueError(f'a blob of shape {shape} has {size} bytes of float32 data')
-    if not size:
-        raise ValueError(f'a blob of shape {shape} is empty')
-    # A copy: it can be written to, and does not keep the whole file.
-    data = bytearray().join(blob[5, _BYTES])
-    array = np.frombuffer(data, '<f4').astype(np.float32, copy=False).reshape(shape)
-    if not np.isfinite(array).all():
-        raise ValueError(f'a blob of shape {shape} holds numbers that are not finite')
-    return array
-
-
-def _shape(messages: list[memoryview]) -> tuple[int, ...]:
-    axes: list[int] = []
-    for message in messages:
-        dims = _fields(message)
-        for packed in dims[1, _BYTES]:
-            at = 0
-            while at < len(packed) and len(axes) <= _MAX_AXES:
-                axis, at = _varint(packed, at)
-                axes.append(axis)
-        axes += dims[1, _VARINT]
-    if len(axes) > _MAX_AXES:
-        raise ValueError(f'a blob has more than {_MAX_AXES} axes')
-    return tuple(axes)
-
-
-def _text(encoded: list[memoryview]) -> str:
-    text = bytes(encoded[-1][: MAX_NAME_BYTES + 1]) if encoded else b''
-    if len(text) > MAX_NAME_BYTES:
-        raise ValueError(f'the name {text[:40]!r}... has over {MAX_NAME_BYTES} bytes')
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{text[:40]!r} is no name') from error
-
-
-def _fields(message: memoryview) -> defaultdict[tuple[int, int], list[Any]]:
-    """Finds the fields of a message.
-
-    Returns:
-      ``{(field number, wire type): contents}``, numbers for varints and views for all else.
-    """
-    fields: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
-    at = 0
-    for _ in range(_MAX_FIELDS + 1):
-        if at == len(message):
-            return fields
-        tag, at = _varint(message, at)
-        wire_type = tag & 7
-        if wire_type == _VARINT:
-            content, at = _varint(message, at)
-        else:
-            if wire_type == _BYTES:
-                size, at = _varint(message, at)
-            elif wire_type in _SIZES:
-                size = _SIZES[wire_type]
-            else:
-                raise ValueError(f'a field has the wire type {wire_type}')
-            content, at = message[at : at + size], at + size
-            if at > len(message):
-                raise ValueError(f'a field of {size} bytes does not end where its message does')
-        fields[tag >> 3, wire_type].append(content)
-    raise ValueError(f'a message has more than {_MAX_FIELDS} fields')
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """Reads a number, seven bits to a byte, and returns it with the place behind it."""
-    number = 0
-    for position, byte in enumerate(message[at : at + 10]):
-        number |= (byte & 127) << 7 * position
-        if byte < 128:
-            return number, at + position + 1
-    raise ValueError('a number does not end')

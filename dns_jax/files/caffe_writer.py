@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from dns_jax._trees import check_parallel
+from dns_jax.files._caffe_format import MAX_BYTES, MAX_NAME_BYTES, MESSAGES, side_of_maps
 from dns_jax.files._header import encode_number
-from dns_jax.files.caffe import MAX_BYTES, MAX_NAME_BYTES, MESSAGES, CaffeLayer, side_of_maps
+from dns_jax.files.caffe import CaffeLayer
 from dns_jax.files.writing import write_whole
 from dns_jax.inference.chain import Weights
-from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks
 
 

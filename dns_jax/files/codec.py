@@ -30,12 +30,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dns_jax._trees import check_parallel, nest_leaves
+from dns_jax.files._contents import check_metadata
 from dns_jax.files._entropy import Decoder, Encoder, decode_mask, encode_mask
 from dns_jax.files._header import Reader, encode_number, encode_text
 from dns_jax.files.sharing import MAX_CLUSTERS, SharedNetwork, round_codebooks
-from dns_jax.files.writing import check_metadata, write_whole
-from dns_jax.layers import named_leaves, nest_leaves, parent
-from dns_jax.masks import check_parallel
+from dns_jax.files.writing import write_whole
+from dns_jax.layers import named_leaves, parent_path
+
+SUFFIX = '.dns'
+"""How the name of a coded file ends."""
 
 _MAGIC = b'DNS\x01'
 _MAX_PATH = 1_000  # characters: a layer's name counts for each of its leaves
@@ -188,7 +192,7 @@ def _checked_layers(network: SharedNetwork) -> dict[str, list[_Leaf]]:
     nest_leaves((leaf.path, leaf) for leaf in leaves)  # what cannot be nested cannot be loaded
     layers: dict[str, list[_Leaf]] = {}
     for leaf in leaves:
-        layers.setdefault(parent(leaf.path), []).append(leaf)
+        layers.setdefault(parent_path(leaf.path), []).append(leaf)
 
     if set(layers) != set(network.codebooks):
         raise ValueError(
@@ -290,7 +294,7 @@ def _read_form(reader: Reader, layer: str, names: list[str]) -> _Form:
     path = layer + names[name]
     if len(path) > _MAX_PATH:
         raise ValueError(f'the path {path[:80]!r}... has over {_MAX_PATH} characters')
-    if parent(path) != layer:
+    if parent_path(path) != layer:
         raise ValueError(f'it has the leaf {path[:80]!r} in another layer than its own')
     axes = reader.number()
     takes_part = axes < _NO_PART

@@ -17,10 +17,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save
 
-from dns_jax.files.sparse import sort_metadata
-from dns_jax.files.writing import check_float32, check_metadata, write_whole
+from dns_jax._checks import needs_extra
+from dns_jax.files._contents import check_float32, check_metadata, sort_metadata
+from dns_jax.files.writing import write_whole
 from dns_jax.inference.chain import (
     Chain,
     Dense,
@@ -36,6 +36,9 @@ from dns_jax.inference.chain import (
 )
 from dns_jax.layers import named_leaves
 from dns_jax.typing import Params
+
+with needs_extra('sparse'):
+    from safetensors.numpy import save
 
 _OPSET = 17  # of ONNX: old enough for most runtimes, and all that a chain needs
 _LOCATIONS = 'jax_traceback_in_locations_limit'
@@ -104,7 +107,7 @@ def save_onnx(
     Raises:
       ValueError: if the chain is empty or does not fit, or a weight is not finite.
       TypeError: if a layer is none of `inference.chain`, or a weight of a type float32 cannot hold.
-      ImportError: without the extra `onnx`: pip install dns-jax[onnx].
+      ImportError: without the extra `onnx`.
       OSError: if the file cannot be written; what was there before is then as it was.
 
     Example:
@@ -128,8 +131,9 @@ def save_onnx(
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action='ignore', category=DeprecationWarning):
-            import jax2onnx
-            import onnx
+            with needs_extra('onnx'):
+                import jax2onnx
+                import onnx
 
             model = jax2onnx.to_onnx(
                 partial(_run_for_onnx, chain, weights),
@@ -169,7 +173,7 @@ def save_stablehlo(
       ValueError: if the chain is empty or does not fit, a weight is not finite, or a platform
         not known.
       TypeError: if a layer is none of `inference.chain`, or a weight of a type float32 cannot hold.
-      ImportError: without the extra `stablehlo`: pip install dns-jax[stablehlo].
+      ImportError: without the extra `stablehlo`.
       OSError: if the file cannot be written; what was there before is then as it was.
 
     Example:
@@ -200,7 +204,9 @@ def save_stablehlo(
         exported = export(jax.ShapeDtypeStruct(shape, jnp.float32))
     finally:
         jax.config.update(_LOCATIONS, limit)
-    write_whole(Path(path), bytes(exported.serialize()))
+    with needs_extra('stablehlo'):
+        content = exported.serialize()
+    write_whole(Path(path), bytes(content))
 
 
 def _float32_weights(chain: Chain, params: Weights, input_shape: Sequence[int]) -> Weights:
@@ -222,7 +228,8 @@ def _float32(name: str, leaf: Any) -> np.ndarray:
 
 def _run_for_onnx(chain: Chain, weights: Weights, inputs: jax.Array) -> jax.Array:
     """Does as `run_chain`, by functions that jax2onnx turns into nodes that run fast."""
-    from flax import linen
+    with needs_extra('onnx'):
+        from flax import linen
 
     for layer in chain:
         match layer:

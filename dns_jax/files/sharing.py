@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax.files.writing import check_float32
-from dns_jax.layers import as_table, map_leaves, match_patterns, named_leaves, parent
-from dns_jax.masks import apply_masks, check_parallel
+from dns_jax._checks import as_table, needs_extra
+from dns_jax._trees import check_parallel
+from dns_jax.files._contents import check_float32
+from dns_jax.layers import map_leaves, match_patterns, named_leaves, parent_path
+from dns_jax.masks import apply_masks
 from dns_jax.typing import Masks, Params
 
 MAX_CLUSTERS = 2**16
@@ -84,7 +86,7 @@ def share_weights(
     ]
     values: dict[str, list[np.ndarray]] = {}
     for path, leaf, mask in leaves:
-        values.setdefault(parent(path), []).append(_kept_values(path, leaf, mask))
+        values.setdefault(parent_path(path), []).append(_kept_values(path, leaf, mask))
     codebooks = {
         layer: _codebook(np.concatenate(values[layer]), amount)
         for layer, amount in _clusters_by_layer(clusters, sorted(values)).items()
@@ -93,7 +95,7 @@ def share_weights(
     def assign(path, leaf, mask):
         assignment = np.zeros(leaf.shape, np.int32)
         full = np.broadcast_to(mask, leaf.shape) | (mask.ndim == 0)
-        book = codebooks[parent(path)].astype(np.float64)
+        book = codebooks[parent_path(path)].astype(np.float64)
         borders = (book[1:] + book[:-1]) / 2
         assignment[full] = np.searchsorted(borders, leaf[full].astype(np.float64))
         return assignment
@@ -164,7 +166,7 @@ def expand(codebooks: Mapping[str, Any], assignments: Params, masks: Masks) -> P
     """
 
     def expand_leaf(path, assignment):
-        layer = parent(path)
+        layer = parent_path(path)
         if layer not in codebooks:
             raise ValueError(f'codebooks must have the layer {layer!r}; it has {list(codebooks)}')
         book = jnp.asarray(codebooks[layer])
@@ -194,9 +196,9 @@ def _clusters_by_layer(clusters: int | Mapping[str, int], layers: list[str]) -> 
 
 def _codebook(values: np.ndarray, clusters: int) -> np.ndarray:
     """The centroids of the values, rounded, ascending, each once."""
-    # Only here, so that a file can be read where there is no scikit-learn.
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
+    with needs_extra('codec'):  # only here, so that a file can be read without scikit-learn
+        from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
 
     centroids = np.unique(values)
     if len(centroids) > clusters:

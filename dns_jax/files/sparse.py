@@ -23,13 +23,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from dns_jax.files.writing import check_float32, check_metadata, write_whole
-from dns_jax.layers import named_leaves, nest_leaves
-from dns_jax.masks import check_parallel
+from dns_jax._checks import needs_extra
+from dns_jax._trees import check_parallel, nest_leaves
+from dns_jax.files._contents import check_float32, check_metadata, sort_metadata
+from dns_jax.files.writing import write_whole
+from dns_jax.layers import named_leaves
 from dns_jax.typing import Masks, Params
+
+with needs_extra('sparse'):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import save
 
 _SHAPE = re.compile(r'\[(NUMBER(, ?NUMBER){0,63})?\]'.replace('NUMBER', '(0|[1-9][0-9]{0,17})'))
 
@@ -133,29 +137,6 @@ def load_sparse(path: str | os.PathLike[str], max_parameters: int = 2**30) -> Sp
             return _read(file, max_parameters)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f'cannot load {os.fspath(path)!r}: {error}') from error
-
-
-def sort_metadata(data: bytes) -> bytes:
-    """Sorts the metadata, which safetensors writes in an order that changes from run to run.
-
-    Args:
-      data: a safetensors file with metadata.
-
-    Returns:
-      The same file, but for that order.
-
-    Example:
-      >>> from safetensors.numpy import save
-      >>> data = sort_metadata(save({}, {'b': '1', 'a': '2'}))
-      >>> data[8:].rstrip()
-      b'{"__metadata__":{"a":"2","b":"1"}}'
-    """
-    end = 8 + int.from_bytes(data[:8], 'little')
-    header = json.loads(data[8:end])
-    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-    text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return len(text).to_bytes(8, 'little') + text + data[end:]
 
 
 def _to_tensors(path: str, weights: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -67,7 +67,9 @@ Weighted = Dense | Convolution
 Weights = Mapping[str, Mapping[str, Any]]
 """The kernel and the bias of each layer with weights, by its name."""
 
-_KINDS = {kind.__name__: kind for kind in (Dense, Convolution, MaxPool, Relu, Flatten, Select)}
+_LAYER_KINDS = {
+    kind.__name__: kind for kind in (Dense, Convolution, MaxPool, Relu, Flatten, Select)
+}
 _AXES = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -301,11 +303,11 @@ def _output_shape(
 
 
 def _read_layer(kind: str, **fields: Any) -> Layer:
-    if kind not in _KINDS:
-        raise ValueError(f'{kind!r} is none of {sorted(_KINDS)}')
+    if kind not in _LAYER_KINDS:
+        raise ValueError(f'{kind!r} is none of {sorted(_LAYER_KINDS)}')
     if 'indices' in fields:
         fields['indices'] = tuple(fields['indices'])
-    layer = _KINDS[kind](**fields)
+    layer = _LAYER_KINDS[kind](**fields)
     for field in dataclasses.fields(layer):
         value = getattr(layer, field.name)
         values = value if field.name == 'indices' else [value]

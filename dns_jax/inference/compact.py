@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dns_jax._trees import check_parallel
 from dns_jax.inference.chain import (
     Chain,
     Convolution,
@@ -24,7 +25,6 @@ from dns_jax.inference.chain import (
     trace_shapes,
 )
 from dns_jax.layers import map_leaves, named_leaves
-from dns_jax.masks import check_parallel
 from dns_jax.typing import Masks
 
 

@@ -31,7 +31,7 @@ class Taps(NamedTuple):
 
 
 @functools.cache
-def why_unavailable() -> str:
+def build_failure() -> str:
     """Builds the kernel, once in a process, and says why that failed.
 
     The compiler is `c++`, or what the environment variable CXX names. The build takes some
@@ -41,7 +41,7 @@ def why_unavailable() -> str:
       The reason, or the empty string if the kernel is there.
 
     Example:
-      >>> isinstance(why_unavailable(), str)
+      >>> isinstance(build_failure(), str)
       True
     """
     if jax.default_backend() != 'cpu':
@@ -92,11 +92,11 @@ def sum_weighted_slices(
       >>> import numpy as np
       >>> taps = Taps(np.int32([0, 2]), np.int32([0, 1]), np.float32([1, 10]))
       >>> inputs = jnp.array([[1.0], [2.0], [3.0]])
-      >>> if not why_unavailable():
+      >>> if not build_failure():
       ...     outputs = sum_weighted_slices(inputs, taps, jnp.zeros(1), rows=1, stride=0, width=2)
       ...     assert outputs.ravel().tolist() == [21.0, 32.0]
     """
-    if reason := why_unavailable():
+    if reason := build_failure():
         raise RuntimeError(reason)
     _check_reach(inputs, taps, biases, rows, stride, width)
     shape = (len(biases), rows, width, inputs.shape[1])

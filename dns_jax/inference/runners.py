@@ -1,7 +1,7 @@
 """Runners: several ways to compute a chain, one of them for each of its layers.
 
-Owns the functions that run a network, and the choice among them by time; `kernels` owns how
-a layer is computed. Compaction (`dns_jax.inference.compact`) belongs before any of it.
+Owns the functions that run a network, and the choice among them by time; `stages` and `kernels`
+own how a layer is computed. Compaction (`dns_jax.inference.compact`) belongs before any of it.
 
 A layer is computed as
 
@@ -22,14 +22,8 @@ import numpy as np
 
 from dns_jax.inference import native
 from dns_jax.inference.chain import Chain, Weighted, Weights, run_chain, trace_shapes
-from dns_jax.inference.kernels import (
-    KINDS,
-    Unsuitable,
-    is_in_order,
-    make_jax,
-    make_scipy,
-    plan_steps,
-)
+from dns_jax.inference.kernels import Unsuitable, make_jax, make_scipy
+from dns_jax.inference.stages import KERNEL_KINDS, is_in_order, make_pipeline
 
 Kinds = Mapping[str, str]
 """How each layer with weights is computed, by its name."""
@@ -81,8 +75,8 @@ def jax_runner(
       >>> run(jnp.array([[7.0, 3.0]]))
       Array([[7.]], dtype=float32)
     """
-    plan = plan_steps(chain, params, input_shape, kinds, KINDS)
-    if 'native' in kinds.values() and (reason := native.why_unavailable()):
+    pipeline = make_pipeline(chain, params, input_shape, kinds, KERNEL_KINDS)
+    if 'native' in kinds.values() and (reason := native.build_failure()):
         raise RuntimeError(reason)
     if set(kinds.values()) <= {'dense'} and not batch_last:
         weights: Any = {
@@ -92,21 +86,21 @@ def jax_runner(
         run = jax.jit(lambda weights, inputs: run_chain(chain, weights, inputs))
         return lambda inputs: run(weights, _check_inputs(inputs, input_shape))
 
-    made = [make_jax(step) for step in plan.steps]
+    made = [make_jax(stage) for stage in pipeline.stages]
 
     @jax.jit
-    def run_steps(weights, inputs):
+    def run_stages(weights, inputs):
         outputs = inputs.reshape(len(inputs), -1)
         # Images are gathered even in order: XLA would transpose them anew in each layer's loops.
-        if len(plan.shape) > 1 or not is_in_order(plan.rows, input_shape):
-            outputs = jnp.take(outputs, plan.rows, axis=1, mode='clip')
-        outputs = outputs.T.reshape(*plan.shape, -1)
+        if len(pipeline.shape) > 1 or not is_in_order(pipeline.rows, input_shape):
+            outputs = jnp.take(outputs, pipeline.rows, axis=1, mode='clip')
+        outputs = outputs.T.reshape(*pipeline.shape, -1)
         for own, (_, compute) in zip(weights, made, strict=True):
             outputs = compute(own, outputs)
         return _batch_major(outputs)
 
     weights = [jax.tree.map(jnp.asarray, own) for own, _ in made]
-    return lambda inputs: run_steps(weights, _check_inputs(inputs, input_shape))
+    return lambda inputs: run_stages(weights, _check_inputs(inputs, input_shape))
 
 
 def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kinds: Kinds) -> Runner:
@@ -136,14 +130,14 @@ def scipy_runner(chain: Chain, params: Weights, input_shape: Sequence[int], kind
       >>> run(np.float32([[7, 3]]))
       array([[7.]], dtype=float32)
     """
-    plan = plan_steps(chain, params, input_shape, kinds, ('dense', 'sparse'))
-    computes = [make_scipy(step) for step in plan.steps]
-    in_order = is_in_order(plan.rows, input_shape)
+    pipeline = make_pipeline(chain, params, input_shape, kinds, ('dense', 'sparse'))
+    computes = [make_scipy(stage) for stage in pipeline.stages]
+    in_order = is_in_order(pipeline.rows, input_shape)
 
     def run(inputs):
         outputs = _check_inputs(inputs, input_shape).reshape(len(inputs), -1).T
-        outputs = np.ascontiguousarray(outputs) if in_order else outputs[plan.rows]
-        outputs = outputs.reshape(*plan.shape, -1)
+        outputs = np.ascontiguousarray(outputs) if in_order else outputs[pipeline.rows]
+        outputs = outputs.reshape(*pipeline.shape, -1)
         for compute in computes:
             outputs = compute(outputs)
         return np.ascontiguousarray(_batch_major(outputs))
@@ -188,11 +182,11 @@ def choose_kinds(
       >>> choose_kinds(scipy_runner, ['dense'], (Dense('fc'),), params, (2,), batch=1).kinds
       {'fc': 'dense'}
     """
-    if not offered or not set(offered) <= set(KINDS):
-        raise ValueError(f'offered must be some of {KINDS}, but is {offered}')
+    if not offered or not set(offered) <= set(KERNEL_KINDS):
+        raise ValueError(f'offered must be some of {KERNEL_KINDS}, but is {offered}')
     if min(batch, turns) < 1:
         raise ValueError(f'batch={batch} and turns={turns} must be 1 or more')
-    if native.why_unavailable():
+    if native.build_failure():
         offered = [kind for kind in offered if kind != 'native'] or ['dense']
     kinds, seconds = {}, {}
     for layer, shape in zip(chain, trace_shapes(chain, params, input_shape), strict=False):
@@ -237,9 +231,11 @@ def recorded_kinds(text: str, chain: Chain) -> dict[str, str]:
         raise ValueError(f'kinds {text[:80]!r} cannot be read: {error}') from error
     names = {layer.name for layer in chain if isinstance(layer, Weighted)}
     is_table = isinstance(kinds, dict) and kinds.keys() == names
-    if not is_table or not all(kind in KINDS for kind in kinds.values()):
-        raise ValueError(f'kinds must give one of {KINDS} for each of {names}, but is {text[:80]}')
-    if native.why_unavailable():
+    if not is_table or not all(kind in KERNEL_KINDS for kind in kinds.values()):
+        raise ValueError(
+            f'kinds must give one of {KERNEL_KINDS} for each of {names}, but is {text[:80]}'
+        )
+    if native.build_failure():
         return {name: 'dense' if kind == 'native' else kind for name, kind in kinds.items()}
     return kinds
 

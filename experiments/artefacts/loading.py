@@ -10,13 +10,12 @@ import jax
 import numpy as np
 
 import dns_jax
-from dns_jax.files.codec import load_coded
+from dns_jax.files.codec import SUFFIX, load_coded
 from dns_jax.files.sharing import expand
 from dns_jax.files.sparse import load_sparse
 from dns_jax.inference.chain import Chain, Dense, Weights, chain_from_json, trace_shapes
 from dns_jax.inference.compact import CompactNetwork, compact
 from experiments.networks import models
-from experiments.tool_flags import CODED
 
 _MOST_WEIGHTS = 2**28  # of a made layer, more than the largest of VGG-16
 _SYNTHETIC = re.compile(r'fc:([1-9]\d{0,5})x([1-9]\d{0,5}):(0?\.\d+|1)')
@@ -57,7 +56,7 @@ def load_model(name: str, to_run: bool = True) -> Model:
         return _make_layer(name)
     path = Path(name)
     params: Any
-    if path.suffix == CODED:
+    if path.suffix == SUFFIX:
         shared = load_coded(path)
         params, masks, metadata = expand(*shared[:3]), shared.masks, shared.metadata
     else:

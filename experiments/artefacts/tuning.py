@@ -16,7 +16,7 @@ import optax
 
 import dns_jax
 from dns_jax.files.sharing import SharedNetwork, expand, round_codebooks
-from dns_jax.layers import map_leaves, parent
+from dns_jax.layers import map_leaves, parent_path
 from experiments.data.resident import Split, batch_indices
 from experiments.devices import progress
 from experiments.networks.models import MNIST_INPUT
@@ -124,7 +124,7 @@ def nearest(codebooks: Any, params: dns_jax.Params) -> Any:
     """
 
     def find(path, weights):
-        book = jnp.asarray(codebooks[parent(path)])
+        book = jnp.asarray(codebooks[parent_path(path)])
         if not book.size:
             return jnp.zeros(weights.shape, jnp.int32)
         return jnp.argmin(jnp.abs(jnp.subtract.outer(weights, book)), -1).astype(jnp.int32)

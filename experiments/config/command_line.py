@@ -1,42 +1,99 @@
 """From a frozen dataclass to the command line, and back.
 
-A field made by `flag` is a flag: its type makes the parser, its metadata the help text. An entry
-script gives its own defaults.
+A field made by `flag` is a flag: its type makes the parser, its metadata the help text. One made by
+`flags_of` holds those of another configuration. An entry script gives its own defaults.
 """
 
 import dataclasses
+import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import app, logging
 from absl import flags as absl_flags
 
-from dns_jax import schedules
-
 C = TypeVar('C', bound=Any)  # a dataclass of flags
 
+_HELP = {f'-{dashes}{name}' for dashes in ('', '-') for name in ('help', 'helpshort', 'helpfull')}
 
-def flag(default: Any, text: str, decides: bool = True, **options: Any) -> Any:
+
+def flag(default: Any, text: str, decides: bool = True, part: str = '', **options: Any) -> Any:
     """Makes a field that is a flag.
 
     Args:
       default: of the flag.
       text: for --help, which lists flags by the alphabet: it stands alone, and names the unit.
       decides: whether a run's numbers depend on it, as they do not on places and switches.
+      part: of what the flag is about, for `names_of`.
       **options: `choices`, or options of absl's definition.
 
     Returns:
       The field of a configuration.
     """
-    return dataclasses.field(
-        default=default, metadata={'help': text, 'decides': decides, 'options': options}
-    )
+    metadata = {'help': text, 'decides': decides, 'part': part, 'options': options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flags_of(config_type: type, *without: str) -> Any:
+    """Makes a field that holds the flags of another configuration, `{name: value}`.
+
+    Args:
+      config_type: the other one.
+      *without: flags of it that this one says itself, or has no use for.
+
+    Returns:
+      The field of a configuration, which `make` fills.
+    """
+    metadata = {'flags_of': config_type, 'without': without}
+    return dataclasses.field(metadata=metadata, kw_only=True)
 
 
 def is_flag(field: dataclasses.Field) -> bool:
     """Says whether a field of a configuration is a flag."""
     return 'help' in field.metadata
+
+
+def names_of(config_type: type, *parts: str) -> list[str]:
+    """Returns the names of the flags of a configuration that are about one of some parts."""
+    fields = filter(is_flag, dataclasses.fields(config_type))
+    return [field.name for field in fields if field.metadata['part'] in parts]
+
+
+def all_flags(config_type: type) -> Iterator[dataclasses.Field]:
+    """Gives every flag of a configuration, with those of configurations that it holds."""
+    for field in dataclasses.fields(config_type):
+        if is_flag(field):
+            yield field
+        elif 'flags_of' in field.metadata:
+            others = all_flags(field.metadata['flags_of'])
+            yield from (other for other in others if other.name not in field.metadata['without'])
+
+
+def make(config_type: type[C], **values: Any) -> C:
+    """Makes a configuration, each flag in the field that holds it.
+
+    Args:
+      config_type: a frozen dataclass.
+      **values: of its fields and flags; those left out have their defaults.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      TypeError: if a value is for no flag.
+      ValueError: if flags contradict each other.
+    """
+    own = {}
+    for field in dataclasses.fields(config_type):
+        if 'flags_of' in field.metadata:
+            others = all_flags(field.metadata['flags_of'])
+            own[field.name] = {
+                other.name: values.pop(other.name, other.default)
+                for other in others
+                if other.name not in field.metadata['without']
+            }
+    return config_type(**own, **values)
 
 
 def define(
@@ -52,10 +109,11 @@ def define(
     Raises:
       ValueError: if a default is for no field.
     """
-    fields = dataclasses.fields(config_type)
-    if unknown := sorted(defaults.keys() - {field.name for field in fields}):
+    fields = list(all_flags(config_type))
+    known = {field.name for field in (*fields, *dataclasses.fields(config_type))}
+    if unknown := sorted(defaults.keys() - known):
         raise ValueError(f'defaults names {unknown}, which are no fields of {config_type}')
-    for field in filter(is_flag, fields):
+    for field in fields:
         default, options = defaults.get(field.name, field.default), dict(field.metadata['options'])
         if 'choices' in options:
             definition, options['enum_values'] = absl_flags.DEFINE_enum, options.pop('choices')
@@ -88,8 +146,8 @@ def to_config(
     """
     if arguments[1:]:
         raise ValueError(f'every argument must be a --flag=value, but got {list(arguments[1:])}')
-    names = [field.name for field in filter(is_flag, dataclasses.fields(config_type))]
-    return config_type(**{**defaults, **{name: flag_values[name].value for name in names}})
+    values = {field.name: flag_values[field.name].value for field in all_flags(config_type)}
+    return make(config_type, **{**defaults, **values})
 
 
 def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: type[C]) -> None:
@@ -102,7 +160,7 @@ def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type:
       config_type: as for `define`.
     """
     define(config_type, defaults, absl_flags.FLAGS)
-    for field in filter(is_flag, dataclasses.fields(config_type)):
+    for field in all_flags(config_type):
         # --help lists the flags of the script alone, so they must count as its own.
         absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], absl_flags.FLAGS[field.name])
 
@@ -116,7 +174,48 @@ def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type:
             logging.debug('where it came from:', exc_info=True)  # with --verbosity=1
             raise SystemExit(f'{type(error).__name__}: {error}') from error
 
-    app.run(main)
+    try:
+        app.run(main)
+    except SystemExit as end:
+        if end.code == 1 and _HELP & {*sys.argv[1:]}:  # absl's own; an error has its message there
+            raise SystemExit(0) from None
+        raise
+
+
+def print_result(result: Any) -> None:
+    """Prints what a command found as one line of JSON, for the program that reads its output.
+
+    Args:
+      result: anything that JSON holds. On a terminal, before which nobody reads JSON, nothing is
+        printed.
+    """
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
+
+
+def identify(config: Any) -> dict[str, Any]:
+    """Returns the fields of a configuration that decide its numbers: all but places and switches.
+
+    Args:
+      config: a dataclass of flags.
+
+    Returns:
+      `{name: value}`, with those of configurations that it holds.
+    """
+    deciding = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if 'flags_of' in field.metadata:
+            others = {other.name: other for other in all_flags(field.metadata['flags_of'])}
+            named = {name: number for name, number in value.items() if _decides(others[name])}
+            deciding |= named
+        elif _decides(field):
+            deciding[field.name] = value
+    return deciding
+
+
+def _decides(field: dataclasses.Field) -> bool:
+    return field.metadata.get('decides', True)
 
 
 def check_finite(config: Any) -> None:
@@ -128,10 +227,12 @@ def check_finite(config: Any) -> None:
     Raises:
       ValueError: if one of them is.
     """
+    from dns_jax.schedules import check_finite as check_number  # brings JAX
+
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float):
-            schedules.check_finite(f'--{field.name}', value)
+            check_number(f'--{field.name}', value)
 
 
 _DEFINITIONS = {

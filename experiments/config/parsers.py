@@ -98,3 +98,18 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
             raise ValueError(f'{text!r} must end in a whole number of steps, at least 1')
         values[-1] = int(values[-1])
     return policy(*values, *([steps] if name == 'poly' else []))
+
+
+def scale_learning_rate(text: str, factor: float) -> str:
+    """Multiplies the base of a learning-rate policy, and rounds it to four digits.
+
+    Args:
+      text: for `parse_learning_rate`.
+      factor: of the base.
+
+    Returns:
+      The same policy with another base.
+    """
+    policy, _, numbers = text.partition(':')
+    base, *others = numbers.split(',')
+    return f'{policy}:{",".join([f"{float(base) * factor:.4g}", *others])}'

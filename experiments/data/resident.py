@@ -37,6 +37,8 @@ _SOURCES = {
     'fashion_mnist': _Source('3.0.1', train=60_000, test=10_000, validation=5_000),
 }
 DATASETS = tuple(_SOURCES)
+DATA_DIR_HELP = 'Folder of prepared sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.'
+MANUAL_DIR_HELP = "Folder with the set's published files; by default they are downloaded."
 VALIDATION_IMAGES = {name: source.validation for name, source in _SOURCES.items()}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dns_jax
-from dns_jax.layers import map_leaves, named_leaves, parent
+from dns_jax.layers import map_leaves, named_leaves, parent_path
 
 AXES = ('data', 'model')
 
@@ -102,7 +102,7 @@ def shardings(mesh: Mesh, params: dns_jax.Params, tree: Any) -> Any:
     }
     specs: dict[str, tuple[tuple[int, ...], PartitionSpec]] = {}
     for path, leaf in named_leaves(params):
-        is_split = parent(path) in split
+        is_split = parent_path(path) in split
         spec = PartitionSpec(*[None] * (leaf.ndim - 1), 'model') if is_split else PartitionSpec()
         specs[path] = leaf.shape, spec
 

@@ -18,15 +18,16 @@ def latency_tables(result: Mapping[str, Any]) -> str:
     """
     parts = [
         f'## {result["model"]}',
-        f'`{result["command"]}`, {result["device"]}, one core.',
+        f'`{result["command"]}` on one core, {result["device"]}:',
         _ways(result),
-        f'A multiply-add takes this core at least {1e12 / result["multiply_adds_per_s"]:.1f} ps (a '
-        f'product of two large matrices), a byte from memory {1e12 / result["bytes_per_s"]:.0f} ps '
-        '(a copy). By these, layers take at least, in µs, if all came from memory:',
+        f'This core needs {1e12 / result["multiply_adds_per_s"]:.1f} ps for a multiply-add in a '
+        f'product of two large matrices, and {1e12 / result["bytes_per_s"]:.0f} ps to copy a byte '
+        'of memory. So if everything came from memory, a layer would take at least this long, in '
+        'µs:',
         _bounds(result),
     ]
     if 'break_even' in result:
-        parts += ['Sparse is as fast as dense at a density of:', _break_even(result)]
+        parts += ['Sparse is as fast as dense at these densities:', _break_even(result)]
     return '\n\n'.join(parts)
 
 

@@ -56,7 +56,7 @@ def measure_input(images: int, size: int, workers: Sequence[int]) -> dict[str, A
     """Times training batches: by threads on one core, then by processes on all cores.
 
     Args:
-      images: how many to make, at least `tool_flags.FEWEST_IMAGES`.
+      images: how many to make, at least two batches.
       size: height and width that they are cropped to as Caffe does, pixels.
       workers: numbers of processes that decode; 0 is for threads of this one, on one core.
 

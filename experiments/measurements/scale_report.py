@@ -33,13 +33,13 @@ _SURGERY_BYTES = {
 _MEMORY = {
     'arguments': 'arguments: weights, momenta, masks, batch',
     'temporaries': 'temporaries',
-    'planned': 'planned: both, and what is not written over them',
+    'planned': 'planned: both, and results with memory of their own',
     'peak': "XLA's own peak",
-    'masks': 'of these: masks',
-    'masked_weights': 'copies W⊙T',
-    'masked_weights_at_once': 'of them at one time',
-    'copied_weights': 'arguments copied before they are written over: weights',
-    'copied_masks': 'and masks',
+    'masks': 'masks',
+    'masked_weights': 'copies of W⊙T',
+    'masked_weights_at_once': 'copies of W⊙T at one time',
+    'copied_weights': 'weights copied before they are overwritten',
+    'copied_masks': 'masks copied before they are overwritten',
 }
 
 
@@ -56,13 +56,14 @@ def page(result: Result, name: str) -> str:
     machine = result['machine']
     parts = [
         '# What surgery costs at scale',
-        f'`{result["command"]}`, {result["device"]}, {result["cores"]} cores, computed in '
-        f'{result["dtype"]}; all numbers are in `{name}.json`, and '
-        '`experiments/measurements/scale_report.py` writes this page from it. Times are medians of '
-        'single steps, ratios are within a round. Surgery updates its masks at every step (σ = 1), the most it can cost. In the same '
-        'process, a product of two large matrices reaches '
-        f'{machine["flop_per_s"] / 1e9:,.0f} GFLOP/s, and a pass over memory '
-        f'{machine["bytes_per_s"] / 1e9:,.1f} GB/s, read and written.',
+        f'`{result["command"]}` measured this on {result["device"]}, with {result["cores"]} cores, '
+        f'in {result["dtype"]}. `{name}.json` has all numbers, and '
+        '`experiments/measurements/scale_report.py` writes this page from it.',
+        'Times are medians of single steps. A ratio compares steps of the same round. Surgery '
+        'updates its masks at every step (σ = 1), which is the most it can cost. For comparison, '
+        'this machine multiplies two large matrices at '
+        f'{machine["flop_per_s"] / 1e9:,.0f} GFLOP/s, and reads and writes memory at '
+        f'{machine["bytes_per_s"] / 1e9:,.1f} GB/s.',
         '## The step',
         *_step(result),
         '## Memory',
@@ -96,19 +97,21 @@ def _step(result: Result) -> list[str]:
         f' of width {step["width"]}' if step['width'] != 1 else ''
     )
     return [
-        f'{name}, {step["weights"]:,} weights, {step["batch_size"]} images of noise.',
+        f'{name} has {step["weights"]:,} weights. A step takes {step["batch_size"]} images of '
+        'noise.',
         table(['step', 'ms', 'images/s', 'GFLOP/s', 'of the large product, %'], rows),
         f'Surgery takes {step["ratio"]:.3f}× as long as dense training (half of all rounds '
-        f'{low:.3f} to {high:.3f}), {verdict} the {step["bar"]:.2f} wanted. A refresh of the '
-        f'thresholds of all layers by one density adds {step["refresh_ms"]:,.0f} ms where it is '
-        'due.',
-        f'A step is {step["flop"] / 1e9:,.1f} GFLOP, counted from '
-        f'{step["multiply_adds"] / 1e6:,.0f} million multiply-adds of one image forward: two '
-        'operations each, three times for every layer but the first, whose inputs need no '
-        f'gradient. XLA counts {step["xla"]["dense"]["flop"] / 1e9:,.1f} GFLOP for the dense step, '
-        f'{step["xla"]["dense"]["flop"] / step["flop"]:.2f} of that, as it leaves out products '
-        f'with padding and adds all else, and {step["xla"]["surgery"]["flop"] / 1e9:,.1f} under '
-        'surgery. Rates above are by the first count.',
+        f'{low:.3f} to {high:.3f}). This is {verdict} the {step["bar"]:.2f} that we wanted. To '
+        'find new thresholds for all layers by one density takes another '
+        f'{step["refresh_ms"]:,.0f} ms.',
+        f'A step takes {step["flop"] / 1e9:,.1f} GFLOP. This is counted from the '
+        f'{step["multiply_adds"] / 1e6:,.0f} million multiply-adds of one image forward. Each '
+        'counts as two operations, and each layer counts three times, except the first, whose '
+        'inputs need no gradient. The rates above use this count. XLA leaves out products with '
+        'padding and adds everything else. It counts '
+        f'{step["xla"]["dense"]["flop"] / 1e9:,.1f} GFLOP for the dense step '
+        f'({step["xla"]["dense"]["flop"] / step["flop"]:.2f} of ours) and '
+        f'{step["xla"]["surgery"]["flop"] / 1e9:,.1f} under surgery.',
     ]
 
 
@@ -129,21 +132,15 @@ def _memory(step: Mapping[str, Any]) -> list[str]:
     }
     floats = surgery['masks_as_floats']
     return [
-        'As XLA plans it, and as its program says (`experiments/measurements/hlo.py`):',
+        "These are the numbers of XLA's plan and of the compiled program, which "
+        '`experiments/measurements/hlo.py` reads:',
         table(['MiB', 'dense', 'surgery', 'difference, bytes per weight'], rows),
         f'Surgery needs {more["planned"]:.2f} bytes per weight more: {more["masks"]:.2f} for the '
-        f'masks themselves, {more["temporaries"]:.2f} of temporaries. The copies W⊙T that the '
-        f'products read take {surgery["masked_weights_at_once"] / weights:.2f} bytes per weight '
-        f'when most of them are alive, {_share(surgery)} of what all of them take; what of that '
-        'the temporaries did not grow by lies in memory that is for other arrays at other times. '
-        f'{floats or "No"} mask{"" if floats == 1 else "s"} held as '
-        f'float{"" if floats == 1 else "s"}.',
+        f'masks, and {more["temporaries"]:.2f} for temporaries. The products read copies of W⊙T. '
+        f'These take up to {surgery["masked_weights_at_once"] / weights:.2f} bytes per weight at '
+        'one time. The temporaries grow by less, as this memory holds other arrays at other times. '
+        f'{floats or "No"} mask{" is" if floats == 1 else "s are"} held as floats.',
     ]
-
-
-def _share(memory: Mapping[str, int]) -> str:
-    share = memory['masked_weights_at_once'] / max(1, memory['masked_weights'])
-    return f'{100 * share:.0f} %'
 
 
 def _sizes(result: Result, name: str) -> list[str]:
@@ -168,8 +165,9 @@ def _sizes(result: Result, name: str) -> list[str]:
             ]
         )
     parts = [
-        f'Fully connected networks of two hidden layers, {sizes[0]["batch_size"]} images of 28x28 '
-        'pixels a step; those not run are compiled from shapes alone.',
+        'These are fully connected networks with two hidden layers. A step takes '
+        f'{sizes[0]["batch_size"]} images of 28x28 pixels. Networks marked "not run" were only '
+        'compiled.',
         table(header, rows),
     ]
     timed = [row for row in sizes if 'ms' in row]
@@ -200,18 +198,23 @@ def _slope(timed: Sequence[Mapping[str, Any]], machine: Mapping[str, float]) -> 
         return 1 + surgery * byte / (batches * flop * operation + update * byte)
 
     return (
-        f'Over these sizes time grows as weights to the power of {slopes["dense"]:.2f} dense and '
-        f'{slopes["surgery"]:.2f} under surgery. Per weight, the largest takes '
-        f'{picoseconds["dense"]:,.0f} ps dense and {picoseconds["surgery"]:,.0f} under surgery, '
-        f'{picoseconds["surgery"] - picoseconds["dense"]:,.0f} more. Its {flop:,.0f} operations '
-        f'per weight take at least {flop * operation:,.0f} ps at the speed of the large product; '
-        f'the {update} bytes of the update ({said["update"]}) {update * byte:,.0f} ps, and the '
-        f'{surgery} bytes of surgery ({said["surgery"]}) {surgery * byte:,.0f} ps at the speed of '
-        f'the pass over memory. The operations grow with the batch, the bytes do not: by these '
-        f'alone the ratio is {ratio(1):.2f} at {last["batch_size"]} images, {ratio(2):.2f} at '
-        f'twice and {ratio(0.5):.2f} at half as many. XLA counts '
-        f'{by_xla["dense"]:.0f} bytes per weight read and written dense, {by_xla["surgery"]:.0f} '
-        'under surgery, copies of arguments included.'
+        'Over these sizes the time of a step grows with the number of weights to the power of '
+        f'{slopes["dense"]:.2f} dense, and of {slopes["surgery"]:.2f} under surgery. The largest '
+        f'network takes {picoseconds["dense"]:,.0f} ps per weight dense and '
+        f'{picoseconds["surgery"]:,.0f} under surgery, '
+        f'{picoseconds["surgery"] - picoseconds["dense"]:,.0f} more.\n\n'
+        'How much of this is needed at least, per weight?\n\n'
+        f'- {flop:,.0f} operations take {flop * operation:,.0f} ps at the speed of the large '
+        'product.\n'
+        f'- The update moves {update} bytes ({said["update"]}). This takes {update * byte:,.0f} ps '
+        'at the speed of memory.\n'
+        f'- Surgery moves {surgery} bytes ({said["surgery"]}). This takes {surgery * byte:,.0f} '
+        'ps.\n\n'
+        'The operations grow with the batch, and the bytes do not. By these numbers alone the '
+        f'ratio would be {ratio(1):.2f} at {last["batch_size"]} images, {ratio(2):.2f} at twice as '
+        f'many and {ratio(0.5):.2f} at half as many. XLA counts more bytes, since it also copies '
+        f'arguments: {by_xla["dense"]:.0f} per weight dense, and {by_xla["surgery"]:.0f} under '
+        'surgery.'
     )
 
 
@@ -229,12 +232,13 @@ def _input(result: Result) -> list[str]:
     ]
     best = max(row['images_per_s'] for row in given['rows'])
     return [
-        f'{given["images"]:,} JPEGs of 500x375 pixels and {given["bytes_per_image"] / 1e3:,.0f} kB '
-        f'made up here, read from array_record files and cropped to {given["size"]} pixels as '
-        'Caffe does:',
+        f'The input is {given["images"]:,} JPEGs, made up here, of 500x375 pixels and '
+        f'{given["bytes_per_image"] / 1e3:,.0f} kB. They are read from array_record files and '
+        f'cropped to {given["size"]} pixels as Caffe does:',
         table(['decoded by', 'cores', 'images/s', 'per core'], rows),
-        f'The dense step above takes {wanted:,.1f} images/s, {wanted / best:.2f} of what all cores '
-        f'decode, so decoding {"keeps" if best >= wanted else "does not keep"} up with it.',
+        f'The dense step above needs {wanted:,.1f} images/s. That is {wanted / best:.2f} of what '
+        'all cores decode, so decoding '
+        f'{"keeps" if best >= wanted else "does not keep"} up with it.',
     ]
 
 

@@ -19,12 +19,6 @@ from experiments.networks.image_layers import (
     pool_as_caffe,
 )
 
-NETWORK_NAMES = {
-    'lenet300': 'LeNet-300-100',
-    'lenet5': 'LeNet-5',
-    'alexnet': 'AlexNet',
-    'vgg16': 'VGG-16',
-}
 # Caffe's filler `xavier` is uniform in ±√(3 / fan-in).
 _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 

@@ -18,12 +18,13 @@ from flax import nnx
 
 import dns_jax
 from dns_jax import pruners
+from dns_jax.files.writing import write_whole
 from experiments.config.command_line import flag
 from experiments.devices import progress
 from experiments.own_loops import networks as own_networks
 from experiments.own_loops.networks import Task
 from experiments.reports.commits import describe_commit
-from experiments.reports.tables import middle_and_range, table, write_csv
+from experiments.reports.tables import middle_and_range, table, to_csv
 
 METHODS = ('surgery', 'gradual')
 _TARGETS = {'cnn': 'compression', 'gpt': 'density'}  # in what each network says how small
@@ -134,7 +135,9 @@ def make_pruner(run: Run, params: dns_jax.Params) -> optax.GradientTransformatio
         return dns_jax.prune_to(steps=run.steps, **how_small)
     # Masks stay from about the same step on as with `prune_to`; no coin is thrown with the key.
     ramp, density = run.steps * 3 // 5, _to_density(run, params)
-    return pruners.gradual(density, 0, ramp, 1, jax.random.key(0), divide=dns_jax.global_density)
+    return pruners.gradual(
+        density, 0, ramp, 1, jax.random.key(0), density_rule=dns_jax.global_density
+    )
 
 
 def train(
@@ -214,7 +217,7 @@ def run_all(config: OwnLoopConfig) -> list[Row]:
             for _, runs in itertools.groupby(left, lambda run: run.seed):
                 for row in _run_seed(task, list(runs)):
                     rows.append({**row, 'commit': commit})
-                    write_csv(path, rows)
+                    write_whole(path, to_csv(rows))
                     bar.update()
     by_run = {_to_run(row): row for row in rows}
     return [by_run[run] for run in wanted]

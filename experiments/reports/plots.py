@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from dns_jax.files.writing import write_whole
 from experiments.reports import published
-from experiments.training.workdir import PHASES
+from experiments.reports.records import PHASES
 
 Records = Sequence[Mapping[str, Any]]
 

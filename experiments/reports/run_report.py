@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dns_jax.files.writing import write_whole
-from experiments.networks.models import NETWORK_NAMES
+from experiments.networks.names import NETWORK_NAMES
 from experiments.reports import plots, published
 from experiments.reports.pages import Bar, Section, render
+from experiments.reports.records import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, read_records
 from experiments.reports.summaries import LAYER_COUNTS, Summary, check_summary
 from experiments.reports.tables import Rows, Table, to_text
-from experiments.training.workdir import REPORT_FILE, SUMMARY_FILE, read_records
 
 RESULT_HEADER = ('network', 'parameters → kept', 'error: reference → after surgery', 'compression')
 LAYER_HEADER = (
@@ -195,7 +195,7 @@ def write(
     write_whole(paths[0], json.dumps(summary, indent=2) + '\n')
     records = read_records(workdir)
     if not records:
-        raise ValueError(f'{workdir / "metrics.jsonl"} holds no records')
+        raise ValueError(f'{workdir / METRICS_FILE} holds no records')
     figures = [plots.training_figure(records)]
     if any(record['phase'] == 'surgery' for record in records):
         figures += [plots.density_figure(records, summary), plots.surgery_figure(records)]

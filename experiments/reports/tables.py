@@ -4,10 +4,7 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from dns_jax.files.writing import write_whole
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,14 +34,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines)
 
 
-def write_csv(path: Path, rows: Rows) -> None:
+def to_csv(rows: Rows) -> str:
     """Writes rows as CSV; the columns are all that a row has."""
     text = io.StringIO()
     columns = dict.fromkeys(column for row in rows for column in row)
     writer = csv.DictWriter(text, list(columns), lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    return text.getvalue()
 
 
 def middle_and_range(rows: Rows, name: str, form: str, unit: str = '') -> str:

@@ -1,37 +1,37 @@
 """The flags of what does many runs: frontiers, comparisons, searches.
 
-Each configuration has those of its runs, and its own.
+Each configuration holds the flags of its runs, as `shared`, beside its own.
 """
 
 import collections
 import dataclasses
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags as absl_flags
 
-from experiments.config.command_line import check_finite, define, flag, is_flag
-from experiments.config.flags import Config
+from experiments.config.command_line import (
+    all_flags,
+    check_finite,
+    define,
+    flag,
+    flags_of,
+    names_of,
+)
+from experiments.training.flags import Config
 
-# What all variants of a comparison have in common.
-_SHARED = {
-    *('dataset', 'data_dir', 'manual_dir', 'train_on_all', 'workdir', 'reference', 'resume'),
-    *('overwrite', 'tensorboard', 'seed', 'batch_size', 'compression', 'dropout'),
-    *('reference_steps', 'reference_learning_rate', 'reference_weight_decay'),
-}
+_TARGETS = names_of(Config, 'target')
+_NETWORKS = ('lenet300', 'lenet5')
 
 
 @dataclasses.dataclass(frozen=True)
-class FrontierConfig(Config):
-    """What `experiments.frontier` sweeps: the flags of its runs, and these."""
+class SweepConfig:
+    """What sweeps have in common: targets × seeds."""
 
-    network: str = flag('lenet300', 'Network.', choices=('lenet300', 'lenet5'))
-    workdir: str = flag(
-        'runs/frontier',
-        'Folder that the sweep writes to, with one folder for each run.',
-        decides=False,
-    )
+    workdir: str
+    network: str = flag('lenet300', 'Network.', choices=_NETWORKS)
     compressions: str = flag('30,60,120', 'All / kept parameters to reach, with commas between.')
     seeds: int = flag(
         5,
@@ -42,34 +42,14 @@ class FrontierConfig(Config):
     side_by_side: int = flag(
         5, 'Seeds trained in one program, side by side, at most.', lower_bound=1
     )
-
-    # What --compressions, or a variant, says in their place: fields, but no flags.
-    compression: float | None = None
-    density: float | None = None
-    layer_density: str = ''
-    c_rate: str = ''
+    shared: Mapping[str, Any] = flags_of(Config, 'workdir', *_TARGETS)
 
     def __post_init__(self):
-        self.runs()  # each checks itself
+        self.named_runs()  # each checks itself
 
-    def runs(self) -> list[Config]:
-        """Returns the configuration of every run, by compression, then seed.
-
-        The first compression trains the references, those after it start from them.
-        """
-        compressions = self.targets()
-        runs = []
-        for number, compression in enumerate(compressions):
-            for seed in range(self.seed, self.seed + self.seeds):
-                first = f'{self.workdir}/{compressions[0]:g}-{seed}'
-                own = {
-                    'seed': seed,
-                    'compression': compression,
-                    'workdir': f'{self.workdir}/{compression:g}-{seed}',
-                    'reference': first if number and not self.reference else self.reference,
-                }
-                runs.append(to_run(self, **own))
-        return runs
+    def named_runs(self) -> list[tuple[str, Config]]:
+        """Returns the configuration of every run, with the name of its variant."""
+        raise NotImplementedError
 
     def targets(self) -> list[float]:
         """Returns the compressions to reach."""
@@ -81,14 +61,48 @@ class FrontierConfig(Config):
             ) from error
         if len(set(compressions)) < len(compressions):
             raise ValueError(f'--compressions={self.compressions} names one twice')
-        if self.compression is not None:
-            raise ValueError(f'compression={self.compression} has no place beside compressions')
         return compressions
+
+    def all_seeds(self) -> range:
+        """Returns the seeds of each target."""
+        return range(self.shared['seed'], self.shared['seed'] + self.seeds)
+
+    def make_run(self, label: str, **own: Any) -> Config:
+        """Makes the configuration of one run, in the folder of that label."""
+        folder = f'{self.workdir}/{label}'
+        return Config(**{**self.shared, 'network': self.network, 'workdir': folder, **own})
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareConfig(FrontierConfig):
-    """What `experiments.compare` compares: the flags that its runs share, and these."""
+class FrontierConfig(SweepConfig):
+    """What `experiments.frontier` sweeps."""
+
+    workdir: str = flag(
+        'runs/frontier',
+        'Folder that the sweep writes to, with one folder for each run.',
+        decides=False,
+    )
+
+    def named_runs(self):
+        """Returns the runs, by compression, then seed.
+
+        The first compression trains the references, those after it start from them.
+        """
+        first, *_ = targets = self.targets()
+        runs = []
+        for target in targets:
+            for seed in self.all_seeds():
+                reference = self.shared['reference']
+                if target != first and not reference:
+                    reference = f'{self.workdir}/{first:g}-{seed}'
+                own = {'seed': seed, 'compression': target, 'reference': reference}
+                runs.append(('', self.make_run(f'{target:g}-{seed}', **own)))
+        return runs
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(SweepConfig):
+    """What `experiments.compare` compares: variants of the flags that its runs share."""
 
     workdir: str = flag(
         'runs/compare',
@@ -101,42 +115,34 @@ class CompareConfig(FrontierConfig):
         'again for each. One that says by itself what to keep is run once for all compressions.',
     )
 
-    def __post_init__(self):
-        lengths = {run.surgery_steps + run.finetuning_steps for _, run in self.named_runs()}
+    def named_runs(self):
+        """Returns the runs, by variant, compression, then seed.
+
+        The first of each seed trains its reference, those after it start from that.
+        """
+        runs, first = [], {}
+        for name, changed in self._variants().items():
+            slug = re.sub(r'\W+', '-', name.lower()).strip('-')
+            says_itself = changed.keys() & {*_TARGETS}
+            for target in [None] if says_itself else self.targets():
+                for seed in self.all_seeds():
+                    label = f'{slug}-{seed}' if target is None else f'{slug}-{target:g}-{seed}'
+                    own = {
+                        'seed': seed,
+                        'compression': target,
+                        'reference': self.shared['reference'] or first.get(seed),
+                    }
+                    first.setdefault(seed, f'{self.workdir}/{label}')
+                    runs.append((name, self.make_run(label, **{**changed, **own})))
+        lengths = {run.surgery_steps + run.finetuning_steps for _, run in runs}
         if len(lengths) > 1:
             raise ValueError(f'--variant: all must take as many steps, but take {sorted(lengths)}')
-        folders = collections.Counter(run.workdir for run in self.runs())
+        folders = collections.Counter(run.workdir for _, run in runs)
         twice = sorted(folder for folder, count in folders.items() if count > 1)
         if twice:
             raise ValueError(
                 f'--variant: names must differ in letters and digits, but two make {twice}'
             )
-
-    def runs(self) -> list[Config]:
-        """Returns the configuration of every run, by variant, compression, then seed.
-
-        The first of each seed trains its reference, those after it start from that.
-        """
-        return [run for _, run in self.named_runs()]
-
-    def named_runs(self) -> list[tuple[str, Config]]:
-        """Returns the same with the name of the variant."""
-        runs, first = [], {}
-        for name, changed in self._variants().items():
-            slug = re.sub(r'\W+', '-', name.lower()).strip('-')
-            says_itself = changed.keys() & {'density', 'layer_density', 'c_rate'}
-            for target in [None] if says_itself else self.targets():
-                for seed in range(self.seed, self.seed + self.seeds):
-                    label = f'{slug}-{seed}' if target is None else f'{slug}-{target:g}-{seed}'
-                    folder = f'{self.workdir}/{label}'
-                    own = {
-                        'seed': seed,
-                        'compression': target,
-                        'workdir': folder,
-                        'reference': self.reference or first.get(seed),
-                    }
-                    first.setdefault(seed, folder)
-                    runs.append((name, to_run(self, **{**changed, **own})))
         return runs
 
     def _variants(self) -> dict[str, dict[str, Any]]:
@@ -152,12 +158,13 @@ class CompareConfig(FrontierConfig):
                 left = flag_values(['--variant', *shlex.split(arguments)])[1:]
             except (absl_flags.Error, ValueError) as error:  # the latter for an open quote
                 raise ValueError(f'--variant={text}: {error}') from error
-            names = [field.name for field in filter(is_flag, dataclasses.fields(Config))]
+            names = [field.name for field in all_flags(Config)]
             changed = {name: flag_values[name].value for name in names if flag_values[name].present}
-            if left or changed.keys() & _SHARED:
+            common = changed.keys() & {*names_of(Config, 'place', 'task'), 'compression'}
+            if left or common:
                 raise ValueError(
                     f'--variant={text} may change how is pruned and fine-tuned, but not '
-                    f'{left or sorted(changed.keys() & _SHARED)}'
+                    f'{left or sorted(common)}'
                 )
             variants[name.strip()] = changed
         if not variants:
@@ -166,10 +173,10 @@ class CompareConfig(FrontierConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchConfig(Config):
-    """What `experiments.search` searches: the flags of its runs, and these."""
+class SearchConfig:
+    """What `experiments.search` searches."""
 
-    network: str = flag('lenet300', 'Network.', choices=('lenet300', 'lenet5'))
+    network: str = flag('lenet300', 'Network.', choices=_NETWORKS)
     workdir: str = flag('runs/search', 'Folder that the search writes to.', decides=False)
     space: str = flag(
         'layer_density',
@@ -194,36 +201,29 @@ class SearchConfig(Config):
     storage: str | None = flag(
         None, 'URL of the database of --study; by default study.db in --workdir.', decides=False
     )
-
-    # What the search chooses by itself or has no use for: fields, but no flags.
-    compression: float | None = None
-    density: float | None = None
-    layer_density: str = ''
-    c_rate: str = ''
-    ramp_end: str = '80%'
-    refresh_statistics: int = 0
-    cut: float = 0.0
-    cut_at: str = '50%'
-    count_returns: bool = False
-    on_divergence: str = 'stop'
-    train_on_all: bool = False
-    resume: bool = dataclasses.field(default=False, metadata={'decides': False})
-    overwrite: bool = dataclasses.field(default=False, metadata={'decides': False})
+    # Without what the search chooses by itself or has no use for.
+    shared: Mapping[str, Any] = flags_of(
+        Config,
+        *(*_TARGETS, 'workdir', 'ramp_end', 'refresh_statistics', 'cut', 'cut_at'),
+        *('count_returns', 'on_divergence', 'train_on_all', 'resume', 'overwrite'),
+    )
 
     def __post_init__(self):
-        to_run(self, density=1.0)  # checks what runs and the search have in common
         check_finite(self)
+        self.base()  # checks what its runs have in common
 
+    def base(self) -> Config:
+        """The run that every trial changes: all weights are kept."""
+        return Config(
+            **{**self.shared, 'network': self.network, 'workdir': self.workdir, 'density': 1.0}
+        )
 
-def to_run(config: Config, **changed: Any) -> Config:
-    """Makes the configuration of one run.
+    def reference_run(self, folder: str) -> Config:
+        """Makes the run of the dense network.
 
-    Args:
-      config: of many.
-      **changed: fields that are others in this run.
-
-    Returns:
-      The configuration, without the fields that a run does not have.
-    """
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
-    return Config(**{**fields, **changed})
+        Without what is searched: another study in the folder may start from the same network.
+        """
+        names = {*names_of(Config, 'place', 'task', 'solver')} & self.shared.keys()
+        own = {'network': self.network, 'workdir': folder, 'density': 1.0}
+        own |= {'reference': None, 'resume': True}
+        return Config(**{**{name: self.shared[name] for name in names}, **own})

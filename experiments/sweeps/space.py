@@ -1,12 +1,13 @@
 """What a search chooses: the numbers of a trial, and the run that they stand for."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config.flags import Config
-from experiments.config.parsers import parse_step, parse_table
+from experiments.config.parsers import parse_step, parse_table, scale_learning_rate
 from experiments.networks import models
-from experiments.sweeps.flags import SearchConfig, to_run
+from experiments.sweeps.flags import SearchConfig
+from experiments.training.flags import Config
 
 _SPACES = {  # low, high, and whether on a logarithmic scale
     'compression': (20.0, 1000.0, True),
@@ -41,7 +42,7 @@ def choice_at(config: SearchConfig, share: float) -> dict[str, float]:
     }
 
 
-def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
+def make_config(config: SearchConfig, choice: Mapping[str, float]) -> Config:
     """Makes the configuration of the run that a choice stands for.
 
     Args:
@@ -52,15 +53,14 @@ def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
     Returns:
       The configuration, with the numbers chosen as a flagfile shows them, of four digits.
     """
-    policy, _, numbers = config.learning_rate.partition(':')
-    base, *others = numbers.split(',')
-    rate = f'{float(base) * choice["learning rate"]:.4g}'
+    run = config.base()
+    rate, decay = choice['learning rate'], choice['weight decay']
     chosen: dict[str, Any] = {
-        'learning_rate': f'{policy}:{",".join([rate, *others])}',
-        'weight_decay': float(f'{config.weight_decay * choice["weight decay"]:.4g}'),
+        'learning_rate': scale_learning_rate(run.learning_rate, rate),
+        'weight_decay': float(f'{run.weight_decay * decay:.4g}'),
     }
     if 'ramp' in choice:
-        start, stop = _updates(config)
+        start, stop = _updates(run)
         chosen['ramp_end'] = str(int(start + choice['ramp'] * (stop - start)))
     if config.space == 'compression':
         chosen['compression'] = float(f'{choice["compression"]:.4g}')
@@ -68,15 +68,15 @@ def make_run(config: SearchConfig, choice: Mapping[str, float]) -> Config:
         chosen[config.space] = ','.join(
             f'{layer}:{choice[f"{config.space} {layer}"]:.4g}' for layer in _layers(config)
         )
-    return to_run(config, **chosen)
+    return dataclasses.replace(run, **{'density': None, **chosen})
 
 
-def _updates(config: SearchConfig) -> tuple[int, int]:
+def _updates(run: Config) -> tuple[int, int]:
     """The step at which ramps start, and the first at which the masks of a layer are frozen."""
-    steps = config.surgery_steps
+    steps = run.surgery_steps
     try:
-        stops = parse_table(config.stop, lambda text: parse_step(text, steps))
-        return parse_step(config.ramp_start, steps), min([*stops.values(), steps])
+        stops = parse_table(run.stop, lambda text: parse_step(text, steps))
+        return parse_step(run.ramp_start, steps), min([*stops.values(), steps])
     except ValueError as error:
         raise ValueError(f'--ramp_start or --stop: {error}') from error
 

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawing
 from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
 
+from experiments.config.command_line import identify
 from experiments.reports import plots
 from experiments.sweeps.flags import SearchConfig
 
@@ -99,7 +100,7 @@ def open_study(url: str, config: SearchConfig) -> optuna.Study:
     study = optuna.create_study(
         storage=_open_storage(url), study_name=config.study, load_if_exists=True
     )
-    own, others = config.identity(), study.user_attrs.get('flags', {})
+    own, others = identify(config), study.user_attrs.get('flags', {})
     if trials(study, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED):
         different = [name for name in own if name not in others or others[name] != own[name]]
         if different:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,31 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from dns_jax.files.writing import write_whole
-from experiments.config.flags import Config
+from experiments.config.command_line import identify, print_result
 from experiments.devices import progress
 from experiments.reports import plots
+from experiments.reports.records import SUMMARY_FILE
 from experiments.reports.summaries import read_summary
-from experiments.reports.tables import Table, to_text, write_csv
+from experiments.reports.tables import Table, to_csv, to_text
 from experiments.sweeps import sweep_report
-from experiments.sweeps.flags import FrontierConfig
+from experiments.sweeps.flags import SweepConfig
 from experiments.training.divergence import Diverged
-from experiments.training.run import run_together
-from experiments.training.workdir import SUMMARY_FILE
+from experiments.training.flags import Config
+from experiments.training.plan import Plan
+from experiments.training.side_by_side import run_together
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
+Plans = Mapping[Config, Plan]
 
 
 def run_all(
-    runs: Sequence[Config], side_by_side: int, on_batch: Callable[[Summaries], Any]
+    plans: Plans, side_by_side: int, on_batch: Callable[[Summaries], Any]
 ) -> tuple[Summaries, dict[str, str]]:
     """Does every run, those that differ in seed and places alone side by side.
 
     Args:
-      runs: in the order to do them; with `resume` one that is finished is read.
+      plans: of each run, in the order to do them; with `resume` one that is finished is read.
       side_by_side: how many in one program, at most.
       on_batch: called with all summaries so far once some are added, so that a sweep can be
         looked at while it goes on.
@@ -45,6 +47,7 @@ def run_all(
       RuntimeError: if none came to its end.
       As `experiments.training.run.run` does.
     """
+    runs = list(plans)
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
     left_out: dict[str, str] = {}
     without_reference = set()  # folders
@@ -56,7 +59,7 @@ def run_all(
         for batch in batches:
             bar.set_postfix_str(', '.join(Path(run.workdir).name for run in batch))
             able = [run for run in batch if run.reference not in without_reference]
-            found, broken = _run_batch(able) if able else ({}, {})
+            found, broken = _run_batch([plans[run] for run in able]) if able else ({}, {})
             reasons = {run: f'{error}' for run, error in broken.items()}
             without_reference |= {r.workdir for r, e in broken.items() if e.phase == 'reference'}
             for run in batch:
@@ -75,17 +78,19 @@ def run_all(
     return summaries, left_out
 
 
-def _run_batch(batch: Sequence[Config]) -> tuple[Summaries, Mapping[Config, Diverged]]:
+def _run_batch(batch: Sequence[Plan]) -> tuple[Summaries, Mapping[Config, Diverged]]:
     """Does some runs side by side; gives the summaries, and the errors of those that break down."""
+    runs = [plan.config for plan in batch]
     try:
-        return dict(zip(batch, run_together(batch), strict=True)), {}
+        return dict(zip(runs, run_together(batch), strict=True)), {}
     except Diverged as error:
         if len(batch) == 1:
-            return {}, {batch[0]: error}
+            return {}, {runs[0]: error}
     # One by one, so that the others come to their end: all have begun, so each goes on.
     summaries, broken = {}, {}
-    for run in batch:
-        own, errors = _run_batch([dataclasses.replace(run, resume=True, overwrite=False)])
+    for run, plan in zip(runs, batch, strict=True):
+        again = dataclasses.replace(run, resume=True, overwrite=False)
+        own, errors = _run_batch([dataclasses.replace(plan, config=again)])
         # Their keys are the runs continued.
         summaries |= zip([run] * len(own), own.values(), strict=True)
         broken |= zip([run] * len(errors), errors.values(), strict=True)
@@ -93,7 +98,8 @@ def _run_batch(batch: Sequence[Config]) -> tuple[Summaries, Mapping[Config, Dive
 
 
 def report_all(
-    config: FrontierConfig,
+    config: SweepConfig,
+    plans: Plans,
     name: str,
     title: str,
     to_rows: Callable[[Summaries], Rows],
@@ -104,6 +110,7 @@ def report_all(
 
     Args:
       config: of the sweep.
+      plans: of its runs.
       name: of the files.
       title: of the page.
       to_rows: gives a row for each run that has a summary; the columns are all that a row has.
@@ -111,7 +118,7 @@ def report_all(
       to_figure: draws rows.
 
     Returns:
-      The rows; the last line on standard output is the same as JSON.
+      The rows; where standard output is no terminal, its last line is the same as JSON.
 
     Raises:
       As `run_all` does.
@@ -121,28 +128,28 @@ def report_all(
     def write(summaries, left_out=None):
         rows = to_rows(summaries)
         tables = to_tables(rows)
-        write_csv(path.with_suffix('.csv'), rows)
+        write_whole(path.with_suffix('.csv'), to_csv(rows))
         write_whole(path.with_suffix('.md'), to_text(tables) + '\n')
         figure = to_figure(rows)
         plots.save(figure, path.with_suffix('.png'))
-        page = sweep_report.page(title, rows, tables, figure, config.identity(), left_out or {})
+        page = sweep_report.page(title, rows, tables, figure, identify(config), left_out or {})
         write_whole(path.with_suffix('.html'), page)
         return rows
 
-    rows = write(*run_all(config.runs(), config.side_by_side, write))
+    rows = write(*run_all(plans, config.side_by_side, write))
     print(to_text(to_tables(rows)))
     print(f'\nReport: {path}.html')
-    print(json.dumps(rows))
+    print_result(rows)
     return rows
 
 
 def _without_seed(run: Config) -> dict[str, Any]:
     # Of two neighbours the second may start from the reference that the first trains.
-    return {**run.identity(), 'seed': None, 'reference': run.reference is None}
+    return {**identify(run), 'seed': None, 'reference': run.reference is None}
 
 
 def _finished(run: Config) -> Mapping[str, Any] | None:
     """Reads the summary of a run that was finished with these flags, so as not to repeat it."""
     path = Path(run.workdir) / SUMMARY_FILE
     summary = read_summary(path) if path.exists() else {}
-    return summary if summary.get('flags') == run.identity() else None
+    return summary if summary.get('flags') == identify(run) else None

@@ -1,96 +1,16 @@
-"""What many runs report: a frontier or a comparison as tables and as a page."""
+"""The page of many runs: of a frontier or a comparison."""
 
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.networks.models import NETWORK_NAMES
+from experiments.networks.names import NETWORK_NAMES
 from experiments.reports import published
 from experiments.reports.pages import Section, render
 from experiments.reports.run_report import describe_environment, to_flags
 from experiments.reports.tables import Rows, Table, middle_and_range
-
-FRONTIER_HEADER = (
-    *('network', 'seeds', 'compression', 'kept'),
-    *('error of the reference', 'error after surgery'),
-)
-# For each table of a comparison, heading: the column, its format and unit.
-COMPARE_TABLES = {
-    'Medians over seeds, and in brackets their ranges': {
-        'compression': ('compression', '.1f', '×'),
-        'error of the reference': ('reference_error', '.2f', ' %'),
-        'error': ('test_error', '.2f', ' %'),
-        'steps to reach it': ('steps_to_reach', ',.0f'),
-        'time': ('pruning_seconds', '.0f', ' s'),
-        'state': ('state_mebibytes', '.1f', ' MiB'),
-    },
-    'Validation error around a random cut': {
-        'before the cut': ('cut_before', '.2f', ' %'),
-        'after it': ('cut_after', '.2f', ' %'),
-        'in the end': ('cut_end', '.2f', ' %'),
-        'compression': ('compression', '.1f', '×'),
-    },
-    'Connections that returned, and the training loss without them': {
-        'ever pruned': ('returns_pruned', ',.0f'),
-        'returned': ('returns_returned', ',.0f'),
-        'of these kept': ('returns_returned_kept', ',.0f'),
-        'loss': ('returns_loss', '.4f'),
-        'without these': ('returns_loss_without', '.4f'),
-        'others': ('returns_others_removed', ',.0f'),
-        'without these others': ('returns_loss_without_others', '.4f'),
-    },
-}
-
-
-def frontier_tables(rows: Rows) -> list[Table]:
-    """The runs of a sweep, a row per target: medians and ranges over seeds.
-
-    Args:
-      rows: with at least `network`, `target`, `compression`, `kept`, `reference_error` and
-        `test_error`, sorted by network and target.
-    """
-    lines = []
-    for (network, _), group in itertools.groupby(rows, lambda row: (row['network'], row['target'])):
-        runs = list(group)
-        lines.append(
-            (
-                NETWORK_NAMES.get(network) or network,
-                f'{len(runs)}',
-                middle_and_range(runs, 'compression', '.1f', '×'),
-                middle_and_range(runs, 'kept', ',.0f'),
-                middle_and_range(runs, 'reference_error', '.2f', ' %'),
-                middle_and_range(runs, 'test_error', '.2f', ' %'),
-            )
-        )
-    return [Table('Medians over seeds, and in brackets their ranges', FRONTIER_HEADER, lines)]
-
-
-def compare_tables(rows: Rows) -> list[Table]:
-    """The runs of a comparison, a row per variant and target: medians and ranges over seeds.
-
-    Args:
-      rows: of `experiments.compare`, those of one variant and target side by side. Where some of
-        them were cut, or counted what returned, tables of that follow.
-    """
-    groups = [
-        (name, list(group))
-        for (name, _), group in itertools.groupby(rows, lambda row: (row['variant'], row['target']))
-    ]
-
-    tables = []
-    for caption, columns in COMPARE_TABLES.items():
-        key = next(iter(columns.values()))[0]
-        lines = [
-            (name, f'{len(runs)}', *(middle_and_range(runs, *cell) for cell in columns.values()))
-            for name, runs in groups
-            if runs[0].get(key, '') != ''
-        ]
-        if lines:
-            tables.append(Table(caption, ('variant', 'seeds', *columns), lines))
-    return tables
 
 
 def page(

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import dns_jax
-from experiments.training import steps as train
+from experiments.training import steps
 
 MOST_SETBACKS = 3  # in one phase; a run that needs more has flags that do not fit it
 
@@ -36,7 +36,7 @@ class Breakdown(NamedTuple):
 
 
 def find_breakdown(
-    chunk: train.Chunk, kept: Mapping[str, int], params: dns_jax.Params
+    chunk: steps.Chunk, kept: Mapping[str, int], params: dns_jax.Params
 ) -> Breakdown | None:
     """Finds the first step at which training broke down.
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config.flags import Config
-from experiments.config.image_flags import ImageConfig
 from experiments.data import resident
 from experiments.devices import hosts, meshes
 from experiments.networks import models
-from experiments.training import steps as train
+from experiments.training import steps
+from experiments.training.flags import Config
+from experiments.training.image_flags import ImageConfig
 
 _AHEAD = 2  # batches on their way to the devices beside the one computed with
 
@@ -34,12 +34,12 @@ class Feed(Protocol):
     steps_per_call: int  # at most; a run that is asked to leave does so after a call
     image_shape: tuple[int, int, int]
 
-    def place(self, state: train.TrainState) -> train.TrainState:
+    def place(self, state: steps.TrainState) -> steps.TrainState:
         """Puts a new state where the steps want it."""
         ...
 
     def compile(
-        self, step: train.TrainStep, states: tuple[train.TrainState, ...]
+        self, step: steps.TrainStep, states: tuple[steps.TrainState, ...]
     ) -> Callable[[Any, Any], Any]:
         """Makes the function that takes steps, of states that are placed and their batches."""
         ...
@@ -86,7 +86,7 @@ class Resident:
     def compile(self, step, states):
         """Makes one call of all steps, for one network or several side by side."""
         del states
-        run_chunks = train.make_run_chunks(step)
+        run_chunks = steps.make_run_chunks(step)
         split = self.dataset.train
         images, labels = jax.device_put((split.images, split.labels))
         return lambda states, batches: run_chunks(states, images, labels, batches)
@@ -156,7 +156,7 @@ class Streamed:
 
     def compile(self, step, states):
         """Makes one call of every step."""
-        run_chunk = train.make_run_streamed_chunk(step, states[0])
+        run_chunk = steps.make_run_streamed_chunk(step, states[0])
 
         def run_chunks(states, batches):
             return tuple(map(run_chunk, states, batches))

@@ -1,9 +1,10 @@
-"""From flags to a pruner, its rules, and the optimizer around it."""
+"""What prunes: a row of `PRUNERS` for each pruner, made of the numbers that a plan has."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,253 +12,259 @@ import optax
 
 import dns_jax
 from dns_jax import importance, pruners, sparse_training
-from experiments.config.flags import REGROWING, Config
-from experiments.config.parsers import parse_step, parse_table
-from experiments.training import divergence, probes
+from experiments.training import probes
+
+IMPORTANCES = {
+    'magnitude': importance.magnitude,
+    'taylor': importance.taylor,
+    'chance': importance.chance,
+}
+Window = tuple[int, int]  # the first step, and the first after the last
 
 
-def make_optimizer(
-    config: Config,
-    pruner: optax.GradientTransformation,
-    learning_rate: dns_jax.Schedule,
-    weight_decay: float,
-    setbacks: Sequence[bool] = (),
-) -> optax.GradientTransformation:
-    """Chains a pruner and Caffe's SGD.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is to be pruned, how far and when. Tables are by layer, `*` stands for all layers.
 
-    Args:
-      config: momentum and what is said of biases; under set and rigl pruned weights are zero and do
-        not learn.
-      pruner: of the phase.
-      learning_rate: of the phase.
-      weight_decay: of the phase.
-      setbacks: of the phase, as of `divergence.after_setbacks`.
-
-    Returns:
-      The optimizer of the phase.
+    A layer that a table of rates or densities leaves out stays dense.
     """
-    sgd = dns_jax.caffe_sgd(
-        learning_rate, config.momentum, weight_decay, config.bias_scale, config.decay_biases
-    )
-    chain = sparse_training.train_kept if config.pruner in REGROWING else optax.chain
-    # Before they are chained: under set and rigl what is pruned is zeroed after the rate is halved.
-    return chain(*divergence.after_setbacks(pruner, sgd, setbacks))
+
+    pruner: str  # of `PRUNERS`
+    steps: int  # of surgery
+    rates: Mapping[str, float]  # c of each layer; empty where densities say what to keep
+    densities: Mapping[str, float]  # of each layer; empty where the network has one
+    compression: float | None  # of the network: parameters / kept
+    density: float | None  # of the network: kept / parameters
+    score: str  # how layers share what the network keeps
+    windows: Mapping[str, Window]  # the steps with updates of masks
+    ramps: Mapping[str, Window]  # the first and the last step of a falling density
+    ramp: Callable[..., dns_jax.Schedule]  # of a density, and the first and last step
+    every: int  # steps from one choice of thresholds, or round, to the next; 0 follows
+    refresh_statistics: int  # steps from one reading of mean and std to the next; 0 reads once
+    hysteresis: float
+    update_gamma: float
+    update_power: float
+    splicing: bool
+    rounds: int
+    drop: float  # share of the kept connections that are exchanged in a round
+    importance: str  # of `IMPORTANCES`
+    prune_biases: bool
+    cut: float  # share of the kept connections that is cut at random, once
+    cut_at: int  # the step
+    count_returns: bool
+
+    @property
+    def takes_part(self) -> Callable[[str, jax.Array], bool]:
+        """Which leaves surgery is done on, as a predicate of path and leaf."""
+        return dns_jax.has_axes if self.prune_biases else dns_jax.is_kernel
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every pruner that orders connections by importance takes."""
+        return {'takes_part': self.takes_part, 'importance': IMPORTANCES[self.importance]}
+
+    def kept_share(self, params: dns_jax.Params) -> float:
+        """Says what of the leaves that take part is to be kept, so that the network is as small.
+
+        Args:
+          params: the weights, or their shapes.
+
+        Returns:
+          The density of what takes part.
+
+        Raises:
+          ValueError: if what takes no part is more than is to be kept.
+        """
+        groups = dns_jax.group_by_layer(params, takes_part=self.takes_part).values()
+        part = sum(leaf.size for leaves in groups for leaf in leaves)
+        total = sum(leaf.size for leaf in jax.tree.leaves(params))
+        # Rounded down: a network as small as asked for, or smaller.
+        if self.compression:
+            wanted = math.floor(total / self.compression)
+        else:
+            wanted = math.floor(total * (self.density or 1.0))
+        if wanted <= total - part:
+            raise ValueError(
+                f'--compression or --density asks to keep {wanted} of {total} parameters, of which '
+                f'{total - part} take no part in surgery and one more must be kept'
+            )
+        return (wanted - (total - part)) / part
 
 
 def make_pruner(
-    config: Config, params: dns_jax.Params, key: jax.Array
+    wanted: Wanted, params: dns_jax.Params, key: jax.Array
 ) -> optax.GradientTransformation:
     """Makes what prunes: surgery or what is compared with it, and probes around it.
 
     Args:
-      config: which pruner, what to keep and when.
-      params: the network's weights.
+      wanted: what to keep and when.
+      params: the network's weights, or their shapes.
       key: of its coins.
 
     Returns:
       A transformation as of `dns_jax.surgery`.
 
     Raises:
-      ValueError: if a pattern matches no layer, or a number is out of range.
+      ValueError: if a number is out of range.
     """
-    options = {
-        'takes_part': takes_part(config),
-        'importance': getattr(importance, config.importance),
-    }
-    if config.pruner == 'surgery':
-        rules = make_rules(config, params)
-        pruner = dns_jax.surgery(rules, key, splicing=config.splicing, **options)
-    else:
-        pruner = _make_baseline(config, params, key, options)
-    if config.cut:
-        step = _step_of_flag(config, 'cut_at')
-        if not 0 <= step < config.surgery_steps:
-            raise ValueError(
-                f'--cut_at={config.cut_at} must be one of the {config.surgery_steps} steps'
-            )
-        pruner = probes.cut(pruner, config.cut, step)
+    pruner = PRUNERS[wanted.pruner].make(wanted, params, key)
+    if wanted.cut:
+        pruner = probes.cut(pruner, wanted.cut, wanted.cut_at)
     # Around the cut, which prunes too.
-    return probes.count_returns(pruner) if config.count_returns else pruner
+    return probes.count_returns(pruner) if wanted.count_returns else pruner
 
 
-def _make_baseline(config, params, key, options) -> optax.GradientTransformation:
-    start, end = _ramp_steps(config, {'*': (0, config.surgery_steps)})['*']
-    rounds = [
-        start + round((end - start) * number / max(config.rounds - 1, 1))
-        for number in range(config.rounds)
-    ]
-    if config.pruner == 'han':
-        rates = _by_layer(config, 'c_rate', dns_jax.group_by_layer(params))
-        return pruners.han(rates, rounds, key, **options)
-    if config.layer_density:
-        densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
-        divide = functools.partial(dns_jax.layer_density, hysteresis=0.0)
-    else:
-        densities = _density_of_participants(config, params)
-        divide = functools.partial(dns_jax.global_density, score=config.score, hysteresis=0.0)
-    if config.pruner in REGROWING:
-        is_set = config.pruner == 'set'
-        return pruners.regrow(
-            densities,
-            config.refresh_every,
-            end,
-            key,
-            config.drop if is_set else _cosine(config.drop, end),
-            importance.chance if is_set else importance.gradient,
-            # Papers begin at random; here the network is a trained one.
-            initial=importance.magnitude,
-            divide=divide,
-            takes_part=options['takes_part'],
-        )
-    if config.pruner == 'gradual':
-        every = config.refresh_every
-        return pruners.gradual(densities, start, end, every, key, divide, **options)
-    if config.pruner == 'one_shot':
-        return pruners.one_shot(densities, start, key, divide=divide, **options)
-    return pruners.iterative(densities, rounds, key, divide, **options)
-
-
-def takes_part(config: Config) -> Callable[[str, jax.Array], bool]:
-    """Says which leaves surgery is done on, as a predicate of path and leaf."""
-    return dns_jax.has_axes if config.prune_biases else dns_jax.is_kernel
-
-
-def make_rules(config: Config, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
-    """Turns the flags into a table of rules.
+def make_rules(wanted: Wanted, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
+    """Makes the table of rules of surgery.
 
     Args:
-      config: what to keep, by `compression`, `density`, `layer_density` or `c_rate`, and when; a
-        layer that the last two do not name stays dense.
-      params: the network's weights.
+      wanted: what to keep and when.
+      params: the network's weights, or their shapes.
 
     Returns:
       `{layer name: rule}`, or one rule for all layers where these share one density.
 
     Raises:
-      ValueError: if a pattern matches no layer, or a number is out of range.
+      ValueError: if a number is out of range.
     """
-    if config.c_rate:
-        rates = _by_layer(config, 'c_rate', dns_jax.group_by_layer(params))
-        windows, every, ramps = _update_steps(config, rates), config.refresh_statistics, {}
+    if wanted.rates:
+        every = wanted.refresh_statistics
         thresholds = {
-            layer: dns_jax.mean_std(rate, config.hysteresis) for layer, rate in rates.items()
+            layer: dns_jax.mean_std(rate, wanted.hysteresis) for layer, rate in wanted.rates.items()
         }
     else:
-        if config.layer_density:
-            densities = _by_layer(config, 'layer_density', dns_jax.group_by_layer(params))
-            make = dns_jax.layer_density
-        else:
-            densities = {'*': _density_of_participants(config, params)}
-            make = functools.partial(dns_jax.global_density, score=config.score)
-        windows, every = _update_steps(config, densities), config.refresh_every or None
-        ramps = _ramp_steps(config, windows)
+        every = wanted.every or None
+        densities, make = _densities(wanted, params)
         thresholds = {
-            layer: make(
-                _density_schedule(config, density, *ramps[layer]), hysteresis=config.hysteresis
-            )
+            layer: make(wanted.ramp(density, *wanted.ramps[layer]), hysteresis=wanted.hysteresis)
             for layer, density in densities.items()
         }
     rules = {}
-    for layer, (start, stop) in windows.items():
-        if layer in ramps and every and not config.update_power:
+    for layer, (start, stop) in wanted.windows.items():
+        if layer in wanted.ramps and every and not wanted.update_power:
             last = (stop - 1) // every * every
-            if last >= max(start, ramps[layer][1]):
+            if last >= max(start, wanted.ramps[layer][1]):
                 stop = last + 1  # training settles under the last thresholds that fit
         probability = dns_jax.update_probability(
-            config.update_gamma, config.update_power, stop, start
+            wanted.update_gamma, wanted.update_power, stop, start
         )
         rules[layer] = dns_jax.Rule(thresholds[layer], probability, every)
     return rules
 
 
-def _by_layer(
-    config: Config, flag: str, layers: Iterable[str], number: Callable[[str], Any] = float
-) -> dict[str, Any]:
-    """Reads the table of a flag for the layers that it names."""
-    try:
-        matches = dns_jax.match_patterns(parse_table(getattr(config, flag), number), layers)
-    except ValueError as error:
-        raise ValueError(f'--{flag}: {error}') from error
-    return {layer: value for layer, (_, value) in matches.items()}
+def _densities(wanted: Wanted, params: Any) -> tuple[Mapping[str, float], Callable[..., Any]]:
+    """The densities by layer, or that of all, and what makes thresholds of one."""
+    if wanted.densities:
+        return wanted.densities, dns_jax.layer_density
+    share = functools.partial(dns_jax.global_density, score=wanted.score)
+    return {'*': wanted.kept_share(params)}, share
 
 
-def _update_steps(config: Config, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Reads the first step with updates of each layer, and the first without them again."""
-    # A start or stop for a layer that stays dense would be a slip.
-    starts, stops = (
-        _by_layer(config, flag, layers, lambda text: parse_step(text, config.surgery_steps))
-        for flag in ('start', 'stop')
+def _baseline(wanted: Wanted, params: Any) -> tuple[Any, Callable[..., Any]]:
+    """The same for pruners without a band, which take a number where there is one for all."""
+    densities, make = _densities(wanted, params)
+    one = densities if wanted.densities else densities['*']
+    return one, functools.partial(make, hysteresis=0.0)
+
+
+def _rounds(wanted: Wanted) -> list[int]:
+    start, end = wanted.ramps['*']
+    last = max(wanted.rounds - 1, 1)
+    return [start + round((end - start) * number / last) for number in range(wanted.rounds)]
+
+
+def _make_surgery(wanted, params, key):
+    rules = make_rules(wanted, params)
+    return dns_jax.surgery(rules, key, splicing=wanted.splicing, **wanted.options)
+
+
+def _make_han(wanted, params, key):
+    return pruners.han(wanted.rates, _rounds(wanted), key, **wanted.options)
+
+
+def _make_iterative(wanted, params, key):
+    densities, rule = _baseline(wanted, params)
+    return pruners.iterative(densities, _rounds(wanted), key, rule, **wanted.options)
+
+
+def _make_one_shot(wanted, params, key):
+    densities, rule = _baseline(wanted, params)
+    start, _ = wanted.ramps['*']
+    return pruners.one_shot(densities, start, key, density_rule=rule, **wanted.options)
+
+
+def _make_gradual(wanted, params, key):
+    densities, rule = _baseline(wanted, params)
+    start, end = wanted.ramps['*']
+    return pruners.gradual(densities, start, end, wanted.every, key, rule, **wanted.options)
+
+
+def _make_regrowing(drop, growth, wanted, params, key):
+    densities, rule = _baseline(wanted, params)
+    _, end = wanted.ramps['*']
+    return pruners.regrow(
+        densities,
+        wanted.every,
+        end,
+        key,
+        drop(wanted.drop, end),
+        growth,
+        # Papers begin at random; here the network is a trained one.
+        initial=importance.magnitude,
+        density_rule=rule,
+        takes_part=wanted.takes_part,
     )
-    # None after the last step, that one of them is the last: by density that is an exact one.
-    steps = config.surgery_steps
-    return {layer: (starts.get(layer, 0), min(stops.get(layer, steps), steps)) for layer in layers}
-
-
-def _step_of_flag(config: Config, flag: str) -> int:
-    try:
-        return parse_step(getattr(config, flag), config.surgery_steps)
-    except ValueError as error:
-        raise ValueError(f'--{flag}: {error}') from error
-
-
-def _ramp_steps(
-    config: Config, windows: Mapping[str, tuple[int, int]]
-) -> dict[str, tuple[int, int]]:
-    """Reads the first and the last step of each layer's ramp, which the last update ends."""
-    starts, ends = (
-        _by_layer(config, flag, windows, lambda text: parse_step(text, config.surgery_steps))
-        if ':' in getattr(config, flag)
-        else dict.fromkeys(windows, _step_of_flag(config, flag))
-        for flag in ('ramp_start', 'ramp_end')
-    )
-    ramps = {}
-    for layer, (first, stop) in windows.items():
-        # A layer that a table leaves out has no ramp.
-        start, end = starts.get(layer, 0), min(ends.get(layer, 0), stop - 1)
-        if not 0 <= start < end or first >= stop:
-            raise ValueError(
-                f'--ramp_end={config.ramp_end} must come after --ramp_start={config.ramp_start}, '
-                f'and that not before step 0, for {layer}, whose masks are updated at the steps '
-                f'from {first} to {stop - 1}'
-            )
-        ramps[layer] = start, end
-    return ramps
-
-
-def _density_schedule(config: Config, density: float, start: int, end: int) -> dns_jax.Schedule:
-    if not 0 < density <= 1:
-        raise ValueError(f'--layer_density: a density must be in (0, 1], but is {density!r}')
-    if config.ramp == 'log':
-        return dns_jax.log_linear_density(density, start, end)
-    kind, _, text = config.ramp.partition(':')
-    try:
-        power = float(text)
-    except ValueError:
-        kind = ''
-    if kind != 'poly':
-        raise ValueError(f'--ramp must be log or poly:POWER, but is {config.ramp!r}')
-    return dns_jax.polynomial_density(density, start, end, power=power)
-
-
-def _density_of_participants(config: Config, params: dns_jax.Params) -> float:
-    """The density of what takes part with which the whole network reaches the one wanted."""
-    groups = dns_jax.group_by_layer(params, takes_part=takes_part(config)).values()
-    part = sum(leaf.size for leaves in groups for leaf in leaves)
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    # Rounded down: a network as small as asked for, or smaller.
-    if config.compression:
-        wanted = math.floor(total / config.compression)
-    else:
-        wanted = math.floor(total * (config.density or 1.0))
-    if wanted <= total - part:
-        raise ValueError(
-            f'--compression or --density asks to keep {wanted} of {total} parameters, of which '
-            f'{total - part} take no part in surgery and one more must be kept'
-        )
-    return (wanted - (total - part)) / part
 
 
 def _cosine(drop: float, steps: int) -> dns_jax.Schedule:
     """The share that RigL exchanges, α/2 · (1 + cos(π·step/steps))."""
     schedule = optax.cosine_decay_schedule(drop, steps)
     return lambda step: jnp.asarray(schedule(jnp.float32(step)))
+
+
+_DENSITIES = ('compression', 'density', 'layer_density')
+
+
+class Pruner(NamedTuple):
+    """A way to prune that a run can be asked for."""
+
+    text: str  # for --help, behind the name
+    make: Callable[[Wanted, dns_jax.Params, jax.Array], optax.GradientTransformation]
+    reads: tuple[str, ...]  # the flags that not every pruner reads
+    targets: tuple[str, ...] = _DENSITIES  # the flags that may say what to keep
+    in_rounds: bool = False  # whether there is one every so many steps, which must not be 0 then
+    chain: Callable[..., optax.GradientTransformation] = optax.chain  # it and the optimizer
+
+
+PRUNERS = {
+    'surgery': Pruner(
+        'the paper',
+        _make_surgery,
+        (
+            *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
+            *('count_returns', 'importance', 'refresh_statistics'),
+        ),
+        (*_DENSITIES, 'c_rate'),
+    ),
+    'han': Pruner('the rounds of Han et al.', _make_han, ('importance', 'rounds'), ('c_rate',)),
+    'iterative': Pruner('as many rounds by density', _make_iterative, ('importance', 'rounds')),
+    'one_shot': Pruner('in one step', _make_one_shot, ('importance',)),
+    'gradual': Pruner(
+        'the cubic ramp of Zhu and Gupta', _make_gradual, ('importance',), in_rounds=True
+    ),
+    # What is pruned is zero and does not learn.
+    'set': Pruner(
+        'in one step, then the smallest are exchanged for random ones',
+        functools.partial(_make_regrowing, lambda drop, steps: drop, importance.chance),
+        ('drop',),
+        in_rounds=True,
+        chain=sparse_training.train_kept,
+    ),
+    'rigl': Pruner(
+        'in one step, then the smallest are exchanged for those with the largest gradients',
+        functools.partial(_make_regrowing, _cosine, importance.gradient),
+        ('drop',),
+        in_rounds=True,
+        chain=sparse_training.train_kept,
+    ),
+}

@@ -13,36 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from dns_jax.files.writing import write_whole
-from experiments.config.flags import Config
+from experiments.reports.records import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, read_records
 
 FLAGS_FILE = 'flags.json'
-METRICS_FILE = 'metrics.jsonl'
-SUMMARY_FILE = 'summary.json'
-REPORT_FILE = 'report.html'
 NETWORK_FILE = 'pruned.safetensors'
 CHECKPOINTS_FOLDER = 'checkpoints'
 LOCK_FILE = '.lock'
 _locks: dict[tuple[int, int], int] = {}  # of this process: descriptors by file
-PHASES = ('reference', 'surgery', 'finetuning')
 
 
-def claim(config: Config) -> Path:
-    """Makes the folder ready for a run.
+def claim(
+    folder: Path, flags: Mapping[str, Any], resume: bool = False, overwrite: bool = False
+) -> None:
+    """Makes a folder ready for a run, and writes its `flags.json`.
+
+    Other processes are kept out for as long as this one lives, or until `release`.
 
     Args:
-      config: the run; `workdir`, `resume` and `overwrite` decide.
-
-    Returns:
-      The folder, with this run's `flags.json` in it. Other processes are kept out for as long as
-      this one lives, or until `release`.
+      folder: of the run.
+      flags: what decides its numbers.
+      resume: whether to go on with the run that the folder holds.
+      overwrite: whether to delete it first.
 
     Raises:
       ValueError: if the folder holds a run and neither --resume nor --overwrite is given, holds
         a run with other flags on --resume, or holds other things than a run.
       OSError: if another process has the folder, or it cannot be written.
     """
-    folder = Path(config.workdir)
-    _check_claim(config, folder)
+    _check_claim(folder, flags, resume, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
@@ -51,14 +49,13 @@ def claim(config: Config) -> Path:
     except OSError as error:
         raise _not_writable(folder, error) from error
     # What another run did meanwhile counts.
-    _check_claim(config, folder)
-    if config.overwrite:
+    _check_claim(folder, flags, resume, overwrite)
+    if overwrite:
         _delete_run(folder)
     try:
-        write_whole(folder / FLAGS_FILE, json.dumps(config.identity(), indent=2) + '\n')
+        write_whole(folder / FLAGS_FILE, json.dumps(flags, indent=2) + '\n')
     except OSError as error:
         raise _not_writable(folder, error) from error
-    return folder
 
 
 def release(folder: Path) -> None:
@@ -87,15 +84,15 @@ def _identify(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _check_claim(config: Config, folder: Path) -> None:
+def _check_claim(folder: Path, flags: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
     if (folder / FLAGS_FILE).exists():
         recorded = read_flags(folder)
-        if not (config.overwrite or config.resume):
+        if not (overwrite or resume):
             raise ValueError(
                 f'--workdir={folder} already holds a run; continue it with --resume, replace it '
                 'with --overwrite, or choose another'
             )
-        if config.resume and (differences := _differences(recorded, config.identity())):
+        if resume and (differences := _differences(recorded, flags)):
             raise ValueError(f'--workdir={folder} holds a run with other flags: {differences}')
     elif folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ValueError(f'--workdir={folder} is not empty and holds no run of this program')
@@ -103,33 +100,6 @@ def _check_claim(config: Config, folder: Path) -> None:
 
 def _not_writable(folder: Path, error: OSError) -> OSError:
     return OSError(f'--workdir={folder} must be a folder that can be written: {error}')
-
-
-def read_records(folder: str | Path) -> list[dict[str, Any]]:
-    """Reads the records of a run.
-
-    Args:
-      folder: of the run.
-
-    Returns:
-      The records in the order written. A last line without its end, as a killed writer leaves
-      it, is no record.
-
-    Raises:
-      ValueError: if a line is damaged; the message names the file and the line.
-      OSError: if the file is missing or cannot be read.
-    """
-    path = Path(folder) / METRICS_FILE
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], start=1):
-        try:
-            record = json.loads(line)
-            if record['phase'] not in PHASES or not isinstance(record['step'], int):
-                raise ValueError(f'phase {record["phase"]!r}, step {record["step"]!r}')
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f'{path}, line {number}, is damaged: {error!r}') from error
-        records.append(record)
-    return records
 
 
 class Records:
@@ -199,7 +169,7 @@ def read_flags(folder: Path) -> Mapping[str, Any]:
       folder: of the run.
 
     Returns:
-      As `Config.identity` gave it.
+      As `claim` wrote it.
 
     Raises:
       ValueError: if the file is damaged, or of another program.

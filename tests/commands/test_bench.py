@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from experiments import bench
+from experiments.bench import BenchConfig
 from experiments.measurements import loops
-from experiments.tool_flags import BenchConfig
 
 PEER = """
 import json

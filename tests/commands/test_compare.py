@@ -11,9 +11,9 @@ import short_sweep
 
 from experiments import compare
 from experiments.data import resident
-from experiments.reports import plots
+from experiments.reports import plots, sweep_tables
 from experiments.reports.tables import to_text
-from experiments.sweeps import sweep, sweep_report
+from experiments.sweeps import sweep
 from experiments.sweeps.flags import CompareConfig
 
 SHORT = {**short_sweep.SHORT, 'compressions': '30,60,120', 'side_by_side': 1}
@@ -87,7 +87,7 @@ def test_tables_and_files_hold_the_rows(config, rows, capsys, monkeypatch):
     monkeypatch.setattr(sweep, 'run_together', None)  # all are finished
     assert compare.compare(dataclasses.replace(config, resume=True)) == rows
     printed = capsys.readouterr().out
-    tables = to_text(sweep_report.compare_tables(rows))
+    tables = to_text(sweep_tables.compare_tables(rows))
     assert printed.startswith(tables)
     assert json.loads(printed.splitlines()[-1]) == rows
     folder = Path(config.workdir)
@@ -106,7 +106,7 @@ def test_tables_give_medians_and_ranges():
     rows = [{**row, 'test_error': error} for error in (1.8, 2.1, 1.9)]
     rows += [{**row, 'variant': 'b', 'test_error': 3.0, 'cut_before': 2.0, 'cut_after': 9.5}]
     rows[-1]['cut_end'] = 2.25
-    first, second = to_text(sweep_report.compare_tables(rows)).split('\n\n')
+    first, second = to_text(sweep_tables.compare_tables(rows)).split('\n\n')
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in first.splitlines()]
     assert cells[2:] == [
         ['a', '3', '50.0×', '2.00 %', '1.90 % (1.80 to 2.10)', '9,000', '12 s', '2.3 MiB'],

@@ -20,10 +20,9 @@ from dns_jax.inference.chain import (
 )
 from dns_jax.inference.runners import Choice, jax_runner, recorded_kinds
 from experiments.artefacts.loading import load_model
-from experiments.export import export
-from experiments.latency import measure
+from experiments.export import ExportConfig, export
+from experiments.latency import LatencyConfig, measure
 from experiments.networks import models
-from experiments.tool_flags import ExportConfig, LatencyConfig
 from experiments.zoo import FOLDER
 
 ZOO = str(FOLDER / 'lenet300.safetensors')

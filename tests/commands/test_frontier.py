@@ -7,18 +7,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import opened
 import pytest
 from short_sweep import SHORT
 
 from experiments import frontier
-from experiments.config.flags import Config
 from experiments.data import resident
-from experiments.reports import plots, published
+from experiments.reports import plots, published, sweep_tables
 from experiments.reports.tables import to_text
-from experiments.sweeps import sweep, sweep_report
+from experiments.sweeps import sweep
 from experiments.sweeps.flags import FrontierConfig
-from experiments.training import run
 from experiments.training.divergence import Diverged
+from experiments.training.flags import Config
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +81,7 @@ def test_a_finished_sweep_is_read_again(config, rows, capsys, monkeypatch):
     assert frontier.frontier(dataclasses.replace(config, resume=True)) == rows
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == rows
-    assert '\n'.join(table).startswith(to_text(sweep_report.frontier_tables(rows)))
+    assert '\n'.join(table).startswith(to_text(sweep_tables.frontier_tables(rows)))
 
 
 @pytest.mark.slow
@@ -95,10 +95,10 @@ def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, ro
             raise OSError('no space left')
 
     with pytest.raises(OSError, match='no space left'):
-        run.run_together(runs, stop_in_the_middle)
+        opened.do(*runs, on_record=stop_in_the_middle)
     # As after a kill between the two saves of the step.
     shutil.rmtree(tmp_path / '5-1' / 'checkpoints' / 'reference' / '100')
-    again = run.run_together([dataclasses.replace(one, resume=True) for one in runs])
+    again = opened.do(*(dataclasses.replace(one, resume=True) for one in runs))
     for summary, row, config_of_run in zip(again, rows[:2], runs, strict=True):
         assert summary['kept'] == row['kept']
         assert summary['reference_error'] == pytest.approx(row['reference_error'], abs=0.6)
@@ -150,7 +150,7 @@ def test_table_gives_medians_and_ranges():
     row = {'network': 'lenet5', 'compression': 100.0, 'kept': 4311, 'reference_error': 0.9}
     rows = [{**row, 'target': 100, 'test_error': error} for error in (0.8, 1.1, 0.9)]
     rows.append({**row, 'target': 200, 'test_error': 1.25})
-    lines = to_text(sweep_report.frontier_tables(rows)).splitlines()
+    lines = to_text(sweep_tables.frontier_tables(rows)).splitlines()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]]
     assert cells == [
         ['LeNet-5', '3', '100.0×', '4,311', '0.90 %', '0.90 % (0.80 to 1.10)'],

@@ -13,9 +13,8 @@ from dns_jax.inference.chain import (
     chain_to_json,
 )
 from experiments.artefacts.loading import load_model
-from experiments.latency import _crossing, measure
+from experiments.latency import LatencyConfig, _crossing, measure
 from experiments.measurements import latency_report
-from experiments.tool_flags import LatencyConfig
 from experiments.zoo import FOLDER
 
 ZOO = str(FOLDER / 'lenet300.safetensors')
@@ -53,7 +52,7 @@ def test_latency_of_a_layer(capsys):
 
 
 def test_latency_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(native, 'why_unavailable', lambda: 'no compiler')
+    monkeypatch.setattr(native, 'build_failure', lambda: 'no compiler')
     flags = {'model': 'fc:30x20:0.1', 'batches': '2', 'turns': 1, 'break_even': True}
     result = measure(LatencyConfig(**flags))
     assert (

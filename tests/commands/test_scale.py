@@ -6,7 +6,7 @@ import pytest
 
 from experiments import scale
 from experiments.measurements import scale_programs
-from experiments.tool_flags import ScaleConfig
+from experiments.scale import ScaleConfig
 
 SMALL = {'width': 0.02, 'batch_size': 2, 'rounds': 2, 'sizes': '0.002,0.004', 'images': 0}
 

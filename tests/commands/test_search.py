@@ -28,7 +28,6 @@ from PIL import Image
 
 from experiments import lenet300, search
 from experiments.config.command_line import define, to_config
-from experiments.config.flags import Config
 from experiments.config.parsers import parse_table
 from experiments.data import resident
 from experiments.networks import models
@@ -36,6 +35,7 @@ from experiments.sweeps import space, studies
 from experiments.sweeps.flags import SearchConfig
 from experiments.training import run
 from experiments.training.divergence import Diverged
+from experiments.training.flags import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACES = ('compression', 'layer_density', 'c_rate')

@@ -15,7 +15,7 @@ import dns_jax
 from experiments import xor
 from experiments.networks.models import Xor
 from experiments.reports import xor_plots
-from experiments.tool_flags import XorConfig
+from experiments.xor import XorConfig
 
 KEY = jax.random.key(3)
 

@@ -15,10 +15,10 @@ from dns_jax.files.sharing import expand
 from dns_jax.files.sparse import load_sparse, save_sparse
 from experiments import zoo
 from experiments.data import resident
-from experiments.networks import models
+from experiments.networks import models, names
 from experiments.reports import run_report as report
-from experiments.tool_flags import ZooConfig
 from experiments.training import steps as train
+from experiments.zoo import ZooConfig
 
 ZOO = sorted((Path(__file__).parents[2] / 'zoo').glob('*.safetensors'))
 
@@ -71,7 +71,7 @@ def test_a_coded_network_is_that_of_the_zoo(path):
     encoder, fed = Encoder(), np.zeros(0, bool)
     for _, mask in sorted(jax.tree.leaves_with_path(network.masks), key=lambda leaf: str(leaf[0])):
         fed = encode_mask(encoder, mask, fed)
-    assert f'{len(encoder.getvalue()):,} of {models.NETWORK_NAMES[path.stem]}' in page
+    assert f'{len(encoder.getvalue()):,} of {names.NETWORK_NAMES[path.stem]}' in page
     assert re.search(rf'coded *\| *{size:,} \| *{dense / size:.1f}× \|', page)
 
 

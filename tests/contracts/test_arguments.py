@@ -41,7 +41,7 @@ from dns_jax import (
     update_at,
     update_probability,
 )
-from dns_jax.thresholds import std
+from dns_jax.thresholds import weight_std
 
 KEY = jax.random.key(0)
 RULE = Rule(mean_std(1.0), update_probability())
@@ -115,7 +115,7 @@ RULES = [
         *(mean_std, {}, 'c_rate', (math.nan, math.inf, -math.inf, 1e39, -1e39)),
         'must be finite in float32, but is {}',
     ),
-    Row(std, {}, 'c_rate', (-0.1, math.nan, math.inf, 1e39), AT_LEAST(0)),
+    Row(weight_std, {}, 'c_rate', (-0.1, math.nan, math.inf, 1e39), AT_LEAST(0)),
     *(Row(rule, {}, 'density', NOT_SHARES, SHARE) for rule in (layer_density, global_density)),
     Row(
         global_density,
@@ -231,7 +231,7 @@ ENDS = [
     (caffe_multistep, {'base': 1, 'gamma': 1, 'boundaries': [3, 3]}),
     (mean_std, {'c_rate': -1e9, 'hysteresis': 0}),
     (mean_std, {'c_rate': -LARGEST}),
-    (std, {'c_rate': 0}),
+    (weight_std, {'c_rate': 0}),
     (layer_density, {'density': 1, 'hysteresis': 0}),
     (global_density, {'density': 1, 'hysteresis': 0}),
     (surgery, {'rules': RULE._replace(refresh_every=1), 'key': KEY}),
@@ -280,8 +280,7 @@ def test_rules_are_named_by_their_patterns(every):
 
 
 # These refuse for others, or what an update is given: test_training has that.
-ELSEWHERE = {'train_kept', 'check_step', 'check_steps', 'check_finite', 'check_hysteresis'}
-ELSEWHERE |= {'divide_among_layers'}  # as global_density
+ELSEWHERE = {'train_kept', 'check_finite'}
 
 
 def factories():

@@ -16,9 +16,9 @@ from flax import linen, nnx
 from safetensors.numpy import load_file
 
 import dns_jax
-from dns_jax import apply_masks, get_masks, group_by_layer, init_masks, layer_names, roles
+from dns_jax import apply_masks, get_masks, group_by_layer, init_masks, layer_names
 from dns_jax.files.sparse import load_sparse
-from dns_jax.layers import map_leaves, named_leaves, parent
+from dns_jax.layers import _ROLES, map_leaves, named_leaves, parent_path
 
 PAGE = (Path(__file__).parents[2] / 'docs' / 'libraries.md').read_text()
 PREAMBLE, *PARTS = PAGE.split('\n## ')
@@ -72,7 +72,7 @@ def by_layer(tree):
         kind = 'bias' if path.endswith(('bias', '/b', '/1')) else 'kernel'
         array = np.asarray(leaf)
         turned = array.T if path.endswith('weight') else array
-        layers.setdefault(parent(path), {})[kind] = turned
+        layers.setdefault(parent_path(path), {})[kind] = turned
     return [layers[name] for name in sorted(layers)]
 
 
@@ -82,7 +82,7 @@ def put(start, tree):
 
     def replace(path, leaf):
         kind = 'bias' if path.endswith(('bias', '/b', '/1')) else 'kernel'
-        found = jnp.asarray(start[order.index(parent(path))][kind])
+        found = jnp.asarray(start[order.index(parent_path(path))][kind])
         return found if found.shape == leaf.shape else found.T
 
     return map_leaves(replace, tree)
@@ -219,7 +219,7 @@ def test_the_table_of_roles_is_that_of_the_code():
     rows = re.findall(r'(?m)^\| (\w+) \| (.*?) \|', SECTIONS['Roles of leaves'])
     said = {word: role for role, words in rows for word in re.findall(r'`(\w+)`', words)}
     del said['b']  # Haiku's alone, and only where it is the whole name
-    assert said == roles._ROLES
+    assert said == _ROLES
     for name in said:
         assert dns_jax.role(f'layer/{name}', jnp.zeros((2, 2))) == said[name]
     for layer, leaf, role in (

@@ -22,11 +22,11 @@ from dns_jax import (
     mean_std,
     polynomial_density,
 )
-from dns_jax.thresholds import std
+from dns_jax.thresholds import weight_std
 
 RULES = {
     'mean_std': mean_std(0.4, hysteresis=0.2),
-    'std': std(0.7),
+    'weight_std': weight_std(0.7),
     'layer_density': layer_density(polynomial_density(0.2, 0, 9, initial=0.9)),
     'global_density by norm': global_density(log_linear_density(0.1, 0, 9, initial=0.8)),
     'global_density by rms': global_density(0.3, 'rms', hysteresis=0.2),

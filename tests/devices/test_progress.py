@@ -15,11 +15,11 @@ from absl import logging
 from tiny import Tiny
 
 from experiments import frontier, search
-from experiments.config.flags import Config
 from experiments.devices import hosts, progress
 from experiments.networks import models
 from experiments.sweeps.flags import FrontierConfig, SearchConfig
 from experiments.training import run
+from experiments.training.flags import Config
 
 SHORT = {
     **{'network': 'tiny', 'dataset': 'digits', 'batch_size': 16, 'finetuning_steps': 0},

@@ -26,8 +26,8 @@ from wire import (
 )
 
 from dns_jax import apply_masks
+from dns_jax._trees import check_parallel
 from dns_jax.files.caffe import CaffeLayer, read_caffemodel, to_linen
-from dns_jax.masks import check_parallel
 from experiments.data import resident
 from experiments.networks import models
 from experiments.training import steps as train

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from networks import random_network
 
+from dns_jax._trees import check_parallel
 from dns_jax.files._entropy import Encoder
 from dns_jax.files._header import encode_number, encode_text
 from dns_jax.files.codec import load_coded, save_coded
 from dns_jax.files.sharing import SharedNetwork, expand
 from dns_jax.files.sharing import share_weights as share
 from dns_jax.layers import named_leaves
-from dns_jax.masks import check_parallel
 
 KERNEL = np.array([[0.0, 1.5, 0.0], [-2.0, 0.0, 0.25]], np.float32)
 PARAMS = {'fc': {'kernel': KERNEL, 'bias': np.array([7, 8], np.float32)}}

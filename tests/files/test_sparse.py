@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dns_jax import Thresholds, apply_masks, update_masks
+from dns_jax._trees import check_parallel
 from dns_jax.files.sparse import load_sparse, save_sparse
-from dns_jax.masks import check_parallel
 
 KERNEL = np.array([[0.0, 1.5, 0.0], [-2.0, 0.0, 0.25]], np.float32)
 GOLDEN = {'fc': {'kernel': KERNEL, 'bias': np.array([7, 8], np.float32)}}

@@ -16,15 +16,17 @@ import signal
 import subprocess
 import time
 
+import opened
 import pytest
 from absl import logging
 from damaged_checkpoints import restore_damaged
 from tiny import Tiny, run_tiny
 
-from experiments.config.flags import Config
 from experiments.networks import models
-from experiments.training import divergence, run
-from experiments.training.workdir import PHASES
+from experiments.reports.records import PHASES
+from experiments.training import divergence, run, side_by_side
+from experiments.training.flags import Config
+from experiments.training.phases import Stopped
 
 FIELDS = {
     'dataset': 'digits',
@@ -209,22 +211,27 @@ class EveryThird(list):
 def run_in_short_stretches(config, train_phase, *arguments, stopping):
     """Stops a phase again and again; returns how often."""
     for stretch in itertools.count():
-        trainer = run.Trainer(dataclasses.replace(config, resume=config.resume or stretch > 0))
+        opened_run = opened.open_run(
+            dataclasses.replace(config, resume=config.resume or stretch > 0)
+        )
         try:
-            train_phase([trainer], *arguments, stopping)
-        except run.Stopped:
+            train_phase([opened_run], *arguments, stopping)
+        except Stopped:
             continue
         return stretch
 
 
 def test_stopped_after_every_call_a_run_ends_as_the_unbroken_one(make_config, tmp_path):
     short = LONG_RECORDS | {'reference_steps': 60, 'surgery_steps': 20, 'finetuning_steps': 0}
-    run.run_together([make_config(tmp_path / 'whole', **short)])
+    opened.do(make_config(tmp_path / 'whole', **short))
     config = make_config(tmp_path / 'run', **short)
     # In calls of 20 steps; after the last, the phase is done.
-    assert run_in_short_stretches(config, run.train_references, stopping=[signal.SIGTERM]) == 3
+    assert (
+        run_in_short_stretches(config, side_by_side.train_references, stopping=[signal.SIGTERM])
+        == 3
+    )
     assert steps_of(tmp_path / 'run', 'reference') == [40, 60]
-    run.run_together([make_config(tmp_path / 'run', **short, resume=True)])
+    opened.do(make_config(tmp_path / 'run', **short, resume=True))
     assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
 
 
@@ -242,12 +249,12 @@ def test_two_runs_do_not_share_a_folder(start, make_config, tmp_path, compat):
     process.kill()
     process.join()
     # The lock died with its holder.
-    trainer = run.Trainer(make_config(folder, reference_steps=10**7, resume=True))
-    trainer = run.Trainer(make_config(folder, reference_steps=10**7, resume=True))
+    opened_run = opened.open_run(make_config(folder, reference_steps=10**7, resume=True))
+    opened_run = opened.open_run(make_config(folder, reference_steps=10**7, resume=True))
     gc.collect()
     assert done(start(folder, tmp_path / 'error.txt', reference_steps=10**7, resume=True)) == 1
     assert 'is in use by another process' in (tmp_path / 'error.txt').read_text()
-    assert trainer.folder == folder
+    assert opened_run.folder == folder
 
 
 @pytest.fixture
@@ -320,7 +327,7 @@ def warnings(monkeypatch):
 def test_a_loss_that_is_not_finite_is_named(make_config, tmp_path, compat):
     compat('faults', 'a loss that is not finite', 'named with step and densities; last state kept')
     with pytest.raises(divergence.Diverged) as caught:
-        run.run_together([make_config(tmp_path / 'run', **TOO_FAST)])
+        opened.do(make_config(tmp_path / 'run', **TOO_FAST))
     message = str(caught.value)
     found = re.match(
         r'the loss is not finite at step (\d+) of the surgery phase; the densities are fc1 99.99%, '
@@ -340,7 +347,7 @@ def test_a_layer_that_surgery_empties_is_named_and_foreseen(
         match=r'surgery has left nothing of fc1 at step 1 of the surgery phase; the densities are '
         r'fc1 0.00%, fc2 \d+.\d+%; the last good checkpoint is none of this phase',
     ):
-        run.run_together([make_config(tmp_path / 'run', **EMPTYING)])
+        opened.do(make_config(tmp_path / 'run', **EMPTYING))
     (warning,) = warnings
     assert warning.startswith('the threshold of fc1, ')
 
@@ -351,7 +358,7 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
     cause = 'a layer all pruned' if emptied else 'a loss that is not finite'
     compat('faults', f'{cause}, --on_divergence=rollback', 'comes to its end, stopped or not')
     fields = fields | {'on_divergence': 'rollback'}
-    (summary,) = run.run_together([make_config(tmp_path / 'whole', **fields)])
+    (summary,) = opened.do(make_config(tmp_path / 'whole', **fields))
     assert 1 <= summary['setbacks']['surgery'] <= divergence.MOST_SETBACKS
     told = [one for one in warnings if 'going on from step' in one]
     assert 1 <= len(told) <= divergence.MOST_SETBACKS
@@ -360,11 +367,14 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
     assert (summary['kept'] == summary['parameters']) == emptied
     # Stopped after three calls, which may all have gone back, a run forgets no setback.
     config = make_config(tmp_path / 'run', reference=str(tmp_path / 'whole'), **fields)
-    dense = run.train_references([run.Trainer(config)], [])
+    dense = side_by_side.train_references([opened.open_run(config)], [])
     config = dataclasses.replace(config, resume=True)
     signals = EveryThird([signal.SIGTERM])
-    assert run_in_short_stretches(config, run.train_surgery, dense, stopping=signals) >= 1 - emptied
-    run.run_together([config])
+    assert (
+        run_in_short_stretches(config, side_by_side.train_surgery, dense, stopping=signals)
+        >= 1 - emptied
+    )
+    opened.do(config)
     records, network = outcome(tmp_path / 'whole')
     surgery = [line for line in records.splitlines(keepends=True) if '"surgery"' in line]
     assert outcome(tmp_path / 'run') == (''.join(surgery), network)
@@ -383,8 +393,8 @@ def test_a_signal_saves_runs_that_wait_for_one_behind(make_config, tmp_path, mon
         return divergence.Breakdown(1, 'played', False) if len(looks) == 5 else None
 
     monkeypatch.setattr(divergence, 'find_breakdown', find_breakdown)
-    with pytest.raises(run.Stopped):
-        run.train_references([run.Trainer(config) for config in configs], stopping)
+    with pytest.raises(Stopped):
+        side_by_side.train_references(opened.open_runs(*configs), stopping)
     assert max(steps_of(tmp_path / '0', 'reference')) == 1
     assert max(steps_of(tmp_path / '1', 'reference')) == 3
 
@@ -392,6 +402,6 @@ def test_a_signal_saves_runs_that_wait_for_one_behind(make_config, tmp_path, mon
 def test_a_run_goes_back_only_so_often(make_config, tmp_path, warnings):
     fields = TOO_FAST | {'weight_decay': 1e30, 'on_divergence': 'rollback'}
     with pytest.raises(divergence.Diverged, match='; the run had gone back 3 times'):
-        run.run_together([make_config(tmp_path / 'run', **fields)])
+        opened.do(make_config(tmp_path / 'run', **fields))
     assert len(warnings) == 3
     assert all('going on from step 0 with half the learning rate' in one for one in warnings)

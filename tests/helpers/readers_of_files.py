@@ -16,6 +16,7 @@ import pytest
 import wire
 from reader import Reader, check_array, to_text, write_new
 
+from dns_jax._trees import check_parallel
 from dns_jax.files._entropy import Decoder, Encoder, decode_mask, encode_mask
 from dns_jax.files._header import Reader as HeaderReader
 from dns_jax.files._header import encode_number, encode_text
@@ -33,17 +34,17 @@ from dns_jax.inference.chain import (
     trace_shapes,
 )
 from dns_jax.inference.runners import recorded_kinds
-from dns_jax.masks import check_parallel
 from experiments import results, zoo
 from experiments.artefacts.loading import load_model
 from experiments.compare import COLUMNS as COMPARE_COLUMNS
 from experiments.frontier import COLUMNS as FRONTIER_COLUMNS
 from experiments.measurements import hlo
 from experiments.reports import run_report as report
+from experiments.reports import sweep_tables
+from experiments.reports.records import read_records
 from experiments.reports.summaries import LAYER_COUNTS, SUMMARY_KEYS
-from experiments.sweeps import sweep_report
-from experiments.tool_flags import ZooConfig
-from experiments.training.workdir import read_flags, read_records
+from experiments.training.workdir import read_flags
+from experiments.zoo import ZooConfig
 
 MOST = 10**5  # parameters that a network is allowed to have
 CHAIN = (Flatten(), Dense('a'), Relu(), Dense('b'))
@@ -409,7 +410,7 @@ def write_csv(columns, **values):
 def frontiers(folder):
     def read(data):
         write_new(folder / 'frontier_lenet5.csv', data)
-        sweep_report.frontier_tables(results.read_frontiers(folder))
+        sweep_tables.frontier_tables(results.read_frontiers(folder))
 
     return Reader((write_csv(FRONTIER_COLUMNS, network='lenet5', commit='a,"b'),), read)
 

@@ -5,20 +5,18 @@ import math
 import re
 from pathlib import Path
 
-import jax
 from absl import flags as absl_flags
 from reader import Reader, to_text, write_new
 
-from experiments import tool_flags
-from experiments.config.command_line import define, is_flag, to_config
-from experiments.config.flags import Config
-from experiments.config.image_flags import ImageConfig
+from experiments import bench, export, latency, scale, xor, zoo
+from experiments.config.command_line import all_flags, define, to_config
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_table
 from experiments.devices.hosts import parse_distributed
 from experiments.devices.meshes import parse_mesh
-from experiments.networks import models
 from experiments.sweeps import flags, space
-from experiments.training.pruning import make_pruner
+from experiments.training.flags import Config
+from experiments.training.image_flags import ImageConfig
+from experiments.training.plan import make_plan
 
 ERRORS = ValueError, absl_flags.Error  # absl's own are what its parser ends a script by
 FLAGFILES = Path(__file__).resolve().parents[2] / 'experiments' / 'flagfiles'
@@ -82,9 +80,7 @@ def parse(config_type, arguments):
 
 def words(config_type):
     """Returns how a line begins that sets a flag."""
-    return tuple(
-        f'--{field.name}='.encode() for field in dataclasses.fields(config_type) if is_flag(field)
-    )
+    return tuple(f'--{field.name}='.encode() for field in all_flags(config_type))
 
 
 def check_config(config):
@@ -130,14 +126,12 @@ def flagfiles(folder):
     return Reader(seeds, read, ERRORS, words=words(Config))
 
 
-def rules(folder):
-    """From the command line to what prunes."""
+def plans(folder):
+    """From the command line to the plan of a run."""
     del folder
-    params = models.shapes(models.NETWORKS['lenet300'](), models.MNIST_INPUT.image_shape)
-    key = jax.random.key(0)
 
     def read(data):
-        make_pruner(parse(Config, to_text(data).splitlines()), params, key)
+        make_plan(parse(Config, to_text(data).splitlines()))
 
     seeds = (
         '--layer_density=fc1:0.1,*:0.5\n--ramp=poly:3\n--ramp_start=fc*:10%\n--ramp_end=80%',
@@ -156,7 +150,7 @@ def searches(folder):
 
     def read(data):
         config = parse(flags.SearchConfig, to_text(data).splitlines())
-        check_config(space.make_run(config, space.choice_at(config, 0.5)))
+        check_config(space.make_config(config, space.choice_at(config, 0.5)))
 
     seed = flagfile('search_lenet300_digits') + '\n--ramp_start=10%\n--stop=fc1:80%,*:90%'
     return Reader((seed.encode(),), read, ERRORS, words=words(flags.SearchConfig))
@@ -208,27 +202,23 @@ READERS = {
         attacks=[ENDLESS + b'\n--variant=a: --momentum=0.5', b'--variant=a: --momentum=nan'],
     ),
     'command lines of a search': searches,
-    'command lines of XOR': command_lines(
-        tool_flags.XorConfig, '--seeds=9\n--noise=0.2\n--solved=5'
-    ),
-    'command lines of the zoo': command_lines(
-        tool_flags.ZooConfig, '--name=lenet5\n--workdir=runs/a'
-    ),
+    'command lines of XOR': command_lines(xor.XorConfig, '--seeds=9\n--noise=0.2\n--solved=5'),
+    'command lines of the zoo': command_lines(zoo.ZooConfig, '--name=lenet5\n--workdir=runs/a'),
     'command lines of the bench': command_lines(
-        tool_flags.BenchConfig,
+        bench.BenchConfig,
         '--rounds=4\n--peer_rounds=2',
         f'--peer=python\n--peer_script={__file__}',
     ),
     'command lines of scale': command_lines(
-        tool_flags.ScaleConfig,
+        scale.ScaleConfig,
         '--sizes=0.3,3\n--planned_sizes=1000\n--images=64\n--xla_options=a=true,b=1\n--width=0.5',
     ),
     'command lines of latency': command_lines(
-        tool_flags.LatencyConfig, '--model=fc:800x500:0.007\n--batches=1,64\n--break_even'
+        latency.LatencyConfig, '--model=fc:800x500:0.007\n--batches=1,64\n--break_even'
     ),
     'command lines of exports': command_lines(
-        tool_flags.ExportConfig, flagfile('coded_lenet5'), '--format=sparse\n--batch=4'
+        export.ExportConfig, flagfile('coded_lenet5'), '--format=sparse\n--batch=4'
     ),
     'flagfiles': flagfiles,
-    'rules of a run': rules,
+    'plans of a run': plans,
 }

@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from experiments.config import command_line
-from experiments.config.flags import Config
-from experiments.config.image_flags import ImageConfig
 from experiments.devices import hosts
 from experiments.networks import models
+from experiments.training.flags import Config
+from experiments.training.image_flags import ImageConfig
 from experiments.training.run import run
 
 

@@ -14,7 +14,7 @@ from dns_jax.inference import native
 from dns_jax.inference.native import Taps, sum_weighted_slices
 
 needs_kernel = pytest.mark.skipif(
-    bool(native.why_unavailable()), reason=f'no kernel: {native.why_unavailable()}'
+    bool(native.build_failure()), reason=f'no kernel: {native.build_failure()}'
 )
 
 
@@ -104,7 +104,7 @@ def test_under_jit():
 def test_without_a_compiler(compiler, reason):
     script = (
         'import dns_jax.inference.native as native, jax.numpy as jnp\n'
-        'reason = native.why_unavailable()\n'
+        'reason = native.build_failure()\n'
         'print(reason)\n'
         'try: native.sum_weighted_slices(jnp.ones((1, 1)), None, None, 1, 1, 1)\n'
         'except RuntimeError as error: assert str(error) == reason\n'
@@ -124,4 +124,4 @@ def test_without_a_compiler(compiler, reason):
 
 def test_kernel_is_for_cpu(monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert 'is for CPU, but JAX runs on gpu' in native.why_unavailable.__wrapped__()
+    assert 'is for CPU, but JAX runs on gpu' in native.build_failure.__wrapped__()

@@ -25,7 +25,7 @@ from dns_jax.inference.runners import (
 )
 from experiments.zoo import FOLDER
 
-needs_kernel = pytest.mark.skipif(bool(native.why_unavailable()), reason='no kernel')
+needs_kernel = pytest.mark.skipif(bool(native.build_failure()), reason='no kernel')
 WAYS = [
     (jax_runner, 'dense'),
     (jax_runner, 'sparse'),
@@ -176,9 +176,9 @@ def test_narrow_weights(make_runner, kind, dtype):
 
 def test_recorded_kinds(monkeypatch):
     text = '{"a": "native", "b": "sparse"}'
-    monkeypatch.setattr(native, 'why_unavailable', lambda: '')
+    monkeypatch.setattr(native, 'build_failure', lambda: '')
     assert recorded_kinds(text, CHAIN) == {'a': 'native', 'b': 'sparse'}
-    monkeypatch.setattr(native, 'why_unavailable', lambda: 'no compiler')
+    monkeypatch.setattr(native, 'build_failure', lambda: 'no compiler')
     assert recorded_kinds(text, CHAIN) == {'a': 'dense', 'b': 'sparse'}
 
 
@@ -235,7 +235,7 @@ def test_choice_by_no_time(wrong):
 
 
 def test_without_a_kernel(monkeypatch):
-    monkeypatch.setattr(native, 'why_unavailable', lambda: 'no compiler')
+    monkeypatch.setattr(native, 'build_failure', lambda: 'no compiler')
     with pytest.raises(RuntimeError, match='no compiler'):
         jax_runner(CHAIN, PARAMS, (4, 4, 1), {'a': 'native', 'b': 'dense'})
     choice = choose_kinds(jax_runner, ['dense', 'native'], CHAIN, PARAMS, (4, 4, 1), 1, turns=1)

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.measurements import scale_programs
-from experiments.tool_flags import ScaleConfig
+from experiments.scale import ScaleConfig
 
 
 @pytest.fixture(scope='module')

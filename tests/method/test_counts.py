@@ -154,9 +154,10 @@ def test_pruners_of_nine_billion_weights_can_be_traced(name):
 def test_what_is_wanted_of_nine_billion(density):
     weights = np.broadcast_to(np.float32(1), (60_000, 50_000))  # that takes no memory
     layers = {name: [weights] for name in LARGE}
-    division = dns_jax.layer_density(density).divide(layers, layers, jnp.int32(0))
+    (division,) = dns_jax.layer_density(density).divide(layers, layers, [jnp.int32(0)])
     for share in division.shares:
         assert abs(_counts.to_int(share.wanted) / (density * 3e9) - 1) < 2e-7
-    division = dns_jax.global_density(density, 'erk').divide(layers, layers, jnp.int32(0))
+    rule = dns_jax.global_density(density, 'erk')
+    (division,) = rule.divide(layers, layers, [jnp.int32(0)])
     total = sum(_counts.to_int(share.wanted) for share in division.shares)
     assert abs(total / (density * 9e9) - 1) < 1e-5

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dns_jax
-from dns_jax import Rule, _search, densities, importance, pruners, surgery, update_probability
-from dns_jax.thresholds import std
+from dns_jax import Rule, _following, _search, importance, pruners, surgery, update_probability
+from dns_jax.thresholds import weight_std
 
 COMPAT_TABLE = 'field'
 
@@ -184,7 +184,7 @@ def test_statistics_against_float64(scale):
     mean, deviation = dns_jax.magnitude_statistics([jnp.asarray(leaf) for leaf in leaves])
     np.testing.assert_allclose(float(mean), np.abs(flat).mean(), rtol=2e-6)
     np.testing.assert_allclose(float(deviation), np.abs(flat).std(), rtol=2e-6)
-    band = std(0.7)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
+    band = weight_std(0.7)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
     np.testing.assert_allclose(float(band.low), 0.7 * flat.std(), rtol=2e-6)
     band = dns_jax.mean_std(0.3)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
     middle = np.abs(flat).mean() + 0.3 * np.abs(flat).std()
@@ -204,7 +204,7 @@ def test_a_power_of_two_changes_no_bit():
         'norm': jitted('norm', 0.1),
         'rms': jitted('rms', 0.1),
         'mean_std': jax.jit(dns_jax.mean_std(0.3)),
-        'std': jax.jit(std(0.3)),
+        'weight_std': jax.jit(weight_std(0.3)),
     }
     for name, rule in rules.items():
         plain = rule(layers, masks, jnp.float32(0.3))
@@ -438,7 +438,7 @@ def test_followed_numbers_while_weights_jump(name, score):
             elif step == stop - 1:
                 assert kept == wanted
             elif step < stop and refresh is None and not gamma:
-                assert abs(kept - wanted) <= densities.TOLERANCE * wanted
+                assert abs(kept - wanted) <= _following.TOLERANCE * wanted
         if start <= step < stop and not gamma and refresh is None:
             assert all(masks[layer]['kernel'][step].any() for layer in sizes)
         if step >= stop:
@@ -547,7 +547,7 @@ def test_thresholds_follow_weights_that_drift_without_a_search(monkeypatch):
     kept = np.asarray(run(pruner.init(params)))
     jax.effects_barrier()
     wanted = 10_000 * np.asarray(density(np.arange(100)))
-    assert (abs(kept - wanted) <= densities.TOLERANCE * wanted + 1).all()
+    assert (abs(kept - wanted) <= _following.TOLERANCE * wanted + 1).all()
     assert 1 <= len(passes) <= 10
 
 
@@ -581,7 +581,7 @@ def run_scaled(density, scale, steps, small=(200, 100)):
 )
 def test_a_layer_keeps_its_share_whatever_its_scale(scale, farthest):
     kept = run_scaled(0.1, scale, 100)
-    assert (abs(kept.sum(1) - 6000) <= densities.TOLERANCE * 6000).all()
+    assert (abs(kept.sum(1) - 6000) <= _following.TOLERANCE * 6000).all()
     assert (abs(kept[-1] - 2000) <= farthest * 2000).all()
 
 
@@ -595,7 +595,7 @@ def test_a_dead_layer_costs_no_search_at_every_step(monkeypatch):
 def test_nothing_of_a_dead_layer_is_kept():
     kept = run_scaled(0.1, lambda step: 0.0 * step, 150, small=(1, 5))  # few, so no count tells
     assert (kept[1:, 0] == 0).all()
-    assert (abs(kept[1:].sum(1) - 4000) <= densities.TOLERANCE * 4000 + 1).all()
+    assert (abs(kept[1:].sum(1) - 4000) <= _following.TOLERANCE * 4000 + 1).all()
 
 
 def test_an_update_of_more_connections_than_an_int32_counts_is_traced():
@@ -624,8 +624,8 @@ def test_one_rule_that_is_wrong_leaves_the_number_of_another():
     for scale in (1.0, 3.0, 0.2, 5.0):
         state = step(state, jnp.float32(scale))
         kept = {name: int(state.masks[name]['kernel'].sum()) for name in 'ab'}
-        assert abs(kept['a'] - 400) <= densities.TOLERANCE * 400
-        assert abs(kept['b'] - 1200) <= densities.TOLERANCE * 1200
+        assert abs(kept['a'] - 400) <= _following.TOLERANCE * 400
+        assert abs(kept['b'] - 1200) <= _following.TOLERANCE * 1200
         lows.append(float(state.thresholds['b'].low))
     assert lows[0] < lows[1]  # fewer are wanted, though the rule of a alone was wrong
 

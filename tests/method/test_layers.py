@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dns_jax import layers, roles
+from dns_jax import layers
 
 
 class Pair(NamedTuple):
@@ -53,7 +53,7 @@ def test_named_leaves_of_nnx_state_and_its_pure_dict():
     ('path', 'name'), [('a/b/kernel', 'a/b'), ('a/kernel', 'a'), ('kernel', ''), ('', '')]
 )
 def test_parent(path, name):
-    assert layers.parent(path) == name
+    assert layers.parent_path(path) == name
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_parent(path, name):
 )
 def test_predicates_where_names_say_nothing(shape, axes, kernel):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert roles.has_axes('any/path', leaf) is axes
-    assert roles.is_kernel('any/path', leaf) is kernel
+    assert layers.has_axes('any/path', leaf) is axes
+    assert layers.is_kernel('any/path', leaf) is kernel
 
 
 def test_layer_names():
@@ -87,7 +87,7 @@ def test_group_by_layer_sorts_layers_and_keeps_the_order_of_leaves():
 def test_group_by_layer_takes_what_the_predicate_takes():
     tree = {'fc1': Pair(KERNEL, BIAS), 'norm': {'scale': BIAS}, 'temperature': jnp.ones(())}
     assert {k: len(v) for k, v in layers.group_by_layer(tree).items()} == {'fc1': 2, 'norm': 1}
-    kernels = layers.group_by_layer(tree, takes_part=roles.is_kernel)
+    kernels = layers.group_by_layer(tree, takes_part=layers.is_kernel)
     assert {k: len(v) for k, v in kernels.items()} == {'fc1': 1}
     one = layers.group_by_layer(tree, layer_of=lambda path: 'all')
     assert {k: len(v) for k, v in one.items()} == {'all': 3}

@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 
 from dns_jax import Thresholds, apply_masks, count_events, count_kept, init_masks, update_masks
 from dns_jax._counts import count_true
-from dns_jax.masks import check_parallel, discriminate, throw_coins
-from dns_jax.roles import has_axes
+from dns_jax._trees import check_parallel
+from dns_jax.layers import has_axes
+from dns_jax.masks import discriminate, throw_coins
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dns_jax import Size, init_masks, measure_sizes
-from dns_jax.roles import has_axes
+from dns_jax.layers import has_axes
 
 PARAMS = {
     'conv': {'kernel': jnp.ones((3, 3, 2, 4), jnp.bfloat16), 'bias': jnp.ones(4)},

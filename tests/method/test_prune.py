@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dns_jax
-from dns_jax import densities, get_masks, has_axes, importance, measure_sizes, prune_to
+from dns_jax import _following, get_masks, has_axes, importance, measure_sizes, prune_to
 
 COMPAT_TABLE = 'field'
 
@@ -110,7 +110,7 @@ def test_met_exactly_at_the_end_and_frozen_after(steps, start, asked, dtype):
     for step in range(steps):
         done = 1.0 if step >= ramp else step / ramp
         wanted = final + (KERNELS - final) * (1 - done) ** 3
-        assert abs(kept[start + step] - wanted) <= densities.TOLERANCE * wanted + 1, step
+        assert abs(kept[start + step] - wanted) <= _following.TOLERANCE * wanted + 1, step
 
 
 def test_every_layer_keeps_something_at_the_least():
@@ -222,7 +222,7 @@ def test_going_on_from_masks_to_another_density():
 def test_going_on_from_masks_does_not_bring_back_all_that_was_pruned():
     state, _ = run(prune_to(density=0.3, steps=4), over_steps(5))
     _, masks = run(prune_to(density=0.1, steps=8, masks=state.masks), over_steps(9))
-    assert kept_of(masks).max() <= round(0.3 * KERNELS) * (1 + densities.TOLERANCE)
+    assert kept_of(masks).max() <= round(0.3 * KERNELS) * (1 + _following.TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_chance_draws_anew_at_every_step_and_leaf():
 
 
 def test_what_all_layers_share_is_divided_among_them():
-    pruner = pruners.one_shot(0.2, 0, KEY, divide=dns_jax.global_density, **ALL)
+    pruner = pruners.one_shot(0.2, 0, KEY, density_rule=dns_jax.global_density, **ALL)
     weights, gradients = HISTORY[0]
     # fc1 twice as large in every weight is no reason to prune fc2.
     larger = {'fc1': jax.tree.map(lambda leaf: 2 * leaf, weights['fc1']), 'fc2': weights['fc2']}

@@ -11,9 +11,10 @@ import pytest
 
 import dns_jax
 from dns_jax import Rule, importance, pruners, surgery, update_probability
-from dns_jax.layers import named_leaves, nest_leaves
+from dns_jax._trees import nest_leaves
+from dns_jax.layers import named_leaves
 from dns_jax.stacking import restack, unstack
-from dns_jax.thresholds import std
+from dns_jax.thresholds import weight_std
 
 COMPAT_TABLE = 'field'
 
@@ -109,7 +110,7 @@ MAKERS = {
     'mean_std, asked again': lambda key, **kw: surgery(
         Rule(dns_jax.mean_std(0.3), 0.6, 3), key, **kw
     ),
-    'std': lambda key, **kw: surgery(Rule(std(0.8), 1, 2), key, **kw),
+    'weight_std': lambda key, **kw: surgery(Rule(weight_std(0.8), 1, 2), key, **kw),
     'layer_density': lambda key, **kw: surgery(
         Rule(dns_jax.layer_density(DENSITY), update_probability(0.1, stop=9)), key, **kw
     ),

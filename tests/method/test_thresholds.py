@@ -21,7 +21,7 @@ from dns_jax import (
     polynomial_density,
     update_masks,
 )
-from dns_jax.thresholds import std
+from dns_jax.thresholds import weight_std
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -85,7 +85,7 @@ def test_std_is_that_of_the_nonzero_weights(c_rate, dtype):
         'minus ones': [np.array([-1, 1, -1, 0, 2], dtype)],
         'zeros': [np.zeros(3, dtype)],
     }
-    bands = jax.jit(std(c_rate))(layers, {}, jnp.int32(7))
+    bands = jax.jit(weight_std(c_rate))(layers, {}, jnp.int32(7))
     assert bands.keys() == layers.keys()
     for layer, leaves in layers.items():
         chosen = np.concatenate([leaf.astype(np.float64).ravel() for leaf in leaves])

@@ -14,6 +14,7 @@ import dns_jax
 from experiments.own_loops import networks as own_networks
 from experiments.own_loops import runs as own_runs
 from experiments.own_loops.runs import OwnLoopConfig, Run
+from experiments.reports import tables
 
 __all__ = ['config', 'small', 'text']  # fixtures, which pytest finds here by name
 pytestmark = pytest.mark.usefixtures('promotion')
@@ -114,7 +115,7 @@ def test_a_file_of_other_rows_is_refused(config):
     path.write_text('network,error\ncnn,1\n')
     with pytest.raises(ValueError, match='must have the columns'):
         own_runs.run_all(config)
-    own_runs.write_csv(path, [dict.fromkeys(own_runs.COLUMNS, 'cnn')])
+    path.write_text(tables.to_csv([dict.fromkeys(own_runs.COLUMNS, 'cnn')]))
     with pytest.raises(ValueError, match=r"rows.csv, line 2: could not convert .* 'cnn'"):
         own_runs.run_all(config)
 

@@ -41,13 +41,10 @@ CLASSES = {
 OF_PAPERS = ('densities', 'importance', 'masks', 'optimizers', 'prune', 'pruners', 'schedules')
 OF_PAPERS += ('sparse_training', 'thresholds', 'transformation')
 OUR_OWN = {f'masks.{name}' for name in ('init_masks', 'count_kept', 'count_events', 'throw_coins')}
-OUR_OWN |= {'masks.check_parallel', 'masks.find_empty_layers', 'importance.chance'}
+OUR_OWN |= {'masks.find_empty_layers', 'importance.chance', 'thresholds.make_band'}
 OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'pruners.one_shot'}
-OUR_OWN |= {'schedules.check_step', 'schedules.check_steps', 'schedules.check_finite'}
-OUR_OWN |= {f'thresholds.{name}' for name in ('check_hysteresis', 'make_band', 'range_scale')}
-OUR_OWN |= {f'densities.{name}' for name in ('divide_among_layers', 'layer_density')}
-OUR_OWN |= {f'densities.DensityRule.{name}' for name in ('follow', 'solve')}
-OUR_OWN |= {'transformation.freeze', 'transformation.get_masks'}
+OUR_OWN |= {'schedules.check_finite'}
+OUR_OWN |= {'densities.layer_density', 'transformation.freeze', 'transformation.get_masks'}
 
 each_function = pytest.mark.parametrize('name', FUNCTIONS)
 

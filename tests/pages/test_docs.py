@@ -1,37 +1,36 @@
-"""The documentation: its examples run, its numbers are those of the results, its paths exist."""
+"""The documentation: its examples run, its commands are accepted, what it names exists."""
 
 import importlib
 import re
-import shlex
-import statistics
 from pathlib import Path
 
 import api
 import jax
 import pytest
+import yaml
 from absl import flags as absl_flags
 
-from experiments import results, tool_flags
 from experiments.config.command_line import define, to_config
-from experiments.config.flags import Config
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
-PAGES = [*sorted(DOCS.glob('*.md')), ROOT / 'CONTRIBUTING.md']
+PAGES = [*sorted(DOCS.glob('*.md')), *(ROOT / f'{name}.md' for name in ('README', 'CONTRIBUTING'))]
 FOLDERS = 'docs|experiments|notebooks|results|tests|zoo'
-QUESTIONS = ' '.join((DOCS / 'questions.md').read_text().split())
 
 
-@pytest.mark.parametrize('name', ['tutorial', 'own_pruner', 'export', 'resume'])
-def test_the_examples_run(name, capsys):
+def blocks(name):
     text = (DOCS / f'{name}.md').read_text()
-    blocks = [
-        re.sub('^ {3}', '', block, flags=re.MULTILINE)
-        for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-    ]
+    return re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    'name', ['tutorial', 'own_pruner', 'export', 'resume', 'rules', 'results', 'inference']
+)
+def test_the_examples_run(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     names = {}
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        for block in blocks:
+        for block in blocks(name):
             exec(compile(block, f'{name}.md', 'exec'), names)
     said = capsys.readouterr().out
     if name == 'tutorial':
@@ -43,37 +42,45 @@ def test_the_examples_run(name, capsys):
         assert 0 < int(kept) < 64 * 64
     if name == 'resume':
         assert float(said) == 8.0  # of 136 parameters 17 are kept, 8 biases among them
+    if name == 'inference':
+        assert names['logits'].shape == (1, 10)
+
+
+def test_code_is_shown_without_scrolling():
+    for path in sorted(DOCS.glob('*.md')):
+        for block in blocks(path.stem):
+            assert max(map(len, block.splitlines())) <= 80, path.name
 
 
 def commands():
-    """Every command line of the pages; test_readme has those that join other processes."""
+    """Every command of the pages with its flags, which may go on in further lines."""
     for path in PAGES:
-        for line in re.findall(r'^python -m (experiments\.\w+.*)', path.read_text(), re.MULTILINE):
-            if '--distributed' not in line:
-                yield line
+        text = path.read_text().replace('$JOB_COMPLETION_INDEX', '1')
+        for module, flags in re.findall(r'python -m (\S+)((?:\s|\\|--[^\s`]+)*)', text):
+            if flags.strip():
+                yield module, flags.replace('\\', ' ').split()
 
 
-@pytest.mark.parametrize('line', list(commands()))
-def test_the_commands_are_accepted(line):
-    module, *arguments = shlex.split(line, comments=True)
-    config_type = {
-        'experiments.export': tool_flags.ExportConfig,
-        'experiments.latency': tool_flags.LatencyConfig,
-    }.get(module, Config)
-    defaults = getattr(importlib.import_module(module), 'DEFAULTS', {})
-    values = absl_flags.FlagValues()
+@pytest.mark.parametrize(('module', 'flags'), [*commands()], ids=str)
+def test_the_commands_are_accepted(module, flags):
+    command = importlib.import_module(module)
+    # A command of many runs also knows the configuration of one.
+    config_type = vars(command)[max(re.findall(r'\w*Config\b', ' '.join(vars(command))), key=len)]
+    defaults, values = getattr(command, 'DEFAULTS', {}), absl_flags.FlagValues()
     define(config_type, defaults, values)
-    config = to_config(config_type, defaults, values, values(['program', *arguments]))
-    for argument in arguments:
-        name, _, value = argument.removeprefix('--').partition('=')
-        if name != 'flagfile':
-            assert str(getattr(config, name)) in (value or 'True', f'{value}.0')
+    to_config(config_type, defaults, values, values(['program', *flags]))
+
+
+def test_the_manifests_fit_each_other():
+    (manifests,) = re.findall(
+        r'```yaml\n(.*?)```', (DOCS / 'many_devices.md').read_text(), re.DOTALL
+    )
+    service, job = yaml.safe_load_all(manifests)
+    assert job['spec']['template']['spec']['subdomain'] == service['metadata']['name']
 
 
 def test_every_module_is_in_the_reference():
-    text = (DOCS / 'reference.md').read_text() + (DOCS / 'reference_files.md').read_text()
-    named = re.findall(r'automodule:: dns_jax\.([\w.]+)', text)
-    assert sorted(named) == sorted(api.modules())
+    assert sorted(api.in_reference()) == sorted(api.modules())
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda path: path.stem)
@@ -83,40 +90,7 @@ def test_what_a_page_names_exists(path):
         assert (ROOT / name).exists(), name
     for name in re.findall(r'`(\w+\.flags)`', text):
         assert (ROOT / 'experiments' / 'flagfiles' / name).exists(), name
+    for name in re.findall(r'\]\((?!http)([^)#]+)', text):
+        assert (path.parent / name).exists(), name
     for target in re.findall(r'(?m)(?:^|`)make ([a-z-]+)', text):
         assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE), target
-
-
-def median(name, variant, column='test_error', target=None):
-    rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
-    return statistics.median(
-        row[column] for row in rows if row['variant'] == variant and target in (None, row['target'])
-    )
-
-
-def test_the_answers_are_those_of_the_results():
-    surgery = median('compare_lenet300', 'surgery', target=50)
-    without = median('compare_lenet300', 'without splicing', target=50)
-    assert f'{surgery:.2f} % with and {without:.2f} % without' in QUESTIONS
-    surgery = median('compare_lenet300', 'surgery', target=100)
-    without = median('compare_lenet300', 'without splicing', target=100)
-    assert f'{surgery:.2f} % against {without:.2f} %, on each' in QUESTIONS
-    gradual = median('compare_lenet300', 'gradual', target=100)
-    assert f'{gradual:.2f} % against {surgery:.2f} % at' in QUESTIONS
-    fixed, fixed_error = (
-        median('ablations_lenet300', 'c, σ constant', name)
-        for name in ('compression', 'test_error')
-    )
-    assert f'{fixed:.0f}× at {fixed_error:.2f} % with it' in QUESTIONS
-    never = median('ablations_lenet300', 'c, without splicing', 'compression')
-    assert (
-        f'{never:.0f}× at {median("ablations_lenet300", "c, without splicing"):.0f} %' in QUESTIONS
-    )
-    rows = [row for row in results.read_frontiers() if row['network'] == 'lenet300']
-    for target in (60, 90, 120):
-        error = statistics.median(r['test_error'] for r in rows if r['target'] == target)
-        assert re.search(rf'{target}× (comes )?at {error:.2f} %', QUESTIONS)
-    kept, back = (
-        median('repair_lenet300', 'surgery', name) for name in ('kept', 'returns_returned_kept')
-    )
-    assert f'{100 * back / kept:.0f} % had been pruned' in QUESTIONS

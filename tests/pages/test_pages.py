@@ -12,7 +12,7 @@ from playwright.sync_api import sync_playwright
 from told_runs import RECORDS, SUMMARY, write_records
 
 from experiments import results
-from experiments.reports import plots
+from experiments.reports import plots, sweep_tables
 from experiments.reports import run_report as report
 from experiments.reports.pages import Bar, Section, render
 from experiments.reports.tables import Table
@@ -45,7 +45,7 @@ def page():
 @pytest.fixture(scope='module')
 def real_page():
     rows = [row for row in results.read_frontiers() if row['network'] == 'lenet5']
-    tables, figure = sweep_report.frontier_tables(rows), plots.frontier_figure(rows)
+    tables, figure = sweep_tables.frontier_tables(rows), plots.frontier_figure(rows)
     return sweep_report.page('Frontier', rows, tables, figure, {'seeds': 5}, {'runs/9-1': 'nan'})
 
 
@@ -55,7 +55,7 @@ def comparison():
         {**row, 'network': 'lenet300', 'dataset': 'mnist'}
         for row in results.read_comparison(results.FOLDER / 'repair_lenet300.csv')
     ]
-    tables, figure = sweep_report.compare_tables(rows), plots.compare_figure(rows)
+    tables, figure = sweep_tables.compare_tables(rows), plots.compare_figure(rows)
     return sweep_report.page('Comparison', rows, tables, figure, {'variant': ('a:', 'b:')}, {})
 
 

@@ -4,15 +4,17 @@
 """
 
 import ast
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGE = Path(__file__).resolve().parents[2] / 'dns_jax'
-HEAD = """# The public API
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / 'dns_jax'
+HEAD = """# Every public name
 
-Every public name of `dns_jax`, by the module that has it, with the first line of its docstring;
-`help` has the rest. Those in bold are names of `dns_jax` itself, which needs jax, numpy and optax
-alone. Names and modules that begin with an underscore may change at any time.
+Each public name of `dns_jax`, with the first line of its docstring; `help` shows the rest. Names in
+**bold** are found in `dns_jax` itself, the others in the module above them. Names and modules that
+begin with an underscore may change at any time.
 """
 
 
@@ -26,13 +28,18 @@ class Name(NamedTuple):
 
 def modules():
     """The module of each file but the packages' own and private ones, by name, parsed."""
-    paths = sorted(PACKAGE.rglob('[!_]*.py'), key=lambda path: (path.parent != PACKAGE, path))
     return {
         '.'.join(path.relative_to(PACKAGE).with_suffix('').parts): ast.parse(
             path.read_text(encoding='utf-8')
         )
-        for path in paths
+        for path in sorted(PACKAGE.rglob('[!_]*.py'))
     }
+
+
+def in_reference():
+    """The modules in the order of the pages that show their docstrings."""
+    texts = [(ROOT / 'docs' / name).read_text() for name in ('reference.md', 'reference_files.md')]
+    return re.findall(r'automodule:: dns_jax\.([\w.]+)', ''.join(texts))
 
 
 def names_of(tree):
@@ -59,10 +66,15 @@ def exported():
 
 def page():
     """What docs/api.md must be."""
-    parts, outside = [HEAD], exported()
-    for module, tree in modules().items():
+    parts, outside, trees = [HEAD], exported(), modules()
+    for module in in_reference():
+        tree = trees[module]
         lines = [f'## `dns_jax.{module}`', '', ast.get_docstring(tree).splitlines()[0], '']
-        for name, text, _ in names_of(tree):
+        # What users name comes first, constants last.
+        names = sorted(
+            names_of(tree), key=lambda each: (each.name not in outside, each.name.isupper())
+        )
+        for name, text, _ in names:
             mark = '**' if name in outside else ''
             lines.append(f'- {mark}`{name}`{mark}: {text.splitlines()[0]}')
         parts.append('\n'.join(lines) + '\n')

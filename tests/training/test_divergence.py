@@ -8,7 +8,6 @@ import pytest
 
 import dns_jax
 from dns_jax import has_axes, is_kernel
-from experiments.config.flags import Config
 from experiments.training import divergence
 from experiments.training import steps as train
 from experiments.training.divergence import (
@@ -17,7 +16,8 @@ from experiments.training.divergence import (
     find_breakdown,
     find_emptied_layers,
 )
-from experiments.training.pruning import make_optimizer, make_pruner
+from experiments.training.flags import Config
+from experiments.training.plan import make_plan
 
 PARAMS = {
     'fc1': {'kernel': jnp.array([[0.1, -0.9], [0.4, 0.2]]), 'bias': jnp.array([0.0, 3.0])},
@@ -136,11 +136,13 @@ def test_after_setbacks_the_rate_is_halved_and_masks_may_stay(setbacks):
 
 @pytest.mark.parametrize('setbacks', [(False,), (True, False)])
 def test_after_setbacks_what_set_prunes_is_zero(setbacks):
-    config = Config('tiny', pruner='set', compression=2.0, surgery_steps=4, refresh_every=1)
-    pruner = make_pruner(config, PARAMS, jax.random.key(0))
-    optimizer = make_optimizer(config, pruner, lambda step: 0.1, 0.0, setbacks)
+    rates = {'learning_rate': 'fixed:0.1', 'weight_decay': 0.0}
+    fields = {'compression': 2.0, 'surgery_steps': 4, 'refresh_every': 1, **rates}
+    config = Config('lenet300', pruner='set', **fields)
+    key, phase = jax.random.key(0), make_plan(config).surgery
+    optimizer = phase.make_optimizer(PARAMS, key, setbacks)
     # As where training goes on from a checkpoint.
-    params, state = PARAMS, make_optimizer(config, pruner, lambda step: 0.1, 0.0).init(PARAMS)
+    params, state = PARAMS, phase.make_optimizer(PARAMS, key).init(PARAMS)
     for _ in range(3):
         updates, state = optimizer.update(params, state, params)
         params = optax.apply_updates(params, updates)

@@ -10,16 +10,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import opened
 import pytest
 from absl import flags as absl_flags
 from tiny import Tiny
 
 from experiments import alexnet, vgg16
-from experiments.config.command_line import define, to_config
-from experiments.config.image_flags import ImageConfig
+from experiments.config.command_line import define, identify, to_config
 from experiments.data import resident, streams
 from experiments.networks import models
-from experiments.training import feeds, pruning, run
+from experiments.training import feeds, side_by_side, steps
+from experiments.training.image_flags import ImageConfig
+from experiments.training.phases import Stopped
+from experiments.training.plan import read_wanted
 
 SIZE = 8  # pixels
 OWN_FLAGS = {field.name for field in dataclasses.fields(ImageConfig)} - {
@@ -47,7 +50,7 @@ def make_config(data_dir, tmp_path_factory):
 
 def outcome(config):
     """Runs it; returns the records and the pruned network's bytes."""
-    run.run_together([config])
+    opened.do(config)
     folder = Path(config.workdir)
     return (folder / 'metrics.jsonl').read_text(), (folder / 'pruned.safetensors').read_bytes()
 
@@ -88,7 +91,7 @@ def test_a_flag_has_an_effect(make_config, plain, name, value):
 def test_a_place_has_none(make_config, plain, name, value):
     config = make_config(**{name: value})
     assert outcome(config) == plain
-    assert name not in config.identity()
+    assert name not in identify(config)
 
 
 @pytest.mark.parametrize('mesh', ['data:1', 'data:4,model:2'])
@@ -97,12 +100,12 @@ def test_a_place_has_none(make_config, plain, name, value):
 def test_a_stopped_run_goes_on_on_any_mesh(make_config, plain, mesh, phase):
     """It is stopped in the middle of an epoch of 78 batches."""
     config = make_config()
-    trainer = run.Trainer(config)
+    opened_run = opened.open_run(config)
     stopping = [signal.SIGTERM]
-    dense = [] if phase == 'reference' else run.train_references([trainer], [])
-    train = run.train_surgery if dense else run.train_references
-    with pytest.raises(run.Stopped, match=f'saved {phase}'):
-        train([trainer], *([dense] if dense else []), stopping)
+    dense = [] if phase == 'reference' else side_by_side.train_references([opened_run], [])
+    train = side_by_side.train_surgery if dense else side_by_side.train_references
+    with pytest.raises(Stopped, match=f'saved {phase}'):
+        train([opened_run], *([dense] if dense else []), stopping)
     records, network = outcome(dataclasses.replace(config, resume=True, mesh=mesh))
     if mesh == config.mesh:
         assert (records, network) == plain
@@ -131,25 +134,25 @@ def test_batches_go_on_without_opening_the_stream_again(make_config, monkeypatch
 
 def test_errors_and_losses_count_every_image_once(make_config):
     """The last batch of 200 validation images is padded."""
-    trainer = run.Trainer(make_config(mesh='data:4,model:2', dropout=0.0))
-    split = trainer.dataset.validation
+    opened_run = opened.open_run(make_config(mesh='data:4,model:2', dropout=0.0))
+    split = opened_run.task.dataset.validation
     assert len(split) == 200
     batches = [(np.asarray(images), np.asarray(labels)) for images, labels in split.batches()]
     images, labels = map(np.concatenate, zip(*batches, strict=True))
     assert (len(labels), np.sum(labels < 0)) == (208, 8)
     images, labels = images[:200].astype(np.float32), labels[:200]
-    weights = jax.tree.map(np.asarray, trainer.initial)
+    weights = jax.tree.map(np.asarray, opened_run.initial)
     scale = models.INPUTS['lenet5'].scale
     hidden = (images * scale).reshape(200, -1) @ weights['fc1']['kernel']
     logits = np.maximum(hidden + weights['fc1']['bias'], 0) @ weights['fc2']['kernel']
     logits += weights['fc2']['bias']
-    error = trainer.error(trainer.initial, split)
+    error = opened_run.task.error(opened_run.initial, split)
     assert error == pytest.approx(100 * np.mean(logits.argmax(1) != labels))
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
     expected = -np.mean(np.log(shares[np.arange(200), labels]))
-    loss = run.train.make_loss(trainer.network, trainer.inputs)
-    assert loss(trainer.initial, split) == pytest.approx(expected, rel=1e-5)
+    loss = steps.make_loss(opened_run.task.network, opened_run.task.inputs)
+    assert loss(opened_run.initial, split) == pytest.approx(expected, rel=1e-5)
 
 
 def test_colours_are_taken_less_their_mean(make_config, monkeypatch):
@@ -165,7 +168,7 @@ def test_colours_are_taken_less_their_mean(make_config, monkeypatch):
     images = np.full((2, SIZE, SIZE, 3), 40, np.uint8)
     split = resident.Split(images, np.zeros(2, np.int32))
     with jax.disable_jit():
-        run.train.make_error(Seeing(), inputs)({}, split)
+        steps.make_error(Seeing(), inputs)({}, split)
     np.testing.assert_array_equal(seen[0][1, 2, 3], [15.0, 10.0, 5.0])
 
 
@@ -209,7 +212,7 @@ def test_flags_are_refused(make_config, fields, message):
 def test_a_refused_run_leaves_no_folder(make_config, fields, message):
     config = make_config(**fields)
     with pytest.raises(ValueError, match=message):
-        run.Trainer(config)
+        opened.open_run(config)
     assert not Path(config.workdir).exists()
 
 
@@ -223,7 +226,7 @@ def test_ramps_by_layer_end_where_they_say(make_config):
         start='fc1:0,fc2:20',
         stop='fc1:20,fc2:40',
     )
-    run.run_together([config])
+    opened.do(config)
     records = map(json.loads, (Path(config.workdir) / 'metrics.jsonl').read_text().splitlines())
     kept = [record['kept'] for record in records if record['phase'] == 'surgery']
     first, second = (SIZE * SIZE * 3 + 1) * 16, 17 * 10
@@ -246,9 +249,5 @@ def test_ramps_by_layer_end_where_they_say(make_config):
 )
 def test_ramps_by_layer_are_refused(make_config, fields, message):
     given = {'compression': None, 'layer_density': 'fc1:0.1,fc2:0.5', **fields}
-    shapes = {
-        'fc1': {'kernel': jnp.zeros((192, 16)), 'bias': jnp.zeros(16)},
-        'fc2': {'kernel': jnp.zeros((16, 10)), 'bias': jnp.zeros(10)},
-    }
     with pytest.raises(ValueError, match=message):
-        pruning.make_rules(make_config(**given), shapes)
+        read_wanted(make_config(**given), ['fc1', 'fc2'])

@@ -1,6 +1,7 @@
 """Tests of training.references; references of other runs are tested with the runs."""
 
 import functools
+from pathlib import Path
 
 import caffe_layers
 import jax
@@ -10,9 +11,11 @@ from wire import blob, layer, old_blob, old_layer
 
 import dns_jax
 from dns_jax.files.caffe import read_caffemodel
-from experiments.config.flags import Config
+from experiments.artefacts import caffe_names
+from experiments.config.command_line import identify
 from experiments.networks import models
 from experiments.training import references, run
+from experiments.training.flags import Config
 from experiments.training.steps import TrainState
 
 SHAPES = ((784, 300), (300, 100), (100, 10))
@@ -43,12 +46,16 @@ def make_config(path, network='lenet300', **fields):
     return Config(network, reference=str(path), **fields)
 
 
+def read(config, like):
+    return references.read(Path(config.reference), identify(config), like)
+
+
 @pytest.mark.parametrize('masks', [False, True])
 def test_a_caffemodel_is_a_reference(tmp_path, like, masks):
     content, weights = lenet300(masks=masks)
     path = tmp_path / 'net.caffemodel'
     path.write_bytes(content)
-    params = references.read(make_config(path), like)
+    params = read(make_config(path), like)
     assert jax.tree.structure(params) == jax.tree.structure(like.params)
     for number, (kernel, bias) in enumerate(weights, start=1):
         np.testing.assert_array_equal(params[f'fc{number}']['kernel'], kernel.T)
@@ -69,12 +76,12 @@ def test_a_caffemodel_that_will_not_do(tmp_path, like, kind):
         path.write_bytes(lenet300(last_outputs=11)[0])
         message = r"--reference=.* holds the shapes .*'kernel': \(100, 11\).*; wanted .*\(100, 10\)"
     with pytest.raises(error, match=message):
-        references.read(make_config(path), like)
+        read(make_config(path), like)
 
 
 def test_a_caffemodel_may_have_seen_the_validation_images(like):
     with pytest.raises(ValueError, match=r'--reference=some\.caffemodel .* with --train_on_all'):
-        references.read(make_config('some.caffemodel', train_on_all=False), like)
+        read(make_config('some.caffemodel', train_on_all=False), like)
 
 
 def test_a_run_starts_from_it(tmp_path, capsys):
@@ -138,7 +145,7 @@ def test_networks_of_the_model_zoo_compute_what_they_do_in_caffe(tmp_path, name,
             content += old_layer(layer_name, 4 if is_convolution else 14, *map(old_blob, arrays))
     path = tmp_path / f'{name}.caffemodel'
     path.write_bytes(content)
-    found = references.read(make_config(path, name), TrainState(params, ()))
+    found = read(make_config(path, name), TrainState(params, ()))
 
     image = 60 * np.random.default_rng(3).normal(size=(SIZES[name], SIZES[name], 3))
     logits = jax.jit(network.apply)({'params': found}, image[None].astype(np.float32))
@@ -154,7 +161,7 @@ def test_a_file_written_for_caffe_is_a_reference(tmp_path, name, masked):
     masks = jax.tree.map(lambda leaf: leaf > 0, params) if masked else None
     if masked == 'above the first':
         masks[first] = {'kernel': np.ones((), bool), 'bias': np.ones((), bool)}
-    references.write_caffemodel(path, name, params, masks)
+    caffe_names.write_caffemodel(path, name, params, masks)
 
     layers = read_caffemodel(path)
     assert list(layers) == list(params)
@@ -164,7 +171,7 @@ def test_a_file_written_for_caffe_is_a_reference(tmp_path, name, masked):
             weight[:, 2 - colour], kernel[:, :, colour].transpose(2, 0, 1)
         )
 
-    found = references.read(make_config(path, name), TrainState(params, ()))
+    found = read(make_config(path, name), TrainState(params, ()))
     pruned = dns_jax.apply_masks(params, masks) if masked else params
     jax.tree.map(np.testing.assert_array_equal, found, pruned)
 
@@ -172,7 +179,7 @@ def test_a_file_written_for_caffe_is_a_reference(tmp_path, name, masked):
 def test_the_small_networks_are_written_with_the_names_that_caffe_gave_them(tmp_path, like):
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), like.params)
     path = tmp_path / 'net.caffemodel'
-    references.write_caffemodel(path, 'lenet300', params)
+    caffe_names.write_caffemodel(path, 'lenet300', params)
     assert list(read_caffemodel(path)) == ['ip1', 'ip2', 'ip3']
-    found = references.read(make_config(path), like)
+    found = read(make_config(path), like)
     jax.tree.map(np.testing.assert_array_equal, found, params)

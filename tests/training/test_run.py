@@ -16,14 +16,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import opened
 import pytest
 
-from experiments.config.flags import Config
 from experiments.data import resident
 from experiments.reports import commits
 from experiments.reports import run_report as report
-from experiments.training import run
+from experiments.training import run, side_by_side
 from experiments.training.divergence import Diverged
+from experiments.training.flags import Config
+from experiments.training.phases import Stopped, stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 # Records come often, so that there is a good moment to interrupt the run; and the checkpoints
@@ -122,10 +124,10 @@ def steps_of(folder, phase):
 
 def final_states(make_config, folder):
     """Reads the last checkpoints of all phases of a run that is done."""
-    trainer = run.Trainer(make_config(folder, resume=True))
-    references = run.train_references([trainer], [])
-    states = run.train_surgery([trainer], references, [])
-    return *references, *run.finetune([trainer], states, [])
+    opened_run = opened.open_run(make_config(folder, resume=True))
+    references = side_by_side.train_references([opened_run], [])
+    states = side_by_side.train_surgery([opened_run], references, [])
+    return *references, *side_by_side.finetune([opened_run], states, [])
 
 
 def test_a_run_ends_well_and_says_its_result_on_stdout_alone(whole):
@@ -261,21 +263,21 @@ def test_a_stopped_and_killed_run_ends_bit_for_bit_as_the_unbroken_one(
 @pytest.mark.slow
 def test_a_signal_before_surgery_saves_its_first_records(make_config, whole, tmp_path):
     config = make_config(tmp_path / 'run', reference=str(whole[0]), overwrite=True)
-    trainer = run.Trainer(config)
-    references = run.train_references([trainer], [])
+    opened_run = opened.open_run(config)
+    references = side_by_side.train_references([opened_run], [])
     # Else the loop would be compiled a second time for the state that it gives back.
     assert not any(leaf.committed for leaf in jax.tree.leaves(references))
     # Beside --overwrite, in a flagfile perhaps, --resume alone would be refused.
     message = r'SIGINT: saved surgery at step 10 in .*; continue with --resume --nooverwrite'
-    stopped = pytest.raises(run.Stopped, match=message)
+    stopped = pytest.raises(Stopped, match=message)
     with stopped, jax.disable_jit():  # faster than compiling for so few steps
-        run.train_surgery([trainer], references, [signal.SIGINT])
+        side_by_side.train_surgery([opened_run], references, [signal.SIGINT])
     assert steps_of(tmp_path / 'run', 'surgery') == [10]
 
 
 def test_signals_are_collected_and_given_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with run.stop_on_signals() as received:
+    with stop_on_signals() as received:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert received == [signal.SIGINT, signal.SIGTERM]
@@ -389,11 +391,11 @@ def test_weights_that_break_after_the_last_loss_are_not_saved(make_config, whole
     """The loss of a chunk's last step is that of the weights before it."""
     every_step = {'surgery_steps': 2, 'record_every': 1, 'checkpoint_every': 1, 'stop': ''}
     rates = {'learning_rate': 'fixed:1e38', 'bias_scale': 1e9, 'reference': str(whole[0])}
-    trainer = run.Trainer(make_config(tmp_path / 'run', **every_step, **rates))
-    references = run.train_references([trainer], [])
+    opened_run = opened.open_run(make_config(tmp_path / 'run', **every_step, **rates))
+    references = side_by_side.train_references([opened_run], [])
     broken = pytest.raises(Diverged, match=r'a weight of .*fc\d is not finite at step 1 of the sur')
     with broken, jax.disable_jit():  # faster than compiling for so few steps
-        run.train_surgery([trainer], references, [])
+        side_by_side.train_surgery([opened_run], references, [])
     assert steps_of(tmp_path / 'run', 'surgery') == []
 
 
@@ -401,19 +403,21 @@ def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
     """The rate is such that the weights break some chunks after the first checkpoint."""
     short = {'surgery_steps': 200, 'record_every': 2, 'checkpoint_every': 2}
     rate = {'learning_rate': 'fixed:30', 'reference': str(whole[0]), 'stop': ''}
-    trainer = run.Trainer(make_config(tmp_path / 'run', **short, **rate))
+    opened_run = opened.open_run(make_config(tmp_path / 'run', **short, **rate))
     with pytest.raises(Diverged) as caught:
-        run.train_surgery([trainer], run.train_references([trainer], []), [])
+        side_by_side.train_surgery(
+            [opened_run], side_by_side.train_references([opened_run], []), []
+        )
     step = int(re.search(r'not finite at step (\d+)', str(caught.value))[1])
     good = int(re.search(r'last good checkpoint is that of step (\d+)', str(caught.value))[1])
     assert good == steps_of(tmp_path / 'run', 'surgery')[-1]
     assert 0 < good < step <= good + 2
     # It is where --resume goes on: at steps that are done already, so that it just reads it.
     config = make_config(tmp_path / 'other', **{**short, 'surgery_steps': good}, **rate)
-    resumed = run.Trainer(config)
+    resumed = opened.open_run(config)
     shutil.copytree(tmp_path / 'run' / 'checkpoints', tmp_path / 'other' / 'checkpoints')
     resumed.config = dataclasses.replace(config, resume=True)
-    (state,) = run.train_surgery([resumed], [resumed.initial], [])
+    (state,) = side_by_side.train_surgery([resumed], [resumed.initial], [])
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
     assert last_record(tmp_path / 'run')['step'] == good
 

@@ -4,23 +4,32 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dns_jax.files.writing import write_whole
-from experiments.config.flags import Config
+from experiments.config.command_line import identify
+from experiments.reports.records import METRICS_FILE
+from experiments.training import workdir
+from experiments.training.flags import Config
 from experiments.training.workdir import (
     FLAGS_FILE,
     LOCK_FILE,
-    METRICS_FILE,
     Records,
-    claim,
     release,
 )
 
 
 def config(folder, **fields):
     return Config(**{'network': 'lenet300', 'c_rate': '1', 'workdir': str(folder), **fields})
+
+
+def claim(config):
+    """Claims the folder of a run, and returns it."""
+    folder = Path(config.workdir)
+    workdir.claim(folder, identify(config), config.resume, config.overwrite)
+    return folder
 
 
 def record(phase, step, **more):
@@ -55,7 +64,7 @@ def test_a_free_folder_is_claimed(tmp_path, place, switch):
     wanted = config(tmp_path / place, **switch)
     folder = claim(wanted)
     assert folder == tmp_path / place
-    assert json.loads((folder / FLAGS_FILE).read_text()) == wanted.identity()
+    assert json.loads((folder / FLAGS_FILE).read_text()) == identify(wanted)
     assert sorted(os.listdir(folder)) == [LOCK_FILE, FLAGS_FILE]
 
 
@@ -103,7 +112,7 @@ def test_overwrite_deletes_the_run(run_folder):
     wanted = config(run_folder, overwrite=True, seed=3)
     claim(wanted)
     assert sorted(os.listdir(run_folder)) == [LOCK_FILE, FLAGS_FILE]
-    assert json.loads((run_folder / FLAGS_FILE).read_text()) == wanted.identity()
+    assert json.loads((run_folder / FLAGS_FILE).read_text()) == identify(wanted)
 
 
 @pytest.mark.parametrize('switch', [{}, {'resume': True}, {'overwrite': True}])

@@ -3,10 +3,10 @@
 import dataclasses
 
 from experiments.config.command_line import flag
-from experiments.config.flags import Config
 from experiments.data.crops import CROPS
 from experiments.devices.hosts import parse_distributed
 from experiments.devices.meshes import parse_mesh
+from experiments.training.flags import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,19 @@
 """The flags of a run, as fields of one frozen `Config`.
 
-Those of streamed images are in `image_flags`, those of other commands in `sweep_flags` and
-`tool_flags`. What is written within a flag is for `parsers`.
+A configuration refuses flags that contradict each other. What is written within a flag is read
+once, by `plan`. Beside each flag stands what part of a run it is about: its `place`; the `task`,
+which runs that are compared have in common; the `solver` of every phase; or the `target`, of which
+there must be one. The others are about what happens to the dense network.
 """
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
-from experiments.config.command_line import check_finite, flag
-from experiments.config.parsers import parse_learning_rate
+from experiments.config.command_line import check_finite, flag, names_of
 from experiments.data import resident
+from experiments.training.pruning import IMPORTANCES, PRUNERS
 
-PRUNERS = ('surgery', 'han', 'iterative', 'one_shot', 'gradual', 'set', 'rigl')
-REGROWING = ('set', 'rigl')
-_SURGERY_FLAGS = (
-    *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
-    'count_returns',
-)
-DATA_DIR_HELP = 'Folder of prepared sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.'
-MANUAL_DIR_HELP = "Folder with the set's published files; by default they are downloaded."
 _ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
 _BY_LAYER = 'as LAYER:NUMBER,…, where conv* is a LAYER too, or NUMBER for all; others stay dense.'
 _ONE_OF = 'One of --compression, --density, --layer_density, --c_rate must be given.'
@@ -32,25 +25,32 @@ class Config:
 
     network: str  # chosen by the entry script, not a flag
 
-    dataset: str = flag('mnist', 'Data set.', choices=resident.DATASETS)
-    data_dir: str | None = flag(None, DATA_DIR_HELP, decides=False)
-    manual_dir: str | None = flag(None, MANUAL_DIR_HELP, decides=False)
-    train_on_all: bool = flag(False, 'Train on the validation images too (a final run).')
-    workdir: str = flag('runs/latest', 'Folder that the run writes to.', decides=False)
+    dataset: str = flag('mnist', 'Data set.', choices=resident.DATASETS, part='task')
+    data_dir: str | None = flag(None, resident.DATA_DIR_HELP, decides=False, part='place')
+    manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP, decides=False, part='place')
+    train_on_all: bool = flag(
+        False, 'Train on the validation images too (a final run).', part='task'
+    )
+    workdir: str = flag(
+        'runs/latest', 'Folder that the run writes to.', decides=False, part='place'
+    )
     reference: str | None = flag(
         None,
         'Folder of a run, or .caffemodel file (with --train_on_all), to start from; by default a '
         'dense network is trained.',
+        part='place',
     )
-    resume: bool = flag(False, 'Continue the run in --workdir.', decides=False)
-    overwrite: bool = flag(False, 'Delete the run in --workdir first.', decides=False)
+    resume: bool = flag(False, 'Continue the run in --workdir.', decides=False, part='place')
+    overwrite: bool = flag(False, 'Delete the run in --workdir first.', decides=False, part='place')
     tensorboard: bool = flag(
-        False, 'Also write TensorBoard events (needs tensorboardX).', decides=False
+        False, 'Also write TensorBoard events (needs tensorboardX).', decides=False, part='place'
     )
-    seed: int = flag(0, 'Seeds the weights, the order of the images and the coins.', lower_bound=0)
+    seed: int = flag(
+        0, 'Seeds the weights, the order of the images and the coins.', lower_bound=0, part='task'
+    )
 
-    batch_size: int = flag(64, 'Images per step.', lower_bound=1)
-    reference_steps: int = flag(10_000, 'Steps of dense training.', lower_bound=1)
+    batch_size: int = flag(64, 'Images per step.', lower_bound=1, part='task')
+    reference_steps: int = flag(10_000, 'Steps of dense training.', lower_bound=1, part='task')
     surgery_steps: int = flag(16_000, 'Steps of surgery.', lower_bound=1)
     finetuning_steps: int = flag(
         10_000,
@@ -61,11 +61,13 @@ class Config:
         500,
         'Steps from one record of loss, validation error and kept connections to the next.',
         lower_bound=1,
+        part='solver',
     )
     checkpoint_every: int = flag(
         2_000,
         'Steps from one checkpoint to the next; a multiple of --record_every.',
         lower_bound=1,
+        part='solver',
     )
     on_divergence: str = flag(
         'stop',
@@ -79,6 +81,7 @@ class Config:
         'inv:0.01,1e-4,0.75',
         'Learning rate of dense training: fixed:BASE, exp:BASE,GAMMA, inv:BASE,GAMMA,POWER, '
         'poly:BASE,POWER or step:BASE,GAMMA,STEPS, as in Caffe.',
+        part='task',
     )
     learning_rate: str = flag(
         'inv:0.01,1e-4,0.75',
@@ -88,7 +91,7 @@ class Config:
         'poly:0.05,1', 'Learning rate of fine-tuning, in the form of --reference_learning_rate.'
     )
     reference_weight_decay: float = flag(
-        5e-4, f'Weight decay of dense training, {_ADDED_TO_THE_GRADIENT}.'
+        5e-4, f'Weight decay of dense training, {_ADDED_TO_THE_GRADIENT}.', part='task'
     )
     weight_decay: float = flag(
         5e-4, f'Weight decay of surgery, on all dense weights, {_ADDED_TO_THE_GRADIENT}.'
@@ -97,24 +100,29 @@ class Config:
         0.0, f'Weight decay of fine-tuning, {_ADDED_TO_THE_GRADIENT}.'
     )
     momentum: float = flag(
-        0.9, 'Momentum: share of the last update that goes into the next, in [0, 1).'
+        0.9, 'Momentum: share of the last update that goes into the next, in [0, 1).', part='solver'
     )
-    bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.')
-    decay_biases: bool = flag(True, 'Whether weight decay is for biases too.')
+    bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.', part='solver')
+    decay_biases: bool = flag(True, 'Whether weight decay is for biases too.', part='solver')
 
     compression: float | None = flag(
         None,
         f'All parameters / kept parameters to reach; the layers share by themselves. {_ONE_OF}',
+        part='target',
     )
-    density: float | None = flag(None, f'Kept parameters / all parameters to reach. {_ONE_OF}')
+    density: float | None = flag(
+        None, f'Kept parameters / all parameters to reach. {_ONE_OF}', part='target'
+    )
     layer_density: str = flag(
         '',
         f'Kept / all to reach, of what takes part in a layer, {_BY_LAYER} {_ONE_OF}',
+        part='target',
     )
     c_rate: str = flag(
         '',
         f'c, in standard deviations, {_BY_LAYER} Surgery prunes below mean + c · std of the '
         f'magnitudes, --pruner=han below c · std of the weights. {_ONE_OF}',
+        part='target',
     )
     refresh_statistics: int = flag(
         0,
@@ -175,15 +183,13 @@ class Config:
 
     pruner: str = flag(
         'surgery',
-        'What prunes: surgery; han, the rounds of Han et al. by --c_rate; iterative, as many '
-        'rounds by density; one_shot, in one step; gradual, by the cubic ramp of Zhu and Gupta; '
-        'set or rigl, in one step, after which connections are exchanged.',
-        choices=PRUNERS,
+        f'What prunes: {"; ".join(f"{name}, {row.text}" for name, row in PRUNERS.items())}.',
+        choices=tuple(PRUNERS),
     )
     importance: str = flag(
         'magnitude',
         'What says how much a connection matters: |w|, |w · gradient|, or a random number.',
-        choices=('magnitude', 'taylor', 'chance'),
+        choices=tuple(IMPORTANCES),
     )
     splicing: bool = flag(True, 'Whether surgery lets pruned connections return.')
     rounds: int = flag(5, 'Rounds of --pruner=han and iterative.', lower_bound=1, upper_bound=1_000)
@@ -192,7 +198,9 @@ class Config:
         "Share of each layer's kept connections that --pruner=set and rigl exchange in a round.",
     )
     dropout: float = flag(
-        0.0, 'Share of the units dropped behind all fully connected layers but the last.'
+        0.0,
+        'Share of the units dropped behind all fully connected layers but the last.',
+        part='task',
     )
     pruned_dropout: str = flag(
         'scaled',
@@ -211,10 +219,9 @@ class Config:
             raise ValueError('--resume and --overwrite exclude each other')
         if self.overwrite and self.reference and _same(self.reference, self.workdir):
             raise ValueError(f'--overwrite would delete --reference={self.reference}')
+        targets = names_of(Config, 'target')
         wanted = {
-            name: getattr(self, name)
-            for name in ('compression', 'density', 'layer_density', 'c_rate')
-            if getattr(self, name) not in (None, '')
+            name: value for name in targets if (value := getattr(self, name)) not in (None, '')
         }
         if len(wanted) != 1:
             raise ValueError(
@@ -240,19 +247,15 @@ class Config:
                 f'--checkpoint_every={self.checkpoint_every} must be a multiple of '
                 f'--record_every={self.record_every}'
             )
-        for name in ('reference_learning_rate', 'learning_rate', 'finetuning_learning_rate'):
-            try:
-                parse_learning_rate(getattr(self, name), steps=1)
-            except ValueError as error:
-                raise ValueError(f'--{name}: {error}') from error
         check_finite(self)
 
     def _check_pruner(self):
         """Refuses what the pruner cannot prune by."""
-        if self.pruner in ('gradual', *REGROWING) and not self.refresh_every:
+        pruner = PRUNERS[self.pruner]
+        if pruner.in_rounds and not self.refresh_every:
             raise ValueError(f'--refresh_every=0 must be at least 1 for --pruner={self.pruner}')
-        if self.pruner != 'surgery' and bool(self.c_rate) != (self.pruner == 'han'):
-            wanted = '--c_rate' if self.pruner == 'han' else 'a density or a compression'
+        if ('c_rate' if self.c_rate else 'density') not in pruner.targets:
+            wanted = '--c_rate' if 'c_rate' in pruner.targets else 'a density or a compression'
             raise ValueError(f'--pruner={self.pruner} must go with {wanted}')
         is_known = self.importance == 'magnitude' or self.refresh_statistics or not self.c_rate
         if self.pruner == 'surgery' and not is_known:
@@ -263,31 +266,21 @@ class Config:
 
     def _check_unread(self):
         """Refuses flags that nothing would read beside the others, as another pruner would."""
-        surgery = self.pruner == 'surgery'
-        is_read = {
-            **dict.fromkeys(_SURGERY_FLAGS, surgery),
-            'importance': self.pruner not in REGROWING,
-            'rounds': self.pruner in ('han', 'iterative'),
-            'drop': self.pruner in REGROWING,
-            'refresh_statistics': surgery and bool(self.c_rate),
+        unread = {name for pruner in PRUNERS.values() for name in pruner.reads}
+        unread -= {*PRUNERS[self.pruner].reads}
+        beside = {
+            'refresh_statistics': self.c_rate,
             'pruned_dropout': self.dropout > 0,
             'cut_at': self.cut > 0,
         }
+        unread |= {name for name, other in beside.items() if not other}
         for field in dataclasses.fields(Config):
             value = getattr(self, field.name)
-            if value != field.default and not is_read.get(field.name, True):
+            if value != field.default and field.name in unread:
                 raise ValueError(
                     f'--{field.name}={value} has no meaning beside the other flags, '
                     f'--pruner={self.pruner} among them'
                 )
-
-    def identity(self) -> dict[str, Any]:
-        """Returns the fields that decide a run's numbers: all but places and switches."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.metadata.get('decides', True)
-        }
 
 
 def _same(one: str, other: str) -> bool:

@@ -1,0 +1,119 @@
+"""The end of a run: what is measured of its network, on the test images too, and written."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dns_jax
+from dns_jax.files.sparse import save_sparse
+from experiments.devices import hosts, meshes
+from experiments.networks import models
+from experiments.reports import run_report
+from experiments.training import probes, steps
+from experiments.training.task import Run
+from experiments.training.workdir import NETWORK_FILE
+
+
+def finish(
+    run: Run,
+    reference: dns_jax.Params,
+    final: steps.TrainState,
+    seconds: dict[str, float],
+    returns: probes.ReturnsState | None,
+) -> dict[str, Any]:
+    """Measures what a run has made, and writes the pruned network and the report.
+
+    Args:
+      run: which.
+      reference: the weights of the dense network.
+      final: the state at the end.
+      seconds: that it took, for the summary.
+      returns: what was counted of connections that return, if anything.
+
+    Returns:
+      The summary.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    summary = _summarise(run, reference, final) | seconds
+    if any(run.setbacks.values()):
+        summary['setbacks'] = run.setbacks
+    if returns:
+        summary['returns'] = _measure_returns(run, final, returns)
+    params, masks = meshes.to_host((final.params, final.masks))
+    hosts.on_first(lambda: _write(run, params, masks, summary))
+    return summary
+
+
+def _write(run: Run, params: Any, masks: dns_jax.Masks, summary: dict[str, Any]) -> None:
+    network, inputs = summary['network'], run.task.inputs
+    metadata = {'network': network, 'input_scale': repr(inputs.scale)}
+    if any(inputs.mean):
+        metadata['input_mean'] = ','.join(map(repr, inputs.mean))
+    save_sparse(run.folder / NETWORK_FILE, params, masks, metadata)
+    first_layer = masks.get('fc1', {}).get('kernel')
+    sees_pixels = network == 'lenet300' and np.ndim(first_layer)
+    run_report.write(run.folder, summary, first_layer if sees_pixels else None)
+
+
+def _summarise(run: Run, reference: Any, final: steps.TrainState) -> dict[str, Any]:
+    """Measures sizes and errors, and reads the test split."""
+    task = run.task
+    pruned = dns_jax.apply_masks(final.params, final.masks)
+    positions = models.positions(task.network, task.feed.image_shape)
+    sizes = dns_jax.measure_sizes(final.params, final.masks, positions)
+    return {
+        'network': run.identity['network'],
+        'dataset': run.identity['dataset'],
+        'seed': run.identity['seed'],
+        'steps': run.plan.surgery.steps,
+        'reference_validation_error': task.error(reference, task.dataset.validation),
+        'reference_error': task.error(reference, task.dataset.test),
+        'validation_error': task.error(pruned, task.dataset.validation),
+        'test_error': task.error(pruned, task.dataset.test),
+        **_size_summary(sizes.total),
+        'per_layer': {layer: _size_summary(size) for layer, size in sizes.layers.items()},
+        'state_mebibytes': sum(leaf.nbytes for leaf in jax.tree.leaves(final)) / 2**20,
+        'commit': run.commit,
+        'jax': jax.__version__,
+        'device': jax.devices()[0].device_kind,
+        'flags': run.identity,
+    }
+
+
+def _measure_returns(
+    run: Run, final: steps.TrainState, returns: probes.ReturnsState
+) -> dict[str, float]:
+    """Says how many connections came back, and what they are good for in the end."""
+    final_masks, returned = meshes.to_host((final.masks, returns.returned))
+    counts = {
+        'pruned': returns.pruned,
+        'returned': returns.returned,
+        'returned_kept': jax.tree.map(jnp.logical_and, returns.returned, final.masks),
+    }
+    measured: dict[str, float] = {
+        name: sum(dns_jax.count_kept(masks).values()) for name, masks in counts.items()
+    }
+    without = jax.tree.map(lambda mask, back: mask & ~back, final.masks, returns.returned)
+    others = probes.remove_others(final_masks, returned, run.identity['seed'])
+    removed = dns_jax.count_events(final_masks, others).values()
+    measured['others_removed'] = sum(int(np.sum(event.pruned)) for event in removed)
+    task = run.task
+    loss = steps.make_loss(task.network, task.inputs)
+    for name, masks in (
+        *(('', final.masks), ('_without', without)),
+        ('_without_others', others),
+    ):
+        pruned = dns_jax.apply_masks(final.params, masks)
+        measured[f'loss{name}'] = loss(pruned, task.dataset.train)
+        measured[f'test_error{name}'] = task.error(pruned, task.dataset.test)
+    return measured
+
+
+def _size_summary(size: dns_jax.Size) -> dict[str, Any]:
+    # JSON has no infinity: a layer of which nothing is kept has no compression.
+    compression = size.compression if size.kept else None
+    return {**size._asdict(), 'density': size.density, 'compression': compression}

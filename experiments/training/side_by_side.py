@@ -1,0 +1,90 @@
+"""Runs that differ in seed and places alone, side by side in one program, phase by phase."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+import dns_jax
+from experiments.training import closing, divergence, probes
+from experiments.training.phases import stop_on_signals, train_side_by_side
+from experiments.training.plan import Plan
+from experiments.training.pruning import make_rules
+from experiments.training.steps import TrainState
+from experiments.training.task import Run, Task
+
+
+def run_together(
+    plans: Sequence[Plan], on_record: Callable[[dict[str, Any]], None] = lambda record: None
+) -> list[dict[str, Any]]:
+    """Does runs that differ in seed and places alone, side by side in one program.
+
+    Args:
+      plans: one for each run.
+      on_record: called with each record once it is written; what it raises ends the runs.
+
+    Returns:
+      The summary of each run, as written to its folder. Its `seconds` and `pruning_seconds` are
+      those of this call: of all runs together, and after --resume of what was left to do.
+
+    Raises:
+      As `experiments.training.run.run` does.
+    """
+    started = time.perf_counter()
+    task = Task(plans[0].config)
+    runs = [Run(task, plan, on_record) for plan in plans]
+    with stop_on_signals() as stopping:
+        dense = train_references(runs, stopping)
+        trained = time.perf_counter()
+        operated = train_surgery(runs, dense, stopping)
+        # Before fine-tuning, which donates the states.
+        returns = [probes.get_returns(state.opt_state) for state in operated]
+        finals = finetune(runs, operated, stopping)
+    now = time.perf_counter()
+    seconds = {'seconds': round(now - started, 1), 'pruning_seconds': round(now - trained, 1)}
+    return [
+        closing.finish(run, reference, final, seconds, returned)
+        for run, reference, final, returned in zip(runs, dense, finals, returns, strict=True)
+    ]
+
+
+def train_references(runs: Sequence[Run], stopping: list[int]) -> list[dns_jax.Params]:
+    """Trains the dense network of each run, or takes the ones that --reference names."""
+    given = [run.reference for run in runs if run.reference is not None]
+    if given:
+        return given
+    phase = runs[0].plan.reference
+    states = [run.start(phase, jax.tree.map(jnp.copy, run.initial)) for run in runs]
+    return [state.params for state in train_side_by_side(phase, runs, states, stopping)]
+
+
+def train_surgery(
+    runs: Sequence[Run], dense: Sequence[dns_jax.Params], stopping: list[int]
+) -> list[TrainState]:
+    """Operates on the network of each run, from its dense weights."""
+    phase, wanted = runs[0].plan.surgery, runs[0].plan.wanted
+    states = []
+    for run, params in zip(runs, dense, strict=True):
+        if wanted.pruner == 'surgery' and wanted.importance == 'magnitude':
+            rules = make_rules(wanted, params)
+            for warning in divergence.find_emptied_layers(rules, params, wanted.takes_part):
+                logging.warning('%s', warning)
+        # A copy: the loop donates its state, and the reference is still needed.
+        states.append(run.start(phase, jax.tree.map(jnp.copy, params)))
+    return train_side_by_side(phase, runs, states, stopping)
+
+
+def finetune(
+    runs: Sequence[Run], states: Sequence[TrainState], stopping: list[int]
+) -> list[TrainState]:
+    """Trains the kept connections of each run on, the masks frozen as surgery left them."""
+    phase = runs[0].plan.finetuning
+    if not phase.steps:
+        return list(states)
+    begun = [
+        run.start(phase, state.params, state.masks) for run, state in zip(runs, states, strict=True)
+    ]
+    return train_side_by_side(phase, runs, begun, stopping)

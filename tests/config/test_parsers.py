@@ -1,0 +1,70 @@
+"""Tests of config.parsers: tables, steps and learning rates."""
+
+import re
+
+import pytest
+
+from experiments.config.parsers import (
+    parse_learning_rate,
+    parse_step,
+    parse_table,
+    scale_learning_rate,
+)
+
+
+@pytest.mark.parametrize(
+    ('text', 'number', 'expected'),
+    [
+        ('', float, {}),
+        ('2', float, {'*': 2.0}),
+        ('conv*:2,fc1:-0.5', float, {'conv*': 2.0, 'fc1': -0.5}),
+        ('fc1:3,*:4,', int, {'fc1': 3, '*': 4}),
+        ('a:b:1', int, {'a:b': 1}),
+        ('fc1:2,3', int, {'fc1': 2, '*': 3}),
+    ],
+)
+def test_tables(text, number, expected):
+    table = parse_table(text, number)
+    assert list(table.items()) == list(expected.items())
+    assert all(type(value) is number for value in table.values())
+
+
+@pytest.mark.parametrize(
+    ('text', 'number', 'message'),
+    [
+        ('conv1:x', float, "'conv1:x' in 'conv1:x' is not PATTERN:NUMBER"),
+        ('a:1,b', float, "'b' in 'a:1,b' is not PATTERN:NUMBER"),
+        ('a:', float, "'a:' in 'a:' is not PATTERN:NUMBER"),
+        (':1', float, "':1' in ':1' is not PATTERN:NUMBER"),
+        ('a:1.5', int, "'a:1.5' in 'a:1.5' is not PATTERN:NUMBER"),
+        ('a:1,a:2', float, "'a' stands twice in 'a:1,a:2'"),
+        ('1,2', float, 'stands twice'),
+        ('*:1,2', float, 'stands twice'),
+    ],
+)
+def test_malformed_tables(text, number, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_table(text, number)
+
+
+@pytest.mark.parametrize(
+    ('text', 'step'), [('0', 0), ('120', 120), ('0%', 0), ('80%', 960), ('33.3%', 400)]
+)
+def test_steps_and_shares(text, step):
+    assert parse_step(text, 1_200) == step
+
+
+def test_learning_rate_policies_are_those_of_the_library():
+    for text, at_50 in (
+        ('fixed:0.1', 0.1),
+        ('exp:0.1,0.99', 0.1 * 0.99**50),
+        ('inv:0.1,0.02,0.5', 0.1 * 2**-0.5),
+        ('poly:0.1,2', 0.1 * 0.5**2),
+        ('step:0.1,0.5,20', 0.1 * 0.5**2),
+    ):
+        assert float(parse_learning_rate(text, 100)(50)) == pytest.approx(at_50)
+
+
+def test_the_base_of_a_learning_rate_is_scaled():
+    assert scale_learning_rate('inv:0.01,1e-4,0.75', 2.0) == 'inv:0.02,1e-4,0.75'
+    assert scale_learning_rate('fixed:0.1', 1 / 3) == 'fixed:0.03333'

@@ -1,0 +1,253 @@
+"""Tests of training.plan: what flags become, and what is refused before data are opened."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_flags import (
+    BY_DENSITY,
+    TARGETS,
+    parse,
+)
+
+import dns_jax
+from experiments import lenet5
+from experiments.data import resident
+from experiments.networks import models
+from experiments.training import run
+from experiments.training.flags import Config
+from experiments.training.plan import make_plan, read_wanted
+from experiments.training.pruning import PRUNERS, make_pruner, make_rules
+
+
+def rules(config, params):
+    """The rules of surgery on a network of these weights."""
+    return make_rules(read_wanted(config, list(params)), params)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'cut': 0.5, 'cut_at': '200%'}, '--cut_at=200% must be one of the 4 steps'),
+        ({'cut': 0.5, 'cut_at': '-1'}, '--cut_at=-1 must be one of the 4 steps'),
+    ],
+)
+def test_steps_that_never_come(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(Config('lenet5', surgery_steps=4, **{**BY_DENSITY, **fields}))
+
+
+@pytest.mark.parametrize('name', ['c_rate', 'layer_density', 'start', 'stop'])
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('conv1:1', "pattern 'conv1' is the first match of no layer"),
+        ('*:1,fc1:2', "pattern 'fc1' is the first match of no layer"),
+        ('fc1:x', 'is not PATTERN:NUMBER'),
+        ('fc1:1,fc1:2', 'stands twice'),
+    ],
+)
+def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message):
+    params = {layer: {'kernel': jnp.ones((2, 2))} for layer in ('fc1', 'fc2')}
+    others = {} if name in TARGETS else {'c_rate': '1'}
+    with pytest.raises(ValueError, match=rf'^--{name}: .*{re.escape(message)}'):
+        rules(Config('tiny', **{name: text}, **others), params)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'c_rate': 'nan'}, 'c_rate must be finite in float32'),
+        ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1)'),
+        ({'weight_decay': np.nan}, '--weight_decay must be finite in float32, but is nan'),
+        ({'weight_decay': 1e39}, '--weight_decay must be finite in float32, but is 1e'),
+        ({'update_gamma': -1.0}, 'gamma must be finite in float32 and at least 0'),
+        ({'update_power': -1.0}, 'power must be finite in float32 and at least 0'),
+        ({'start': '-1'}, 'start must be a whole number from 0'),
+        ({'start': '5', 'stop': '4'}, 'stop must be a whole number from 5'),
+        ({'layer_density': '0'}, '--layer_density: a density must be in (0, 1], but is 0.0'),
+        ({'layer_density': '1.5'}, '--layer_density: a density must be in (0, 1], but is 1.5'),
+        (
+            {'density': 0.5, 'ramp_start': '50%', 'ramp_end': '40%'},
+            '--ramp_end=40% must come after --ramp_start=50%',
+        ),
+        ({'density': 0.5, 'ramp_start': '-1'}, '--ramp_end=80% must come after --ramp_start=-1'),
+        ({'density': 0.5, 'ramp_end': '0%'}, '--ramp_end=0% must come after --ramp_start=0%'),
+        ({'density': 0.5, 'ramp_end': 'inf%'}, "--ramp_end: 'inf%' must be a step or a share"),
+        (
+            {'density': 0.5, 'ramp_start': '50%', 'stop': '50%'},
+            'for *, whose masks are updated at the steps from 0 to 7999',
+        ),
+        ({'density': 0.5, 'start': '95%', 'stop': '95%'}, 'at the steps from 15200 to 15199'),
+        ({'density': 0.5, 'ramp': 'poly'}, "--ramp must be log or poly:POWER, but is 'poly'"),
+        ({'density': 0.5, 'ramp': 'poly:x'}, "--ramp must be log or poly:POWER, but is 'poly:x'"),
+        ({'density': 0.5, 'ramp': 'log:2'}, "--ramp must be log or poly:POWER, but is 'log:2'"),
+        ({'density': 0.5, 'ramp': 'poly:0'}, 'power must be finite in float32 and above 0'),
+        ({'density': 0.5, 'ramp_end': 'soon'}, "--ramp_end: 'soon' must be a step or a share"),
+        ({'density': 0.5, 'ramp_end': 'x%'}, "--ramp_end: 'x%' must be a step or a share"),
+    ],
+)
+def test_numbers_out_of_range(fields, message):
+    params = {'fc1': {'kernel': jnp.ones((2, 2))}}
+    others = {} if fields.keys() & set(TARGETS) else {'c_rate': '1'}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rules(Config('tiny', **fields, **others), params)
+
+
+def test_a_layer_without_c_rate_stays_dense():
+    params = {layer: {'kernel': jnp.ones((2, 2))} for layer in ('fc1', 'fc2')}
+    assert list(rules(Config('tiny', c_rate='fc2:1'), params)) == ['fc2']
+
+
+@pytest.mark.parametrize(
+    ('stop', 'last'), [('100%', 99), ('95', 94), ('200', 99), ('3000000000', 99), ('', 99)]
+)
+def test_there_is_a_last_update(stop, last):
+    params = {'fc1': {'kernel': jnp.ones((2, 2))}}
+    for what in ({'density': 0.5}, {'layer_density': '0.5'}, {'c_rate': '1'}):
+        config = Config('tiny', **what, surgery_steps=100, stop=stop, update_power=0.5)
+        (rule,) = rules(config, params).values()
+        assert max(step for step in range(201) if rule.update_probability(step) > 0) == last
+
+
+@pytest.mark.parametrize(
+    ('fields', 'last'),
+    [
+        ({}, 90),
+        ({'stop': '95'}, 90),
+        ({'stop': '91'}, 90),
+        ({'stop': ''}, 90),
+        ({'ramp_end': '91'}, 99),
+        ({'start': '93'}, 99),
+        ({'refresh_every': 0}, 99),
+    ],
+)
+def test_masks_stay_from_the_last_refresh_on_if_the_density_is_reached_by_then(fields, last):
+    params = {'fc1': {'kernel': jnp.ones((2, 2))}}
+    fields = {'refresh_every': 10, **fields}
+    (rule,) = rules(Config('tiny', density=0.5, surgery_steps=100, **fields), params).values()
+    assert max(step for step in range(100) if rule.update_probability(step) > 0) == last
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'refresh_every': 500},
+        {'refresh_every': 7},
+        {'refresh_every': 0},
+        {'ramp_end': '100%'},
+        {'ramp_end': '200%', 'stop': '13'},
+        {'stop': '50%', 'update_power': 2.0, 'update_gamma': 9.0},
+        {'start': '9', 'ramp_end': '5'},
+        *({'pruner': name, 'ramp_end': '100%'} for name in ('iterative', 'gradual')),
+        *({'pruner': name, 'ramp_end': '100%', 'refresh_every': 3} for name in ('set', 'rigl')),
+    ],
+)
+def test_the_density_is_reached_whatever_fits_the_steps(fields):
+    params = {'fc1': {'kernel': jax.random.normal(jax.random.key(0), (10, 20))}}
+    for what in ({'density': 0.1}, {'layer_density': '0.1'}):
+        config = Config('tiny', **what, surgery_steps=20, **fields)
+        pruner = make_pruner(read_wanted(config, ['fc1']), params, jax.random.key(0))
+        state, update = pruner.init(params), jax.jit(pruner.update)
+        for step in range(20):
+            moved = jax.tree.map(lambda leaf, step=step: leaf * (1 + jnp.sin(leaf * step)), params)
+            _, state = update(params, state, moved)
+        assert dns_jax.count_kept(state.masks) == {'fc1': 20}
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        'inv',
+        'inv:0.1',
+        'poly:0.1,x',
+        'fixed:0.1,0.2',
+        'warp:9',
+        'step:1,0.1',
+        'step:1,0.1,0.5',
+        'step:1,0.1,inf',
+        'step:1,1e39,5',
+        'fixed:1e39',
+    ],
+)
+def test_malformed_learning_rates_are_refused(text):
+    with pytest.raises(ValueError, match=f'--learning_rate: {text!r} must'):
+        make_plan(Config(network='lenet5', c_rate='1', learning_rate=text))
+
+
+@pytest.mark.parametrize(
+    ('flag', 'message'),
+    [
+        ('--ramp=foo', "--ramp must be log or poly:POWER, but is 'foo'"),
+        ('--learning_rate=warp:9', "--learning_rate: 'warp:9' must begin with one of"),
+        ('--finetuning_learning_rate=x', "--finetuning_learning_rate: 'x' must begin with one of"),
+        ('--ramp_end=soon', "--ramp_end: 'soon' must be a step or a share"),
+        ('--compression=1e9', '--compression or --density asks to keep 0 of 431080'),
+    ],
+)
+def test_a_bad_flag_is_refused_before_data_are_opened(flag, message, monkeypatch, tmp_path):
+    def fail(*arguments):
+        pytest.fail('data were opened')
+
+    monkeypatch.setattr(resident, 'load', fail)
+    monkeypatch.setattr(models.LeNet5, 'init', fail)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run.run(
+            parse(
+                f'--workdir={tmp_path / "run"}', '--compression=9', flag, defaults=lenet5.DEFAULTS
+            )
+        )
+    assert not (tmp_path / 'run').exists()
+
+
+def test_phases_are_those_of_the_flags():
+    config = Config(
+        'lenet5',
+        compression=9.0,
+        reference_steps=3,
+        surgery_steps=4,
+        finetuning_steps=0,
+        learning_rate='poly:0.5,1',
+        dropout=0.5,
+        pruned_dropout='dropped',
+        pruner='rigl',
+    )
+    plan = make_plan(config)
+    phases = plan.reference, plan.surgery, plan.finetuning
+    assert [(phase.name, phase.steps) for phase in phases] == [
+        *(('reference', 3), ('surgery', 4), ('finetuning', 0)),
+    ]
+    assert float(plan.surgery.learning_rate(2)) == 0.25
+    assert [phase.dropout for phase in phases] == [0.5, 0.0, 0.0]
+    assert [phase.weight_decay for phase in phases] == [5e-4, 5e-4, 0.0]
+    assert {phase.chain for phase in phases} == {PRUNERS['rigl'].chain}
+
+
+ROOMS = 8  # at most, between the entry script and the first step
+
+
+def test_a_configuration_visits_few_rooms(make_config):
+    """Whatever file has a configuration in its hands, in a variable or an argument."""
+    rooms = set()
+
+    def look(frame, event, argument):
+        del argument
+        path = Path(frame.f_code.co_filename)
+        holds = (isinstance(value, Config) for value in frame.f_locals.values())
+        if event == 'return' and 'experiments' in path.parts and any(holds):
+            rooms.add(path.stem)
+
+    config = make_config(reference_steps=1, surgery_steps=2, finetuning_steps=0)
+    sys.setprofile(look)
+    try:
+        with jax.disable_jit():
+            run.run(config)
+    finally:
+        sys.setprofile(None)
+    assert {'run', 'plan', 'task'} <= rooms
+    assert len(rooms | {'lenet5', 'command_line'}) <= ROOMS, rooms
