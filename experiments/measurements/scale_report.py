@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from experiments.networks.models import NETWORK_NAMES
+from experiments.networks.names import NETWORK_NAMES
 from experiments.reports.plots import BLACK, BLUE, ORANGE, style
 from experiments.reports.tables import table
 

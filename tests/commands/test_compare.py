@@ -1,15 +1,16 @@
 """Tests of compare: variants side by side on the digits, their tables and picture."""
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
+import opened
 import pytest
 import short_sweep
 
 from experiments import compare
+from experiments.config.command_line import make
 from experiments.data import resident
 from experiments.reports import plots, sweep_tables
 from experiments.reports.tables import to_text
@@ -29,7 +30,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp('compare')
     resident.load('digits', folder / 'tfds')
     places = {'data_dir': str(folder / 'tfds'), 'workdir': str(folder / 'compare')}
-    return CompareConfig(**{**SHORT, 'compressions': '20'}, **places, variant=VARIANTS)
+    return make(CompareConfig, **{**SHORT, 'compressions': '20'}, **places, variant=VARIANTS)
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +86,7 @@ def test_what_returned_and_what_was_cut_is_told(config, rows):
 @pytest.mark.slow
 def test_tables_and_files_hold_the_rows(config, rows, capsys, monkeypatch):
     monkeypatch.setattr(sweep, 'run_together', None)  # all are finished
-    assert compare.compare(dataclasses.replace(config, resume=True)) == rows
+    assert compare.compare(opened.change(config, resume=True)) == rows
     printed = capsys.readouterr().out
     tables = to_text(sweep_tables.compare_tables(rows))
     assert printed.startswith(tables)
@@ -137,7 +138,8 @@ def test_steps_to_reach():
 
 
 def test_variants_are_flags():
-    config = CompareConfig(
+    config = make(
+        CompareConfig,
         **{**SHORT, 'compressions': '20,50'},
         workdir='w',
         variant=('a B: --pruner=set --drop=0.1', 'c: --c_rate=fc*:1 --nosplicing'),
@@ -154,7 +156,7 @@ def test_variants_are_flags():
         ('c', None, 0, 'w/c-0', 'w/a-b-20-0'),
         ('c', None, 1, 'w/c-1', 'w/a-b-20-1'),
     ]
-    first, last = config.runs()[0], config.runs()[-1]
+    (_, first), *_, (_, last) = config.named_runs()
     assert (first.pruner, first.drop, first.splicing) == ('set', 0.1, True)
     assert (last.pruner, last.c_rate, last.splicing) == ('surgery', 'fc*:1', False)
 
@@ -188,7 +190,7 @@ def test_variants_are_flags():
 )
 def test_bad_variants(variants, message):
     with pytest.raises(ValueError, match=message):
-        CompareConfig(**SHORT, variant=variants)
+        make(CompareConfig, **SHORT, variant=variants)
 
 
 def test_the_figure_shows_medians_and_ranges():
