@@ -44,6 +44,13 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='module')
+def promotion():
+    """What Adam needs: it mixes int32 and float32 inside optax."""
+    with jax.numpy_dtype_promotion('standard'):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def forget_compiled_programs():
     """Linux lets a process map 65,530 areas of memory; a compiled program takes up to hundreds."""

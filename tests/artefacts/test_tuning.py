@@ -13,14 +13,9 @@ from experiments.data.resident import Split
 from experiments.networks.models import MNIST_INPUT
 from experiments.training.steps import make_loss
 
+pytestmark = pytest.mark.usefixtures('promotion')
+
 OPTIONS = {'steps': 250, 'batch_size': 32, 'learning_rate': 1e-2, 'seed': 0}
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    """Adam itself raises a float to the power of its count, which is an integer."""
-    with jax.numpy_dtype_promotion('standard'):
-        yield
 
 
 class Small(nn.Module):

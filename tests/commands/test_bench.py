@@ -3,7 +3,6 @@
 import json
 import sys
 
-import jax
 import pytest
 
 from experiments import bench
@@ -23,8 +22,6 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, '_STEPS_PER_CALL', {'lenet300': 3})
     monkeypatch.setattr(bench, '_LARGE_LAYER', (30, 20))
     monkeypatch.setattr(loops, '_BATCHES', 2)
-    with jax.numpy_dtype_promotion('standard'):  # as optax's Adam needs it
-        yield
 
 
 @pytest.fixture
@@ -35,6 +32,7 @@ def peer(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('promotion')
 def test_bench_measures_and_prints(small, peer, capsys):
     bench.bench(BenchConfig(rounds=2, peer=sys.executable, peer_script=str(peer), peer_rounds=1))
     out = capsys.readouterr().out
@@ -55,14 +53,39 @@ def test_bench_measures_and_prints(small, peer, capsys):
             assert f'{loop} step, {name}: dense' in out
 
 
-def test_rounds_are_the_timed_calls(small, monkeypatch):
-    calls = []
-    monkeypatch.setattr(bench.TimedCall, 'milliseconds', lambda program: calls.append(1) or 1.0)
-    bench.measure(BenchConfig(rounds=5))
+class Played(bench.TimedCall):
+    """In place of programs, which take seconds to compile: all that they are asked."""
+
+    def milliseconds(self):
+        self.arguments.append(self.steps)
+        return 1.0
+
+    def peak_mebibytes(self):
+        return 1.0
+
+
+@pytest.fixture
+def calls(small, monkeypatch):
+    """The calls of all programs, none of which is compiled or run."""
+    found = []
+    monkeypatch.setattr(bench, 'compile_call', lambda name, kind: Played(None, found, 3))
+    monkeypatch.setattr(loops, 'measure', lambda rounds: {})
+    return found
+
+
+def test_a_program_is_compiled_and_called(small):
+    call = bench.compile_call('lenet300', 'density')
+    assert call.milliseconds() > 0
+    assert call.peak_mebibytes() > 3  # weights, momenta, masks
+
+
+def test_rounds_are_the_timed_calls(calls):
+    table = bench.measure(BenchConfig(rounds=5))
     assert len(calls) == 3 * (1 + 5)
+    assert table['lenet300']['ratio'] == 1
 
 
-def test_peer_rounds_are_its_runs(small, peer, monkeypatch):
+def test_peer_rounds_are_its_runs(calls, peer, monkeypatch):
     runs = []
     answer = bench._run_peer
     monkeypatch.setattr(bench, '_run_peer', lambda *command: runs.append(1) or answer(*command))
@@ -71,7 +94,7 @@ def test_peer_rounds_are_its_runs(small, peer, monkeypatch):
     assert len(runs) == 3
 
 
-def test_a_failing_peer_is_an_error(small, tmp_path):
+def test_a_failing_peer_is_an_error(calls, tmp_path):
     (tmp_path / 'peer.py').write_text('raise SystemExit("no such thing")')
     script = str(tmp_path / 'peer.py')
     config = BenchConfig(rounds=1, peer=sys.executable, peer_script=script, peer_rounds=1)

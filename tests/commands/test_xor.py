@@ -19,12 +19,7 @@ from experiments.xor import XorConfig
 
 KEY = jax.random.key(3)
 
-
-@pytest.fixture(scope='module', autouse=True)
-def promotion():
-    """Adam mixes int32 and float32 inside optax."""
-    with jax.numpy_dtype_promotion('standard'):
-        yield
+pytestmark = pytest.mark.usefixtures('promotion')
 
 
 @pytest.fixture(scope='module')

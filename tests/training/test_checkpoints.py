@@ -345,7 +345,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path):
 CHILD = """
 import sys
 import jax
-from experiments.checkpoints import Checkpoints, _checksums
+from experiments.training.checkpoints import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1])
 state = {'w': jax.random.normal(jax.random.key(1), (8_000_000,))}

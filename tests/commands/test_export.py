@@ -1,0 +1,220 @@
+"""Tests of export: a pruned network in every form."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+from networks import LENET300
+from safetensors.numpy import load_file
+
+import experiments.export
+from dns_jax import apply_masks
+from dns_jax.files.caffe import read_caffemodel, to_linen
+from dns_jax.files.codec import load_coded
+from dns_jax.files.sparse import load_sparse, save_sparse
+from dns_jax.inference.chain import (
+    run_chain,
+)
+from dns_jax.inference.runners import Choice, jax_runner, recorded_kinds
+from experiments.artefacts.loading import load_model
+from experiments.export import ExportConfig, export
+from experiments.latency import LatencyConfig, measure
+from experiments.networks import models
+from experiments.zoo import FOLDER
+
+ZOO = str(FOLDER / 'lenet300.safetensors')
+
+
+IMAGES = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+
+
+@pytest.fixture(scope='module')
+def expected():
+    model = load_model(ZOO)
+    return np.asarray(run_chain(model.chain, model.params, IMAGES))
+
+
+def run_export(tmp_path, capsys, **flags):
+    path = tmp_path / 'file.dns'
+    result = export(ExportConfig(model=ZOO, output=str(path), **flags))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result['bytes'] == path.stat().st_size
+    assert result['dense_bytes'] == 1_066_440
+    assert result['ratio'] == result['dense_bytes'] / result['bytes']
+    return path, result
+
+
+def test_export_caffemodel(tmp_path, capsys):
+    """Read back as the authors' files are: weights and masks apart, and fc1 named ip1."""
+    path, _ = run_export(tmp_path, capsys, format='caffemodel')
+    layers = read_caffemodel(path)
+    assert list(layers) == ['ip1', 'ip2', 'ip3']
+    params, masks = to_linen(layers, lambda name: name.replace('ip', 'fc'))
+    jax.tree.map(np.testing.assert_array_equal, (params, masks), load_sparse(ZOO)[:2])
+
+
+@pytest.mark.slow
+def test_alexnet_is_exported_to_caffe_but_not_run(tmp_path, capsys):
+    network = models.AlexNet(classes=10, width=1 / 32)
+    params = network.init(jax.random.key(0), jnp.zeros((1, 39, 39, 3)))['params']
+    masks = jax.tree.map(lambda leaf: leaf > 0, params)
+    pruned, path = tmp_path / 'pruned.safetensors', tmp_path / 'file.caffemodel'
+    save_sparse(pruned, params, masks, {'network': 'alexnet'})
+    export(ExportConfig(model=str(pruned), format='caffemodel', output=str(path)))
+    kernel = read_caffemodel(path)['conv1'].blobs[0]
+    expected = apply_masks(params, masks)['conv1']['kernel']
+    # (height, width, red to blue, output) becomes (output, blue to red, height, width).
+    np.testing.assert_array_equal(kernel, expected[:, :, ::-1].transpose(3, 2, 0, 1))
+    for format_ in ('sparse', 'coded'):
+        with pytest.raises(ValueError, match="names the network 'alexnet', which is none of"):
+            export(ExportConfig(model=str(pruned), format=format_))
+
+
+def test_a_network_without_a_name_is_not_for_caffe(tmp_path):
+    config = ExportConfig(model='fc:3x4:1', format='caffemodel', output=str(tmp_path / 'x'))
+    with pytest.raises(ValueError, match='--format=caffemodel needs a network of'):
+        export(config)
+
+
+def test_export_dense(tmp_path, capsys, expected):
+    path, _ = run_export(tmp_path, capsys, format='dense')
+    tensors = load_file(path)
+    params = {
+        name: {leaf: tensors[f'{name}.{leaf}'] for leaf in ('kernel', 'bias')}
+        for name in ('fc1', 'fc2', 'fc3')
+    }
+    np.testing.assert_array_equal(run_chain(LENET300, params, IMAGES), expected)
+
+
+def test_export_sparse(tmp_path, capsys, expected):
+    path, _ = run_export(tmp_path, capsys, format='sparse')
+    path = path.rename(tmp_path / 'file.safetensors')
+    model = load_model(str(path))
+    assert model.params['fc1']['kernel'].shape[0] < 784
+    kinds = recorded_kinds(model.metadata['kinds'], model.chain)
+    assert model.metadata['kinds_batch'] == '1'
+    run = jax_runner(model.chain, model.params, model.input_shape, kinds)
+    np.testing.assert_allclose(run(jax.numpy.asarray(IMAGES)), expected, atol=1e-5)
+    # Its layers are no longer those of the network it was: dense is what it has.
+    assert 'network' not in model.metadata
+    result = measure(LatencyConfig(model=str(path), batches='1', turns=1))
+    assert 'JAX, as the file says' in result['batches']['1']['ways']
+    with pytest.raises(ValueError, match='--format=coded needs a network of'):
+        export(ExportConfig(model=str(path), format='coded'))
+
+
+def test_export_onnx(tmp_path, capsys, expected):
+    path, result = run_export(tmp_path, capsys, format='onnx')
+    outputs = onnxruntime.InferenceSession(path).run(None, {'inputs': IMAGES})[0]
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    assert result['ratio'] > 5  # compact
+
+
+def test_export_stablehlo(tmp_path, capsys, expected):
+    path, result = run_export(tmp_path, capsys, format='stablehlo')
+    program = jax.export.deserialize(path.read_bytes())
+    np.testing.assert_allclose(program.call(IMAGES), expected, atol=1e-5)
+    assert result['ratio'] > 5
+
+
+@pytest.mark.slow
+def test_export_coded(tmp_path, capsys):
+    """Digits stand in for MNIST, which only makes the errors meaningless."""
+    flags = {'dataset': 'digits', 'data_dir': str(tmp_path / 'tfds'), 'clusters': 'fc1:4,*:8'}
+    path, untuned = run_export(tmp_path, capsys, format='coded', finetuning_steps=0, **flags)
+    before = load_coded(path)
+    assert {layer: len(book) for layer, book in before.codebooks.items()} == {
+        'fc1': 4,
+        'fc2': 8,
+        'fc3': 8,
+    }
+    with jax.numpy_dtype_promotion('standard'):  # which optax's Adam takes for granted
+        flags |= {'finetuning_steps': 200, 'learning_rate': 0.02}
+        _, tuned = run_export(tmp_path, capsys, format='coded', **flags)
+    after = load_coded(path)
+    assert tuned['bytes'] < 4_000
+    assert any((before.codebooks[name] != after.codebooks[name]).any() for name in after.codebooks)
+    assert untuned['error_before'] == tuned['error_before']
+    assert (
+        tuned['error'] < untuned['error'] - 5
+    )  # tuned on digits, which MNIST's network has not seen
+    model = load_model(str(path))
+    assert model.chain == LENET300
+    for name, weights in load_model(ZOO).params.items():
+        np.testing.assert_array_equal(
+            model.masks[name]['kernel'], load_sparse(ZOO).masks[name]['kernel']
+        )
+        assert weights['kernel'].shape == model.params[name]['kernel'].shape
+
+
+TUNING = {'clusters': '4', 'finetuning_steps': 10, 'learning_rate': 1e-2, 'batch_size': 16}
+
+
+@pytest.fixture(scope='module')
+def coded(tmp_path_factory):
+    """Writes coded files on digits; the same flags give the same bytes."""
+    folder = tmp_path_factory.mktemp('coded')
+
+    def write(**flags):
+        path = folder / 'file.dns'
+        places = {'dataset': 'digits', 'data_dir': str(folder / 'tfds'), 'output': str(path)}
+        with jax.numpy_dtype_promotion('standard'):
+            export(ExportConfig(model=ZOO, format='coded', **places, **{**TUNING, **flags}))
+        return path.read_bytes()
+
+    return write, write()
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        *(('clusters', '5'), ('tuned', 'codebooks'), ('finetuning_steps', 11), ('batch_size', 17)),
+        *(('learning_rate', 2e-2), ('seed', 1), ('train_on_all', True)),
+    ],
+)
+@pytest.mark.slow
+def test_a_flag_of_coding_has_an_effect(coded, name, value):
+    write, plain = coded
+    assert write(**{name: value}) != plain
+
+
+def test_a_coded_file_repeats_itself(coded):
+    write, plain = coded
+    assert write() == plain
+
+
+def test_export_for_a_batch(tmp_path, capsys, monkeypatch):
+    batches = []
+
+    def choose(*arguments):
+        batches.append(arguments[-1])
+        return Choice({}, {})
+
+    monkeypatch.setattr(experiments.export, 'choose_kinds', choose)
+    run_export(tmp_path, capsys, format='sparse', batch=7)
+    assert batches == [7]
+
+
+def test_export_of_what_has_no_network(tmp_path):
+    with pytest.raises(ValueError, match='--format=coded needs a network of'):
+        export(ExportConfig(model='fc:3x4:1', format='coded', output=str(tmp_path / 'x.dns')))
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {'format': 'onnx', 'clusters': '3'},
+        {'format': 'sparse', 'finetuning_steps': 3},
+        {'format': 'dense', 'batch': 3},
+        {'format': 'coded', 'batch': 3},
+        {'format': 'coded', 'clusters': 'fc1:x'},
+        {'format': 'coded', 'finetuning_steps': 0, 'seed': 3},
+        {'format': 'coded', 'output': 'coded.safetensors'},
+    ],
+)
+def test_export_flags_that_mean_nothing(flags):
+    with pytest.raises(ValueError, match=r'has no meaning beside|--clusters|must end in .dns'):
+        ExportConfig(**flags)
