@@ -14,14 +14,8 @@ from dns_jax.layers import named_leaves
 from dns_jax.thresholds import weight_std
 
 STEPS = 10
-
-
 SHAPES = {'fc/kernel': (8, 6), 'fc/bias': (6,), 'norm/scale': (6,)}
-
-
 OUTER = {'embed/embedding': (9, 8), 'head/kernel': (8, 5), 'head/bias': (5,)}
-
-
 # Of each layout, what is said of it, the paths of its stacked leaves in the twin, from the outside
 # in, and the axis of each stack. A path has the number of a slice in place of {}.
 LAYOUTS = {
@@ -99,11 +93,7 @@ def stack(layout, tree, lead=0):
 
 
 DENSITY = dns_jax.polynomial_density(0.2, 1, 7)
-
-
 ALWAYS = update_probability(power=0, stop=9)
-
-
 MAKERS = {
     'mean_std': lambda key, **kw: surgery(Rule(dns_jax.mean_std(0.3), 0.6), key, **kw),
     'mean_std, asked again': lambda key, **kw: surgery(

@@ -20,23 +20,13 @@ from dns_jax import (
 
 # As in the paper, biases take part.
 surgery = functools.partial(dns_jax.surgery, takes_part=has_axes)
-
-
 init_masks = functools.partial(dns_jax.init_masks, takes_part=has_axes)
-
-
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-
-
 RULES = {
     'fc1': Rule(mean_std(0.2), update_probability(gamma=0.1)),
     'fc*': Rule(mean_std(-0.3, 0.3), update_probability(gamma=0.5, stop=15)),
 }
-
-
 STEPS = 20
-
-
 # Rules that are asked again: the first at steps 4, 6, 8 …, the second at 0, 3, 6 and at the last.
 REFRESHED = {
     'fc1': Rule(

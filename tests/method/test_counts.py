@@ -16,8 +16,6 @@ from dns_jax import (
 from dns_jax._counts import count_true
 
 COMPAT_TABLE = 'field'
-
-
 BORDERS = [0, 1, 65535, 65536, 65537, 2**24 + 1, 2**31 - 1, 2**31, 2**32 + 5, 8 * 10**9, 2**45 - 1]
 
 
@@ -135,8 +133,6 @@ LARGE = {
     f'fc{number}': {'kernel': jax.ShapeDtypeStruct((60_000, 50_000), jnp.float32)}
     for number in range(3)
 }
-
-
 PRUNERS = {
     'layer_density': lambda: surgery(Rule(dns_jax.layer_density(0.1)), jax.random.key(0)),
     'norm': lambda: surgery(Rule(dns_jax.global_density(0.1)), jax.random.key(0)),

@@ -11,8 +11,6 @@ from dns_jax import Rule, importance, pruners, surgery
 from dns_jax.thresholds import weight_std
 
 COMPAT_TABLE = 'field'
-
-
 DENSITIES = [0.003, 0.02, 0.1, 1 / 3, 0.5, 0.77, 1.0]
 
 

@@ -105,8 +105,6 @@ MANY = {
     'nnx.State of LoRAParam': lambda: nnx.state(Attention(nnx.LoRAParam)),
     'nnx pure dict': lambda: nnx.to_pure_dict(nnx.state(Attention(nnx.Param))),
 }
-
-
 ALONE = {
     'dict': lambda leaf: {'value': leaf},
     'NamedTuple': AloneTuple,

@@ -16,12 +16,8 @@ from dns_jax.layers import has_axes
 from dns_jax.masks import discriminate, throw_coins
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-
-
 # Quarters are exact in all three types, so that weights meet the thresholds again and again.
 quarters = st.integers(-12, 12).map(lambda n: n / 4)
-
-
 seeds = st.integers(0, 2**31 - 1)
 
 

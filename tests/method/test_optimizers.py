@@ -9,8 +9,6 @@ import pytest
 from dns_jax import caffe_inv, caffe_sgd, caffe_step
 
 SHAPES = {'kernel': (2, 2, 1, 3), 'bias': (3,), 'scale': ()}
-
-
 # The rate changes at the fourth and at the eighth of twelve steps.
 STEP = caffe_step(0.1, 0.25, 4)
 

@@ -65,8 +65,6 @@ def test_rule_sees_all_its_layers_and_the_step():
 
 
 PARAMS = {'fc1': {'kernel': jnp.ones((2, 2))}}
-
-
 ONE = RULES['fc1']
 
 

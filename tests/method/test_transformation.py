@@ -164,8 +164,6 @@ def test_a_pruned_weight_learns_and_comes_back():
 
 
 PARAMS = {'fc1': {'kernel': jnp.ones((2, 2))}}
-
-
 ONE = RULES['fc1']
 
 

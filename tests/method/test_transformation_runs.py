@@ -152,8 +152,6 @@ def test_step_lowers_to_one_program_without_callbacks(rules):
 
 
 PARAMS = {'fc1': {'kernel': jnp.ones((2, 2))}}
-
-
 ONE = RULES['fc1']
 
 

@@ -9,11 +9,7 @@ from dns_jax._trees import check_parallel
 from dns_jax.layers import has_axes
 
 TREE = {'a': jnp.ones((2, 3)), 'b': jnp.ones(3)}
-
-
 GOOD = init_masks(TREE, has_axes)
-
-
 BAD_MASKS = [
     ({'a': GOOD['a']}, ValueError, "lack 'b'; they have "),
     ((GOOD['a'], GOOD['b']), ValueError, "lack 'a'; they have .'0', '1'"),
