@@ -10,7 +10,6 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / 'dns_jax').rglob('*.py'))
 EXPERIMENTS = sorted((ROOT / 'experiments').rglob('*.py'))
 TESTS = sorted((ROOT / 'tests').rglob('*.py'))
-
 # Each imports from those before it alone; side by side they know nothing of each other.
 WINGS = (
     {'dns_jax'},  # the method

@@ -56,8 +56,6 @@ def test_file_of_an_unknown_network(tmp_path):
 
 
 EMPTY = np.ones((5, 5, 1, 0), np.float32)
-
-
 KEPT = {'kernel': np.array(True), 'bias': np.array(True)}
 
 

@@ -26,8 +26,6 @@ from experiments.networks import models
 from experiments.zoo import FOLDER
 
 ZOO = str(FOLDER / 'lenet300.safetensors')
-
-
 IMAGES = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
 
 

@@ -134,7 +134,6 @@ RULES = [
         "must be 'norm', 'rms' or 'erk', but is {}",
     ),
 ]
-
 # The key, the layers that take part and the importance are checked by surgery for all of them.
 PRUNERS = [
     Row(

@@ -20,8 +20,6 @@ from dns_jax import (
 )
 
 COMPAT_TABLE = 'field'
-
-
 SPECS = {
     'rows': {2: jax.P('x'), 1: jax.P()},
     'columns': {2: jax.P(None, 'x'), 1: jax.P('x')},

@@ -21,8 +21,6 @@ from dns_jax import (
 )
 
 COMPAT_TABLE = 'field'
-
-
 EMPTY = {
     'an empty bias': lambda: {'fc': {'kernel': array(8, 6), 'bias': jnp.zeros((0,))}},
     'an adapter of rank 0': lambda: {

@@ -24,8 +24,6 @@ from dns_jax import (
 )
 
 COMPAT_TABLE = 'field'
-
-
 LABELS = {
     'by leaf': lambda params: (
         jax.tree.map(lambda _: 'a', params) | {'fc2': jax.tree.map(lambda _: 'b', params['fc2'])}

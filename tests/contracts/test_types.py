@@ -11,8 +11,6 @@ import pytest
 import dns_jax
 
 COMPAT_TABLE = 'field'
-
-
 SCRIPT = """
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,6 @@
 """Tests of files.caffe against files put together by hand, byte by byte, and the authors' own."""
 
 import os
-import struct
-import tracemalloc
 from pathlib import Path
 
 import caffe_layers
@@ -10,15 +8,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from caffe_nets import BIAS, CONVOLUTION, NET, PRODUCT, counting
 from wire import (
     blob,
     delimited,
     floats,
     integer,
     layer,
-    layer_content,
     message,
     old_blob,
     old_layer,
@@ -26,37 +22,10 @@ from wire import (
 )
 
 from dns_jax import apply_masks
-from dns_jax._trees import check_parallel
 from dns_jax.files.caffe import CaffeLayer, read_caffemodel, to_linen
 from experiments.data import resident
 from experiments.networks import models
 from experiments.training import steps as train
-
-
-def counting(*axes):
-    return np.arange(np.prod(axes), dtype=np.float32).reshape(axes)
-
-
-CONVOLUTION = counting(3, 2, 5, 4)
-PRODUCT = counting(6, 12)  # of three maps, two by two
-BIAS = np.array([7, -8, 9], np.float32)
-DATA_LAYER = layer('mnist', 'Data')
-NET = (
-    delimited(1, b'a net')
-    + DATA_LAYER
-    + layer('conv1', 'Convolution', blob(CONVOLUTION), blob(BIAS))
-    + layer('ip1', 'InnerProduct', blob(PRODUCT))
-)
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read_bytes(content, **limits):
-        path = tmp_path / 'net.caffemodel'
-        path.write_bytes(content)
-        return read_caffemodel(path, **limits)
-
-    return read_bytes
 
 
 def test_layers_with_blobs_are_read_as_they_lie(read):
@@ -263,260 +232,6 @@ def test_zeros_of_a_published_network_are_its_masks():
 
 ONE = np.ones((1, 1, 1, 1), np.float32)  # may be a bias of an older file
 ROW = np.float32([1, 0, 1]).reshape(1, 1, 1, 3)
-NO_BIAS, WHOLE = {'bias_term': 0}, {'num_output': 1}
-TWO_BLOBS = {
-    'a product': ('CInnerProduct', counting(1, 3), np.float32([[1, 0, 1]]), {}, True),
-    'a product of one weight': ('CInnerProduct', ONE[0, 0], ONE[0, 0], {}, True),
-    'its bias': ('CInnerProduct', ONE[0, 0], ONE[0, 0, 0], {}, False),
-    'a convolution': ('CConvolution', counting(2, 1, 1, 1), ONE.repeat(2, 0), {}, True),
-    'its bias in an older file': ('CConvolution', counting(2, 1, 1, 1), ROW[..., :2], {}, False),
-    'one weight, no bias': ('CConvolution', ONE, ONE, NO_BIAS, True),
-    'one weight, a bias': ('CConvolution', ONE, ONE, {'bias_term': 1}, False),
-    'one weight, a bias by default': ('CConvolution', ONE, ONE, WHOLE, False),
-    'one weight, no bias, all said': ('CInnerProduct', ONE, ONE, WHOLE | NO_BIAS, True),
-    'one input, a bias': ('CInnerProduct', ROW, ROW, {'transpose': 1, 'bias_term': 1}, False),
-    'one input, a mask': ('CInnerProduct', ROW, ROW, {'transpose': 1, 'bias_term': 0}, True),
-    'one output': ('CInnerProduct', counting(1, 1, 1, 3), ROW, {}, True),
-}
-
-
-@pytest.mark.parametrize('kind', TWO_BLOBS)
-def test_the_second_of_two_blobs_is_a_bias_or_a_mask(kind):
-    """The fork has weight and bias, or without a bias weight and mask."""
-    type_, weight, second, settings, is_mask = TWO_BLOBS[kind]
-    params, masks = to_linen({'a': CaffeLayer(type_, (weight, second), settings)})
-    if is_mask:
-        assert params['a'].keys() == {'kernel'}
-        np.testing.assert_array_equal(masks['a']['kernel'].ravel(), second.ravel() == 1)
-    else:
-        np.testing.assert_array_equal(params['a']['bias'], second.ravel(), strict=True)
-        np.testing.assert_array_equal(masks['a']['kernel'].ravel(), weight.ravel() != 0)
-        np.testing.assert_array_equal(masks['a']['bias'], second.ravel() != 0, strict=True)
-
-
-BAD_SETTINGS = {
-    'a bias or a mask': (('CConvolution', (ONE, ONE)), 'may be a bias or a mask; wanted bias_term'),
-    'a bias or a mask, transposed': (
-        ('CInnerProduct', (ROW, ROW), {'transpose': 1}),
-        r'of shape \(1, 1, 1, 3\) may be a bias or a mask',
-    ),
-    'a bias that there is not': (
-        ('InnerProduct', (PRODUCT, counting(6)), NO_BIAS),
-        r'says bias_term: 0, but has blobs of the shapes \[\(6, 12\), \(6,\)\]',
-    ),
-    'no bias where there is one': (
-        ('Convolution', (CONVOLUTION,), {'bias_term': 1}),
-        'bias_term: 1',
-    ),
-    'a mask where a bias is': (
-        ('CInnerProduct', (PRODUCT, PRODUCT), {'bias_term': 1}),
-        r'bias_term: 1, but has blobs of the shapes \[\(6, 12\), \(6, 12\)\]',
-    ),
-    'masks of a bias that there is not': (
-        ('CInnerProduct', (PRODUCT, counting(6), PRODUCT, counting(6)), NO_BIAS),
-        'bias_term: 0',
-    ),
-    'no axes': (('CInnerProduct', (ONE[0, 0, 0, 0], ONE[0, 0, 0, 0])), 'of 2 axes'),
-    'one axis': (('CInnerProduct', (BIAS, BIAS), NO_BIAS), r'of 2 axes.*\(3,\)'),
-    'two weights': (('InnerProduct', (PRODUCT, PRODUCT)), r'of 1 axes.*\(6, 12\)'),
-    'other outputs': (
-        ('InnerProduct', (PRODUCT,), {'num_output': 12}),
-        '6 outputs, but .*output: 12',
-    ),
-    'other outputs, transposed': (
-        ('InnerProduct', (PRODUCT,), {'num_output': 6, 'transpose': 1}),
-        '12 outputs, but it says num_output: 6',
-    ),
-    'biases as if not transposed': (
-        ('InnerProduct', (PRODUCT, counting(6)), {'transpose': 1}),
-        '6 biases for 12 outputs',
-    ),
-    'another axis': (('InnerProduct', (PRODUCT,), {'axis': 2}), r'axis: 2; wanted \[1\]'),
-    'the last axis': (('InnerProduct', (PRODUCT,), {'axis': -1}), r'axis: -1; wanted \[1\]'),
-    'channels elsewhere': (
-        ('Convolution', (CONVOLUTION,), {'axis': 2}),
-        r'axis: 2; wanted \[-3, 1\]',
-    ),
-    'no groups': (('Convolution', (CONVOLUTION,), {'group': 0}), 'group: 0'),
-    'groups of a part': (('Convolution', (CONVOLUTION,), {'group': 2}), '3 outputs .* group: 2'),
-}
-
-
-@pytest.mark.parametrize('kind', BAD_SETTINGS)
-def test_settings_must_be_those_of_the_blobs(kind):
-    bad, message = BAD_SETTINGS[kind]
-    with pytest.raises(ValueError, match=rf"layer 'bad': .*{message}"):
-        to_linen({'bad': CaffeLayer(*bad)})
-
-
-def behind(before, layer):
-    """The layer behind one of four maps or four units, through which what it says is checked."""
-    first = {
-        'maps': CaffeLayer('Convolution', (counting(4, 1, 2, 2),)),
-        'units': CaffeLayer('InnerProduct', (counting(4, 3),)),
-    }[before]
-    return to_linen({'first': first, 'second': layer}).params['second']['kernel']
-
-
-@pytest.mark.parametrize(
-    ('before', 'axis'), [('maps', 1), ('maps', -3), ('units', 1), ('units', -1)]
-)
-def test_an_axis_that_is_the_first(before, axis):
-    weight = counting(2, 4)
-    found = behind(before, CaffeLayer('InnerProduct', (weight,), {'axis': axis}))
-    np.testing.assert_array_equal(found, weight.T)
-
-
-@pytest.mark.parametrize(
-    ('before', 'axis'), [('maps', -1), ('maps', 2), ('units', -3), ('units', 0)]
-)
-def test_an_axis_behind_which_a_part_is_flattened(before, axis):
-    with pytest.raises(ValueError, match=f"layer 'second': it says axis: {axis}; wanted "):
-        behind(before, CaffeLayer('InnerProduct', (counting(2, 4),), {'axis': axis}))
-
-
-@pytest.mark.parametrize('settings', [{}, {'group': 2}, {'group': 2, 'num_output': 6}])
-def test_groups(settings):
-    weight = counting(6, 2, 3, 3)
-    found = behind('maps', CaffeLayer('Convolution', (weight,), settings))
-    np.testing.assert_array_equal(found, weight.transpose(2, 3, 1, 0))
-
-
-@pytest.mark.parametrize('settings', [{'group': 1}, {'group': 3}, {'num_output': 6}])
-def test_groups_that_are_others(settings):
-    """Such as behind a slice, of which no file of weights tells."""
-    with pytest.raises(ValueError, match=r"'second': 2 input channels to 6 outputs after 4, but"):
-        behind('maps', CaffeLayer('Convolution', (counting(6, 2, 3, 3),), settings))
-
-
-def test_settings_are_read_from_the_message_of_the_type(read):
-    """The last that is said counts, and what is of no concern is skipped."""
-    ip = message(117, _1=7, _2=1) + message(117, _1=6, _5=-1, _6=1) + message(106, _5=9)
-    ip += delimited(117, integer(2, 0) + integer(2, 1)) + delimited(
-        117, delimited(3, b'\x0a\x06xavier')
-    )
-    net = layer('ip', 'CInnerProduct', blob(PRODUCT), unknown=ip)
-    conv = message(106, _1=3, _2=0, _3=2, _4=5, _5=1, _6=2, _16=-3, _18=2)
-    net += layer('conv', 'Convolution', blob(CONVOLUTION), unknown=conv)
-    net += layer('bn', 'BatchNorm', blob(BIAS), unknown=message(117, _6=1))
-    net += layer('wrong', 'InnerProduct', blob(PRODUCT), unknown=delimited(117, delimited(6, b'1')))
-    settings = {name: layer.settings for name, layer in read(net).items()}
-    assert settings == {
-        'ip': {'num_output': 6, 'bias_term': 1, 'axis': -1, 'transpose': 1},
-        'conv': {'num_output': 3, 'bias_term': 0, 'group': 1, 'axis': -3},
-        'bn': {},
-        'wrong': {},
-    }
-
-
-def test_a_deconvolution_of_an_older_file(read):
-    layers = read(old_layer('up', 39, old_blob(CONVOLUTION)))
-    with pytest.raises(ValueError, match=r"layer 'up': wanted a convolution .* 'Deconvolution'"):
-        to_linen(layers)
-
-
-def with_blob(content):
-    """A file with one blob of this content."""
-    return layer('ip', 'InnerProduct', content)
-
-
-BAD_FILES = {
-    'empty': (b'', 'no layer has blobs'),
-    'no weights': (DATA_LAYER, 'no layer has blobs'),
-    'text': (b'name: "LeNet"\nlayer {\n', 'wire type 6'),
-    'truncated': (NET[:-1], 'does not end where its message does'),
-    'a length beyond the end': (b'\xa2\x06\xff\xff\xff\xff\x07' + NET, 'of 2147483647 bytes'),
-    'a number without end': (b'\xff' * 40, 'a number does not end'),
-    'a number cut off': (NET + b'\xff', 'a number does not end'),
-    'a group': (b'\x0b\x0c', 'wire type 3'),
-    'two of one name': (NET + layer('ip1', 'InnerProduct', blob(BIAS)), "have the name 'ip1'"),
-    'more shape than data': (
-        with_blob(delimited(5, floats([1, 2])) + shape(3)),
-        r"layer 'ip': a blob of shape \(3,\) has 8 bytes",
-    ),
-    'more data than shape': (with_blob(delimited(5, floats([1, 2])) + shape(1)), 'has 8 bytes'),
-    'half a number': (with_blob(delimited(5, b'\0' * 6) + shape(1)), 'has 6 bytes'),
-    'a shape of zeros': (with_blob(shape(0, 5)), r'of shape \(0, 5\) is empty'),
-    'a negative axis': (with_blob(shape(2**64 - 1)), 'has 0 bytes'),
-    'no data': (with_blob(b''), r'of shape \(\) has 0 bytes'),
-    'too many axes': (with_blob(shape(*[1] * 33) + delimited(5, floats([1]))), 'more than 32 axes'),
-    'doubles': (with_blob(delimited(8, b'\0' * 8) + shape(1)), 'double precision'),
-    'a message cut off': (
-        layer('ip', 'InnerProduct', blob(PRODUCT), unknown=delimited(117, b'\x08')),
-        "layer 'ip': a number does not end",
-    ),
-    'not a number': (with_blob(blob([np.nan])), 'not finite'),
-    'infinite': (with_blob(blob([np.inf])), 'not finite'),
-    'a name that is none': (
-        delimited(100, delimited(1, b'\xff') + delimited(7, blob(BIAS))),
-        'is no name',
-    ),
-}
-
-
-@pytest.mark.parametrize('kind', BAD_FILES)
-def test_bad_files(read, kind):
-    content, message = BAD_FILES[kind]
-    with pytest.raises(ValueError, match=r'cannot read .*net\.caffemodel.*' + message):
-        read(content)
-
-
-def test_a_file_that_is_too_large_is_not_opened(read, monkeypatch):
-    monkeypatch.setattr('dns_jax.files.caffe.MAX_BYTES', len(NET) - 1)
-    with pytest.raises(ValueError, match=rf'has {len(NET)} bytes; at most {len(NET) - 1} are'):
-        read(NET)
-    monkeypatch.setattr('dns_jax.files.caffe.MAX_BYTES', len(NET))
-    assert read(NET).keys() == {'conv1', 'ip1'}
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_caffemodel(tmp_path / 'none.caffemodel')
-
-
-def small_pieces():
-    """A megabyte of numbers, as many pieces as are read."""
-    pieces = [delimited(5, floats(range(64))) for _ in range(4_000)]
-    return with_blob(b''.join(pieces) + shape(4_000, 64))
-
-
-HOSTILE = {
-    'a huge shape': lambda: with_blob(shape(2**62, 2**62)),
-    'many blobs': lambda: layer('ip', 'InnerProduct', *[b''] * 500_000),
-    'many layers': lambda: delimited(100, b'') * 300_000,
-    'many axes': lambda: with_blob(delimited(7, delimited(1, b'\x01' * 1_000_000))),
-    'many pieces': lambda: with_blob(delimited(5, b'') * 500_000),
-    'many settings': lambda: layer(
-        'ip', 'InnerProduct', blob(BIAS), unknown=delimited(117, integer(1, 1) * 500_000)
-    ),
-    'nested without end': lambda: b'\x0b' * 1_000_000,
-    'a long name': lambda: layer('n' * 1_000_000, 'InnerProduct', blob(BIAS)),
-}
-
-
-@pytest.mark.parametrize('kind', [*HOSTILE, 'sound'])
-def test_memory_is_that_of_the_file_and_its_arrays(read, kind):
-    content = small_pieces() if kind == 'sound' else HOSTILE[kind]()
-    tracemalloc.start()
-    try:
-        if kind == 'sound':
-            assert read(content)['ip'].blobs[0].shape == (4_000, 64)
-        else:
-            with pytest.raises(ValueError, match='cannot read') as refusal:
-                read(content)
-            assert len(str(refusal.value)) < 1_000
-        # The file, its arrays, and some hundred bytes for each of at most 4,096 fields.
-        assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 1.5 * 2**20
-    finally:
-        tracemalloc.stop()
-
-
-def test_many_fields_are_read_up_to_a_limit(read):
-    assert len(read(b''.join(layer(f'{n}', 'ReLU', blob(BIAS)) for n in range(4_096)))) == 4_096
-    with pytest.raises(ValueError, match='a message has more than 4096 fields'):
-        read(DATA_LAYER * 4_097)
-
-
 BAD_NETWORKS = {
     'another type': (CaffeLayer('BatchNorm', (BIAS,)), "'BatchNorm' with 1"),
     'three blobs': (CaffeLayer('InnerProduct', (PRODUCT,) * 3), "'InnerProduct' with 3"),
@@ -633,100 +348,6 @@ def test_masks_are_laid_out_as_their_weights():
     assert masks['conv1'].keys() == masks['ip1'].keys() == {'kernel'}
     np.testing.assert_array_equal(masks['conv1']['kernel'], params['conv1']['kernel'] % 3 == 1)
     np.testing.assert_array_equal(masks['ip1']['kernel'], params['ip1']['kernel'] % 5 > 2)
-
-
-def test_a_single_number_has_no_axes_and_arrays_can_be_written_to(read):
-    array = read(layer('prelu', 'PReLU', delimited(5, floats([0.25]))))['prelu'].blobs[0]
-    assert (array.shape, float(array)) == ((), 0.25)
-    array[...] = 1
-
-
-def test_old_axes_count_where_both_are_given(read):
-    both = integer(3, 2) + integer(4, 2) + integer(1, 1) + integer(2, 1) + shape(4)
-    array = read(layer('a', 'Some', both + delimited(5, floats(range(4)))))['a'].blobs[0]
-    assert array.shape == (1, 1, 2, 2)
-
-
-@pytest.fixture(scope='module')
-def scratch(tmp_path_factory):
-    return tmp_path_factory.mktemp('fuzz') / 'net.caffemodel'
-
-
-def is_sound_or_refused(path, content):
-    """Whether bytes give a whole network or, as the only other way out, a short `ValueError`."""
-    path.write_bytes(content)
-    try:
-        params, masks = to_linen(read_caffemodel(path))
-    except ValueError as error:
-        return len(str(error)) < 5_000
-    check_parallel(params, masks)
-    leaves = jax.tree.leaves(params)
-    return bool(leaves) and all(leaf.dtype == np.float32 and leaf.size for leaf in leaves)
-
-
-def edit(content, kind, at, piece):
-    """Damages some bytes."""
-    at %= len(content) + 1
-    after = {
-        'change': piece + content[at + len(piece) :],
-        'cut': b'',
-        'insert': piece + content[at:],
-        'repeat': content[max(0, at - 40) :],
-    }
-    return content[:at] + after[kind]
-
-
-EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(['change', 'cut', 'insert', 'repeat']),
-        st.integers(0, 400),
-        st.binary(min_size=1, max_size=6),
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    where=st.sampled_from(['net', 'layer', 'blob', 'shape']),
-    edits=EDITS,
-    kinds=st.lists(st.sampled_from(['Convolution', 'InnerProduct', 'CInnerProduct']), max_size=2),
-    axes=st.lists(st.integers(0, 9), max_size=5),
-    said=st.dictionaries(st.sampled_from(['_1', '_2', '_5', '_6', '_16']), st.integers(-3, 9)),
-)
-@pytest.mark.slow
-def test_a_mutated_file_is_read_or_refused(scratch, where, edits, kinds, axes, said):
-    """The damage is done at every depth, the lengths around it made right again."""
-
-    def damage(depth, content):
-        for one in edits if depth == where else []:
-            content = edit(content, *one)
-        return content
-
-    shape_field = damage('shape', shape(*axes))
-    size = int(np.prod(axes)) if len(axes) < 4 else 24
-    inner = damage('blob', delimited(5, floats(np.arange(size))) + shape_field)
-    content = NET
-    for number, kind in enumerate(kinds):
-        settings = message(117 if 'Product' in kind else 106, **said)
-        content += layer(f'more{number}', kind, inner, blob(BIAS), unknown=settings)
-    if where == 'layer':
-        content += delimited(100, damage('layer', layer_content('last', 'InnerProduct', inner)))
-    assert is_sound_or_refused(scratch, damage('net', content))
-
-
-@settings(max_examples=500, deadline=None)
-@given(content=st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(scratch, content):
-    assert is_sound_or_refused(scratch, content)
-
-
-def test_the_fuzzers_start_from_a_file_that_is_read(read):
-    # A changed number is still a network, so that mutated files reach the code behind.
-    changed = NET.replace(struct.pack('<f', 5.0), struct.pack('<f', 6.0))
-    for content in (NET, changed):
-        assert to_linen(read(content)).params.keys() == {'conv1', 'ip1'}
 
 
 def test_the_networks_of_the_authors_say_how_they_are_set():

@@ -26,7 +26,6 @@ from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, 
 
 ZOO = Path(__file__).parents[2] / 'zoo'
 IMAGE = (11, 10, 3)
-
 # Name: the layers, the shapes of their kernels, and that of the inputs.
 CHAINS = {
     'valid': ((Convolution('a'),), {'a': (4, 3, 3, 5)}, IMAGE),

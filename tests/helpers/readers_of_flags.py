@@ -20,8 +20,6 @@ from experiments.training.plan import make_plan
 
 ERRORS = ValueError, absl_flags.Error  # absl's own are what its parser ends a script by
 FLAGFILES = Path(__file__).resolve().parents[2] / 'experiments' / 'flagfiles'
-
-
 ENDLESS = b'--seeds=1000000000'
 NOT_FINITE = b'--compression=30\n--weight_decay=nan', b'--compression=30\n--momentum=inf'
 

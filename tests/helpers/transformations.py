@@ -117,7 +117,6 @@ TREES = {
     'bfloat16': lambda: optax.tree.cast(linen(), jnp.bfloat16),
     'float16': lambda: optax.tree.cast(linen(), jnp.float16),
 }
-
 # Between them they go every way through the code; the others keep the contract in `make test-all`.
 BRIEFLY = ('surgery', 'a density that is followed', 'prune_to', 'iterative', 'RigL')
 each_transformation = pytest.mark.parametrize('name', slow_but(TRANSFORMATIONS, *BRIEFLY))

@@ -15,7 +15,6 @@ from dns_jax.files.sparse import load_sparse
 from dns_jax.inference import native
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select
 from dns_jax.inference.compact import compact
-from dns_jax.inference.kernels import MAX_KEPT_WEIGHTS, Unsuitable
 from dns_jax.inference.runners import (
     choose_kinds,
     jax_runner,
@@ -109,42 +108,6 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize('batch', [1, 3])
-def test_sparse_runner_is_differentiable_in_its_inputs(batch):
-    images = jax.random.normal(jax.random.key(0), (batch, 4, 4, 1))
-    gradients = []
-    for kind in ('dense', 'sparse'):
-        runner = jax_runner(CHAIN, PARAMS, (4, 4, 1), {'a': kind, 'b': kind})
-        gradients.append(jax.grad(lambda x, runner=runner: jnp.sum(runner(x) ** 2))(images))
-    assert jnp.any(gradients[0] != 0)
-    np.testing.assert_allclose(*gradients, atol=1e-5)
-
-
-def test_sparse_runner_reads_kept_weights_alone():
-    """The program of a sparse layer has no array of the size of its kernel."""
-    params = {'fc': {'kernel': np.eye(333, dtype=np.float32), 'bias': np.zeros(333, np.float32)}}
-    runner = jax_runner((Dense('fc'),), params, (333,), {'fc': 'sparse'})
-    for batch in (1, 2):
-        text = str(jax.make_jaxpr(runner)(jnp.ones((batch, 333))))
-        assert '333,333]' not in text
-
-
-def test_scipy_runner_calls_no_jax(monkeypatch):
-    chain = (Convolution('a', 'SAME'), Relu(), MaxPool(2), Flatten(), Select((0, 2)), Dense('b'))
-    params = {'a': PARAMS['a'], 'b': {'kernel': np.eye(2, 3), 'bias': np.ones(3)}}
-    images = np.ones((2, 4, 4, 1), np.float32)
-    for kind in ('dense', 'sparse'):
-        runner = scipy_runner(chain, params, (4, 4, 1), {'a': kind, 'b': kind})
-        with monkeypatch.context() as patch:
-            for name, value in vars(jnp).items():
-                if callable(value) and not isinstance(value, type) and not name.startswith('_'):
-                    patch.setattr(jnp, name, None)
-            outputs = runner(images)
-        assert type(outputs) is np.ndarray
-        expected = np.stack([forward(chain, params, image) for image in images])
-        np.testing.assert_allclose(outputs, expected, atol=1e-6)
-
-
 @pytest.mark.parametrize(('make_runner', 'kind'), WAYS)
 @pytest.mark.parametrize('shape', [(1, 8, 8, 1), (0, 4, 4, 1), (4, 4, 1), (2, 16)])
 def test_inputs_of_another_shape(make_runner, kind, shape):
@@ -188,44 +151,6 @@ def test_recorded_kinds(monkeypatch):
 def test_recorded_kinds_of_other_layers(text):
     with pytest.raises(ValueError):  # noqa: PT011 - of JSON too
         recorded_kinds(text, CHAIN)
-
-
-@pytest.mark.parametrize('make_runner', [jax_runner, scipy_runner])
-@pytest.mark.parametrize(
-    'kinds', [{}, {'a': 'dense'}, {'a': 'dense', 'b': 'tiny'}, dict.fromkeys('abc', 'dense')]
-)
-def test_kinds_of_other_layers(make_runner, kinds):
-    with pytest.raises(ValueError, match=r"kinds must give one of .* for each of \['a', 'b'\]"):
-        make_runner(CHAIN, PARAMS, (4, 4, 1), kinds)
-
-
-@pytest.mark.parametrize('make_runner', [jax_runner, scipy_runner])
-def test_chain_that_does_not_fit(make_runner):
-    with pytest.raises(ValueError, match='kernel of shape'):
-        make_runner(CHAIN, PARAMS, (4, 4, 2), {'a': 'dense', 'b': 'dense'})
-
-
-def test_scipy_has_no_kernel_in_cpp():
-    with pytest.raises(ValueError, match='kinds must give one of'):
-        scipy_runner(CHAIN, PARAMS, (4, 4, 1), {'a': 'native', 'b': 'dense'})
-
-
-MANY = {'a': {'kernel': np.ones((1, 1, MAX_KEPT_WEIGHTS + 1, 1)), 'bias': np.ones(1)}}
-
-
-@pytest.mark.parametrize(
-    ('make_runner', 'side', 'match'),
-    [
-        (jax_runner, 1, f'keeps {MAX_KEPT_WEIGHTS + 1} weights'),
-        (scipy_runner, 64, 'makes 16781312'),
-    ],
-)
-def test_convolution_of_too_many_weights(make_runner, side, match):
-    shape = (side, side, MAX_KEPT_WEIGHTS + 1)
-    with pytest.raises(Unsuitable, match=match):
-        make_runner((Convolution('a'),), MANY, shape, {'a': 'sparse'})
-    choice = choose_kinds(make_runner, ['sparse'], (Convolution('a'),), MANY, shape, 1, turns=1)
-    assert choice.kinds == {'a': 'dense'}
 
 
 @pytest.mark.parametrize('wrong', [{'batch': 0}, {'batch': 1, 'turns': 0}])

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 import dns_jax
-from dns_jax import Rule, _counts, surgery
+from dns_jax import (
+    Rule,
+    _counts,
+    count_events,
+    count_kept,
+    surgery,
+)
+from dns_jax._counts import count_true
 
 COMPAT_TABLE = 'field'
-
 BORDERS = [0, 1, 65535, 65536, 65537, 2**24 + 1, 2**31 - 1, 2**31, 2**32 + 5, 8 * 10**9, 2**45 - 1]
 
 
@@ -161,3 +167,49 @@ def test_what_is_wanted_of_nine_billion(density):
     (division,) = rule.divide(layers, layers, [jnp.int32(0)])
     total = sum(_counts.to_int(share.wanted) for share in division.shares)
     assert abs(total / (density * 9e9) - 1) < 1e-5
+
+
+# Blocks of 128 are added up in bytes: sizes at their edges, and sums that a byte cannot hold.
+SIZES = [0, 1, 127, 128, 129, 255, 256, 257, 128 * 255, 128 * 255 + 127, 128 * 256, 40_000, 100_003]
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('density', [0.0, 0.3, 1.0])
+def test_counts(size, density):
+    random = np.random.default_rng(size)
+    before, after = random.random((2, size)) < density
+    if not size:  # of nothing there is no layer
+        assert count_kept({'a': jnp.asarray(before)}) == {}
+        return
+    kept = count_kept({'a': {'b': jnp.asarray(before)}})['a']
+    assert kept == before.sum()
+    events = count_events(jnp.asarray(before), jnp.asarray(after))['']
+    assert events == ((before & ~after).sum(), (~before & after).sum())
+    assert {type(number) for number in (kept, *events)} == {int}
+    jitted = jax.jit(count_events)(jnp.asarray(before), jnp.asarray(after))['']
+    assert jitted == events
+    assert {number.dtype for number in jitted} == {jnp.dtype('int32')}
+
+
+@pytest.mark.parametrize('shape', [(), (0, 3), (3, 43), (4, 64), (5, 7, 3, 11)])
+def test_count_true_of_all_shapes(shape):
+    mask = np.random.default_rng(0).random((2, *shape)) < 0.7
+    counts = jax.jit(jax.vmap(count_true))(mask)
+    assert counts.tolist() == [np.count_nonzero(part) for part in mask]
+    assert counts.dtype == jnp.int32
+
+
+def test_count_true_of_an_axis_that_is_sharded_explicitly():
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((8,), ('x',), explicit, devices=jax.devices('cpu')[:8])
+    mask = np.random.default_rng(0).random((16, 24)) < 0.7
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(mask, jax.NamedSharding(mesh, jax.P(None, 'x')))
+        assert int(jax.jit(count_true)(placed)) == mask.sum()
+
+
+def test_counts_of_all_at_once():
+    # Everything pruned, everything spliced: the largest sum of each column of a block.
+    ones, zeros = jnp.ones((255, 129), bool), jnp.zeros((255, 129), bool)
+    events = jax.jit(count_events)({'a': ones, 'b': zeros}, {'a': zeros, 'b': ones})['']
+    assert (int(events.pruned), int(events.spliced)) == (255 * 129, 255 * 129)

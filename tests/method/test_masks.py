@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dns_jax import Thresholds, apply_masks, count_events, count_kept, init_masks, update_masks
-from dns_jax._counts import count_true
-from dns_jax._trees import check_parallel
 from dns_jax.layers import has_axes
 from dns_jax.masks import discriminate, throw_coins
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-
 # Quarters are exact in all three types, so that weights meet the thresholds again and again.
 quarters = st.integers(-12, 12).map(lambda n: n / 4)
 seeds = st.integers(0, 2**31 - 1)
@@ -308,52 +305,6 @@ def test_a_scalar_mask_stays_beside_those_of_its_layer_and_without():
     assert jax.tree.map(lambda leaf: leaf.tolist(), new) == want
 
 
-# Blocks of 128 are added up in bytes: sizes at their edges, and sums that a byte cannot hold.
-SIZES = [0, 1, 127, 128, 129, 255, 256, 257, 128 * 255, 128 * 255 + 127, 128 * 256, 40_000, 100_003]
-
-
-@pytest.mark.parametrize('size', SIZES)
-@pytest.mark.parametrize('density', [0.0, 0.3, 1.0])
-def test_counts(size, density):
-    random = np.random.default_rng(size)
-    before, after = random.random((2, size)) < density
-    if not size:  # of nothing there is no layer
-        assert count_kept({'a': jnp.asarray(before)}) == {}
-        return
-    kept = count_kept({'a': {'b': jnp.asarray(before)}})['a']
-    assert kept == before.sum()
-    events = count_events(jnp.asarray(before), jnp.asarray(after))['']
-    assert events == ((before & ~after).sum(), (~before & after).sum())
-    assert {type(number) for number in (kept, *events)} == {int}
-    jitted = jax.jit(count_events)(jnp.asarray(before), jnp.asarray(after))['']
-    assert jitted == events
-    assert {number.dtype for number in jitted} == {jnp.dtype('int32')}
-
-
-@pytest.mark.parametrize('shape', [(), (0, 3), (3, 43), (4, 64), (5, 7, 3, 11)])
-def test_count_true_of_all_shapes(shape):
-    mask = np.random.default_rng(0).random((2, *shape)) < 0.7
-    counts = jax.jit(jax.vmap(count_true))(mask)
-    assert counts.tolist() == [np.count_nonzero(part) for part in mask]
-    assert counts.dtype == jnp.int32
-
-
-def test_count_true_of_an_axis_that_is_sharded_explicitly():
-    explicit = (jax.sharding.AxisType.Explicit,)
-    mesh = jax.make_mesh((8,), ('x',), explicit, devices=jax.devices('cpu')[:8])
-    mask = np.random.default_rng(0).random((16, 24)) < 0.7
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(mask, jax.NamedSharding(mesh, jax.P(None, 'x')))
-        assert int(jax.jit(count_true)(placed)) == mask.sum()
-
-
-def test_counts_of_all_at_once():
-    # Everything pruned, everything spliced: the largest sum of each column of a block.
-    ones, zeros = jnp.ones((255, 129), bool), jnp.zeros((255, 129), bool)
-    events = jax.jit(count_events)({'a': ones, 'b': zeros}, {'a': zeros, 'b': ones})['']
-    assert (int(events.pruned), int(events.spliced)) == (255 * 129, 255 * 129)
-
-
 def test_counts_go_by_layer_and_leave_out_scalar_masks():
     masks = {
         'a': {'bias': jnp.array([True, False]), 'kernel': jnp.ones((2, 2), bool)},
@@ -367,28 +318,6 @@ def test_counts_go_by_layer_and_leave_out_scalar_masks():
 
 TREE = {'a': jnp.ones((2, 3)), 'b': jnp.ones(3)}
 GOOD = init_masks(TREE, has_axes)
-BAD_MASKS = [
-    ({'a': GOOD['a']}, ValueError, "lack 'b'; they have "),
-    ((GOOD['a'], GOOD['b']), ValueError, "lack 'a'; they have .'0', '1'"),
-    ({**GOOD, 'c': GOOD['b']}, ValueError, "have .'c'. too, which params lack"),
-    ({**GOOD, 'b': None}, ValueError, "lack 'b'; they have "),
-    ({**GOOD, 'a': jnp.ones((3, 2), bool)}, ValueError, r"masks\['a'\] has shape \(3, 2\)"),
-    ({**GOOD, 'a': jnp.ones(3, bool)}, ValueError, r"masks\['a'\] has shape \(3,\)"),
-    ({**GOOD, 'b': jnp.ones(3)}, TypeError, r"masks\['b'\] must be boolean.*float32"),
-    ({**GOOD, 'b': jnp.ones(3, jnp.int8)}, TypeError, r"masks\['b'\] must be boolean.*int8"),
-]
-
-
-@pytest.mark.parametrize(('masks', 'error', 'message'), BAD_MASKS)
-def test_masks_that_do_not_belong_to_the_weights(masks, error, message):
-    layer = {'all': Thresholds(0.0, 1.0)}
-
-    def update(params, masks):
-        update_masks(jax.random.key(0), params, masks, layer, {'all': 1.0}, lambda path: 'all')
-
-    for use in (check_parallel, apply_masks, update):
-        with pytest.raises(error, match=message):
-            use(TREE, masks)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+METHOD = ROOT / 'tests' / 'method'
 SUITES = {  # the tests of each module, up to the first that fails
     module: [
         f'dns_jax/{module}.py',
-        f'tests/method/test_{module}.py',
+        *sorted(f'tests/method/{path.name}' for path in METHOD.glob(f'test_{module}*.py')),
+        'tests/method/test_rules.py',
         'tests/contracts/test_arguments.py',
     ]
     for module in ('schedules', 'masks', 'thresholds', 'transformation')

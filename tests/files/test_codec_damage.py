@@ -1,0 +1,325 @@
+"""Tests of files.codec: damaged files are refused, in little memory."""
+
+import struct
+import tracemalloc
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import random_network
+
+from dns_jax._trees import check_parallel
+from dns_jax.files._entropy import Encoder
+from dns_jax.files._header import encode_number, encode_text
+from dns_jax.files.codec import load_coded, save_coded
+from dns_jax.files.sharing import SharedNetwork
+from dns_jax.files.sharing import share_weights as share
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp('codec') / 'network.dns'
+
+
+ONES = np.ones((2, 3), np.float32)
+
+
+def assert_refused(path, message, **arguments):
+    """A ValueError that names the file and what is wrong."""
+    with pytest.raises(ValueError, match=message) as caught:
+        load_coded(path, **arguments)
+    assert str(caught.value).startswith(f'cannot load {str(path)!r}: ')
+
+
+def sealed(content):
+    """The bytes of a file with this content and the checksum of it."""
+    return b'DNS\x01' + struct.pack('<I', zlib.crc32(content)) + content
+
+
+def form(*layers, metadata=b'\0', names=('w',)):
+    names = encode_number(len(names)) + b''.join(map(encode_text, names))
+    return metadata + names + encode_number(len(layers)) + b''.join(layers)
+
+
+def layer(name='', book=b'\x80\x3f', leaves=((0, (2,), 2),), clusters=None, amount=None):
+    parts = [
+        encode_text(name),
+        encode_number(len(book) // 2 if clusters is None else clusters),
+        book,
+    ]
+    parts.append(encode_number(len(leaves) if amount is None else amount))
+    for name, shape, kept in leaves:
+        parts += [
+            encode_number(name),
+            encode_number(len(shape)),
+            *map(encode_number, shape),
+            encode_number(kept),
+        ]
+    return b''.join(parts)
+
+
+def whole(axes, shape):
+    """A layer of one leaf, without a count of kept weights."""
+    return layer(leaves=(), amount=1) + b''.join(map(encode_number, (0, axes, *shape)))
+
+
+HEADERS = {
+    'sound': (form(layer()), None),
+    'nothing in it': (form(), 'at least one leaf'),
+    'ends in the metadata': (b'\x05\x01a', 'ends too early'),
+    'ends in the names': (b'\0' + encode_number(2**62) + b'\x01a', 'ends too early'),
+    'name that is not there': (form(layer(leaves=[(1, (2,), 2)])), '1 names of leaves'),
+    'names unsorted': (form(layer(leaves=[(0, (2,), 2)]), names=('w', 'v')), 'not what its'),
+    'ends in the layers': (encode_number(2**62) + b'\x01a\x01b', 'ends too early'),
+    'many layers': (b'\0\x01\x01w' + encode_number(2**62) + layer(), 'ends too early'),
+    'many leaves': (form(layer(amount=2**62)), 'ends too early'),
+    'many clusters': (form(layer(clusters=2**62)), 'over 65536'),
+    'more clusters than there are': (form(layer(clusters=60_000)), 'ends too early'),
+    'many axes': (form(layer(leaves=[(0, (1,) * 65, 1)])), '65 axes, over 64'),
+    'axes of neither': (form(whole(127, (1,) * 127)), '127 axes, over 64'),
+    'no part': (form(whole(129, (2,))), None),
+    'no part, many axes': (form(whole(128 + 65, (1,) * 65)), '65 axes, over 64'),
+    'no part, a scalar': (form(whole(128, ())), 'not what its network'),
+    'no part, a count': (form(whole(129, (2, 2))), ''),
+    'no part, too large': (form(whole(129, (2**31 + 1,))), r'2147483649; 2\*\*31 are the most'),
+    'no part, above the limit': (form(whole(129, (2 * 10**6,))), '2000000 parameters'),
+    'number too long': (b'\xff' * 10, r'2\*\*63'),
+    'number with a zero too many': (b'\x80\0' + form(layer())[1:], 'not what its network'),
+    'not UTF-8': (b'\x01\x01\xff\x00' + form(layer())[1:], 'utf-8'),
+    'metadata unsorted': (form(layer(), metadata=b'\x02\x01b\0\x01a\0'), 'not what its network'),
+    'metadata twice': (form(layer(), metadata=b'\x02\x01a\0\x01a\0'), 'not what its network'),
+    'kept over its size': (form(layer(leaves=[(0, (2,), 3)])), '3 kept weights of 2'),
+    'leaf too large': (form(layer(leaves=[(0, (2**31 + 1,), 3)])), '3 kept weights of'),
+    'scalar pruned': (form(layer(leaves=[(0, (), 0)])), 'scalar that is not kept'),
+    'too large': (form(layer(leaves=[(0, (10**6, 2), 3)])), '2000000 parameters'),
+    'too large but empty': (form(layer(leaves=[(0, (0, 2**62), 0)])), 'max_parameters'),
+    'too large together': (
+        form(layer(leaves=[(at, (600_000,), 3) for at in range(2)]), names='vw'),
+        '1200000 parameters',
+    ),
+    'codebook not finite': (form(layer(book=b'\xc0\x7f')), 'not finite'),
+    'no codebook': (form(layer(book=b'')), 'from 0 to -1'),
+    'layers unsorted': (
+        form(layer('b', leaves=[(0, (2,), 2)]), layer(leaves=[(1, (2,), 2)]), names=('/w', 'w')),
+        'not what its',
+    ),
+    'layer twice': (form(layer(), layer()), "the leaf 'w' twice"),
+    'layer twice, other leaves': (
+        form(layer(), layer(leaves=[(1, (2,), 2)]), names='wx'),
+        'not what its network',
+    ),
+    'layer of no leaves': (form(layer('a', leaves=())), ''),
+    'leaf of another layer': (form(layer('a')), "'aw' in another layer"),
+    'leaf in a part that is no layer': (form(layer(), names=('w/w',)), "'w/w' in another layer"),
+    'leaf twice': (form(layer(leaves=[(0, (2,), 2), (0, (2, 2), 2)])), "the leaf 'w' twice"),
+    'leaf in a leaf': (
+        form(layer(leaves=[(1, (2,), 2)]), layer('w'), names=('/v', 'w')),
+        'has the place of another',
+    ),
+    'path too long': (form(layer(), names=('w' * 1001,)), 'over 1000 characters'),
+    'path too deep': (form(layer('/'.join('a' * 101)), names=('/w',)), '102 parts'),
+    'words left over': (form(layer()) + bytes(4), 'not what its network'),
+    'bytes left over': (form(layer()) + bytes(1), 'multiple of 4'),
+    'words missing': (form(layer(leaves=[(0, (8,), 3)])), ''),
+}
+
+
+@pytest.mark.parametrize(('content', 'message'), HEADERS.values(), ids=HEADERS)
+def test_damaged_headers(path, content, message):
+    path.write_bytes(sealed(content))
+    if message is None:
+        loaded = load_coded(path)
+        assert loaded.masks['w'].all()
+        np.testing.assert_array_equal(loaded.assignments['w'], [0, 0])
+    else:
+        assert_refused(path, message or '.', max_parameters=10**6)
+
+
+def test_other_files_are_refused(path):
+    save_coded(path, share({'a': ONES}, {'a': ONES > 0}, 1))
+    data = path.read_bytes()
+    for other in (b'', b'DNS', b'DNS\x02' + data[4:], b'PK\x03\x04' + bytes(60), b'\x80\x04]'):
+        path.write_bytes(other)
+        assert_refused(path, 'must begin with')
+    for other in (
+        b'DNS\x01',
+        b'DNS\x01\0\0',
+        data[:-1],
+        data + b'\0',
+        data[:8] + b'\x09' + data[9:],
+    ):
+        path.write_bytes(other)
+        assert_refused(path, 'checksum')
+
+
+def test_max_parameters(path):
+    params = {'a': ONES, 'b': np.ones(4, np.float32), 'c': np.zeros((0, 5), np.float32)}
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params)
+    save_coded(path, share(params, masks, 1))
+    load_coded(path, max_parameters=15)
+    assert_refused(path, 'it has 15 .* max_parameters is 14', max_parameters=14)
+
+
+SCALAR = ((), 1)
+COMBINED = {
+    'layers of leaves that lie deep': (
+        form(
+            *(layer(str(at), leaves=[(name, *SCALAR) for name in range(60)]) for at in range(150)),
+            names=[f'/{name}' + '/a' * 96 for name in range(60)],
+        ),
+        "'0/0/a/a.* in another layer",
+    ),
+    'one leaf again and again': (
+        form(layer('😀' * 900, leaves=[(0, *SCALAR)] * 60_000), names=['/w']),
+        'twice',
+    ),
+    'a long layer of many leaves': (
+        form(
+            layer('😀' + 'a' * 950, leaves=[(name, *SCALAR) for name in range(20_000)]),
+            names=[f'/{name}' for name in range(20_000)],
+        ),
+        'paths of its leaves have over 1048576 characters',
+    ),
+}
+
+
+@pytest.mark.parametrize(('content', 'message'), COMBINED.values(), ids=COMBINED)
+def test_layers_times_names_take_little_memory(path, content, message):
+    path.write_bytes(sealed(content))
+    tracemalloc.start()
+    try:
+        assert_refused(path, message)
+        paths_at_most = 4 * 2**20  # a wide character takes four bytes
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(content) + paths_at_most
+    finally:
+        tracemalloc.stop()
+
+
+def test_decoding_takes_twelve_bytes_a_parameter(path):
+    """A file of 36 bytes: all of a layer is kept but one weight."""
+    mask = np.ones((4096, 4096), bool)
+    mask[7, 7] = False
+    save_coded(path, SharedNetwork({'': np.float32([1])}, np.zeros(mask.shape, int), mask, {}))
+    assert path.stat().st_size < 50
+    tracemalloc.start()
+    try:
+        loaded = load_coded(path)
+        assert tracemalloc.get_traced_memory()[1] < 12 * mask.size
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(loaded.masks, mask)
+
+
+def test_damaged_gaps_take_as_little(path):
+    """All gaps have two bits, so that most kept weights lie far outside of the mask."""
+    side, kept = 2048, 2048**2 - 4
+    encoder = Encoder()
+    for _ in ('units', 'inputs'):
+        encoder.symbols(np.ones(side, bool), 2)
+    encoder.symbols(np.full(kept, 2), 4)
+    content = form(layer(leaves=[(0, (side, side), kept)])) + encoder.getvalue()
+    path.write_bytes(sealed(content))
+    tracemalloc.start()
+    try:
+        assert_refused(path, 'outside of it|damaged')
+        assert tracemalloc.get_traced_memory()[1] < 12 * side**2
+    finally:
+        tracemalloc.stop()
+
+
+HUGE = [(2**28 + 1,), (2**14, 2**14 + 1), (0, *(2**62,) * 63)]
+
+
+@pytest.mark.parametrize('shape', HUGE, ids=str)
+def test_huge_networks_are_refused_before_memory_is_taken(path, shape):
+    path.write_bytes(sealed(form(layer(leaves=[(0, shape, 0)]))))
+    tracemalloc.start()
+    try:
+        assert_refused(path, 'max_parameters is 268435456')
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The bytes of a small sound file."""
+    path = tmp_path_factory.mktemp('small') / 'network'
+    params, masks = random_network(scale=0.1)
+    save_coded(path, share(params, masks, 4, {'network': 'tiny'}))
+    return path.read_bytes()
+
+
+def refusal(path):
+    """Loads a file that may be damaged: why it was refused, or None where it is sound."""
+    try:
+        loaded = load_coded(path, max_parameters=10**5)
+    except ValueError as error:
+        return str(error)
+    check_parallel(loaded.assignments, loaded.masks)
+    assert all(np.isfinite(book).all() for book in loaded.codebooks.values())
+    return None
+
+
+def damage(random, data):
+    """Flips bits, cuts, repeats, swaps or replaces some of the bytes."""
+    damaged = bytearray(data)
+    kind = random.integers(6)
+    at, other = sorted(random.integers(0, len(data), 2))
+    if kind < 2:
+        for _ in range(random.integers(1, 4)):
+            damaged[random.integers(len(data))] ^= 1 << random.integers(8)
+    elif kind == 2:
+        del damaged[at : other + 1]
+    elif kind == 3:
+        damaged[at:at] = damaged[at : other + 1]
+    elif kind == 4:
+        damaged[at] = random.choice([0, 1, 127, 128, 255])
+    else:
+        damaged[at : at + 8] = random.bytes(random.integers(12))
+    return bytes(damaged)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_files(path, small):
+    """Half have the checksum of what they became, so that what lies behind it is tested."""
+    random = np.random.default_rng(0)
+    reasons, sound = set(), 0
+    for at in range(10_000):
+        if at % 2:
+            data = damage(random, small)
+            path.write_bytes(data)
+            assert data == small or refusal(path) is not None
+        else:
+            path.write_bytes(sealed(damage(random, small[8:])))
+            reason = refusal(path)
+            sound += reason is None
+            reasons.add((reason or '').removeprefix(f'cannot load {str(path)!r}: ')[:12])
+    assert len(reasons) > 15
+    assert sound  # a value of a codebook, or a name, that became another
+
+
+def test_damaged_files_take_little_memory(path, small):
+    random = np.random.default_rng(1)
+    tracemalloc.start()
+    try:
+        for _ in range(500):
+            path.write_bytes(sealed(damage(random, small[8:])))
+            refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@settings(max_examples=300)
+@given(words=st.binary(max_size=64), kept=st.integers(0, 40), clusters=st.integers(1, 4))
+def test_random_streams(path, words, kept, clusters):
+    book = np.arange(1, clusters + 1).astype(jnp.bfloat16).tobytes()
+    leaves = [(0, (5, 8), kept), (1, (8, 5), kept)]
+    content = form(layer(book=book, leaves=leaves), names='vw') + words + bytes(-len(words) % 4)
+    path.write_bytes(sealed(content))
+    assert (refusal(path) or 'cannot load ').startswith('cannot load ')
