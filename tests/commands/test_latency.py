@@ -8,10 +8,7 @@ import pytest
 
 from dns_jax.files.sparse import save_sparse
 from dns_jax.inference import native
-from dns_jax.inference.chain import (
-    Dense,
-    chain_to_json,
-)
+from dns_jax.inference.chain import Dense, chain_to_json
 from experiments.artefacts.loading import load_model
 from experiments.latency import LatencyConfig, _crossing, measure
 from experiments.measurements import latency_report

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from shapes_builder import Shapes
 from tensorflow_datasets.core.download import checksums
 
 from experiments.data import builders
@@ -344,28 +345,6 @@ def test_attempts_to_download_are_quiet(tmp_path, no_network, caplog, capfd):
     with pytest.raises(RuntimeError, match='fashion_mnist could not be downloaded'):
         builders.prepare('fashion_mnist', tmp_path)
     assert 'Retrying' not in caplog.text + capfd.readouterr().err
-
-
-class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A set that TFDS does not know, as one would prepare it elsewhere."""
-
-    VERSION = tfds.core.Version('2.0.0')
-    target = 'label'
-
-    def _info(self):
-        features = {
-            'image': tfds.features.Image(shape=(None, None, 3)),
-            self.target: tfds.features.ClassLabel(names=['round', 'square']),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {'train': self._generate_examples()}
-
-    def _generate_examples(self):
-        for key in range(4):
-            image = Image.new('RGB', (5, 4), (key, 0, 0))
-            yield key, {'image': image, self.target: key % 2}
 
 
 def test_any_prepared_set_is_read(tmp_path):

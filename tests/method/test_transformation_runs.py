@@ -7,24 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from surgery_runs import (
-    DTYPES,
-    REFRESHED,
-    RULES,
-    drift,
-    masks_of_run,
-    network,
-    surgery,
-    wander,
-)
+from surgery_runs import DTYPES, REFRESHED, RULES, drift, masks_of_run, network, surgery, wander
 
-from dns_jax import (
-    Rule,
-    get_masks,
-    global_density,
-    masked_value_and_grad,
-    update_probability,
-)
+from dns_jax import Rule, get_masks, global_density, masked_value_and_grad, update_probability
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

@@ -2,13 +2,7 @@
 
 import numpy as np
 import pytest
-from searches import (
-    SIZES,
-    PlayedRun,
-    PlayedTask,
-    Tiny,
-    error_of,
-)
+from searches import SIZES, PlayedRun, PlayedTask, Tiny, error_of
 
 from experiments.config.command_line import make
 from experiments.config.parsers import parse_table

@@ -17,14 +17,7 @@ import opened
 import pytest
 from optuna.trial import TrialState
 from PIL import Image
-from searches import (
-    REFERENCE_ERROR,
-    SIZES,
-    error_of,
-    number_of,
-    parse,
-    trials_of,
-)
+from searches import REFERENCE_ERROR, SIZES, error_of, number_of, parse, trials_of
 
 from experiments import search
 from experiments.config.parsers import parse_table
