@@ -81,7 +81,6 @@ class Run:
         flags = plan.config
         weights_key, self._coins_key = jax.random.split(jax.random.key(flags.seed))
         self.initial = task.init(weights_key)
-        self.seed, self.resume, self.overwrite = flags.seed, flags.resume, flags.overwrite
         task.make_optimizer(plan.surgery)  # what does not fit the data is refused
         self.setbacks: dict[str, int] = {}  # how often each phase went back to a checkpoint
         # Of the code that runs, which may be changed on disk before the end.
@@ -91,12 +90,12 @@ class Run:
             like = self.start(task.make_optimizer(plan.reference), self.initial)
             self.reference = references.read(Path(flags.reference), self.identity, like)
         self.folder = Path(flags.workdir)
-        hosts.on_first(lambda: self._open_folder(flags.tensorboard))
+        hosts.on_first(lambda: self._open_folder(flags))
 
-    def _open_folder(self, tensorboard: bool) -> None:
+    def _open_folder(self, flags: Config) -> None:
         """Claims the folder and opens the records, which the first process alone has."""
-        claim(self.folder, self.identity, self.resume, self.overwrite)
-        self.records = Records(self.folder, tensorboard)
+        claim(self.folder, self.identity, flags.resume, flags.overwrite)
+        self.records = Records(self.folder, flags.tensorboard)
 
     def start(
         self,
