@@ -25,6 +25,7 @@ from dns_jax.files.sparse import load_sparse
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, run_chain
 
 ZOO = Path(__file__).parents[2] / 'zoo'
+HELPERS = Path(__file__).parents[1] / 'helpers'
 IMAGE = (11, 10, 3)
 # Name: the layers, the shapes of their kernels, and that of the inputs.
 CHAINS = {
@@ -187,7 +188,7 @@ def test_same_bytes_in_other_processes(tmp_path):
     subprocess.run(
         [sys.executable, '-c', PROGRAM.format(tests=str(Path(__file__).parent))],
         cwd=tmp_path,
-        env=os.environ | {'PYTHONHASHSEED': '7', 'PYTHONPATH': str(ZOO.parent)},
+        env=os.environ | {'PYTHONHASHSEED': '7', 'PYTHONPATH': f'{ZOO.parent}:{HELPERS}'},
         check=True,
     )
     for kind in ('onnx', 'stablehlo'):
