@@ -129,7 +129,7 @@ def by_lamp(layers, wanted):
     return {layer: int((own >= last).sum()) for layer, own in scores.items()}
 
 
-@pytest.mark.parametrize('density', [0.02, 0.1])
+@pytest.mark.parametrize('density', [0.02, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_shares_settle_where_every_unit_is_that_of_what_is_kept(density):
     """Without damping one layer takes what the other had, and they take turns."""
     random = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from situations import slow_but
 
 import dns_jax
 from dns_jax import Rule, layer_density, surgery
@@ -116,9 +117,13 @@ ALONE = {
 
 @pytest.mark.parametrize('kind', MANY)
 def test_a_leaf_called_value_keeps_its_name(kind):
-    params = {'attn': MANY[kind]()}
-    assert set(paths(params)) == {f'attn/{name}' for name in NAMES}
+    assert set(paths({'attn': MANY[kind]()})) == {f'attn/{name}' for name in NAMES}
     assert set(paths(MANY[kind]())) == set(NAMES)
+
+
+@pytest.mark.parametrize('kind', slow_but(MANY, 'Equinox', 'nnx.State of a kind of its own'))
+def test_a_leaf_called_value_is_pruned_by_its_name(kind):
+    params = {'attn': MANY[kind]()}
     pruner = surgery({'attn': Rule(layer_density(0.4))}, jax.random.key(0))
     _, state = jax.jit(pruner.update)(params, pruner.init(params), params)
     assert set(state.thresholds) == {'attn'}

@@ -1,5 +1,7 @@
 """What leaves are called and what they are, as the libraries themselves build them."""
 
+import itertools
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -44,11 +46,11 @@ class Transformer(nn.Module):
         x = x + self.param('pos_embedding', nn.initializers.normal(0.1), (7, 16))
         if self.how == 'scan':
             scanned = nn.scan(
-                Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=6
+                Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=2
             )
             x, _ = scanned(name='blocks')(x, None)
         else:
-            for number in range(6):
+            for number in range(2):
                 x, _ = Block(name=f'block{number}')(x)
         return embed.attend(nn.LayerNorm(name='norm')(x))
 
@@ -56,7 +58,9 @@ class Transformer(nn.Module):
 def linen(how='scan'):
     tokens = jnp.zeros((2, 7), jnp.int32)
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        return Transformer(how).init(jax.random.key(0), tokens)['params']
+        shapes = jax.eval_shape(Transformer(how).init, jax.random.key(0), tokens)['params']
+    seeds = itertools.count()  # no weights that tie
+    return jax.tree.map(lambda leaf: array(*leaf.shape, seed=next(seeds)), shapes)
 
 
 def expected_of_linen(path):

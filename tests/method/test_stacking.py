@@ -25,7 +25,17 @@ def test_every_transformation(name):
     assert not kernel[-1].all()  # it did prune
 
 
-@pytest.mark.parametrize('layout', list(LAYOUTS)[1:])
+# Between these lie the others, but for slices that are one or many.
+@pytest.mark.parametrize(
+    'layout',
+    slow_but(
+        list(LAYOUTS)[1:],
+        'a scan of 12',
+        'an ensemble of scans',
+        'two scans by one pattern',
+        'one layer',
+    ),
+)
 def test_every_layout(layout):
     # Slices are sorted as the names they are: 0, 1, 10, 11, 2 …
     check_equal(layout, *both(layout, 'mean_std, asked again'))

@@ -281,8 +281,13 @@ def divide_with_floors(ratios, wanted):
 @pytest.mark.parametrize(
     ('dtype', 'arguments'),
     [
-        *itertools.product(DTYPES, [(), ('rms', 0.1), ('erk', 0.1)]),
-        *itertools.product([jnp.float32], [('norm', 0.0), ('rms', 0.5), ('erk', 0.0)]),
+        (jnp.bfloat16, ()),
+        (jnp.float16, ('rms', 0.1)),
+        *itertools.product([jnp.float32], [(), ('norm', 0.0), ('rms', 0.5), ('erk', 0.1)]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(DTYPES[1:], [(), ('rms', 0.1), ('erk', 0.1)])
+        ),
     ],
 )
 def test_global_density_by_brute_force(dtype, arguments):

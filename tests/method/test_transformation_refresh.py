@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from situations import slow_but
 from surgery_runs import (
     REFRESHED,
     RULES,
@@ -39,7 +40,7 @@ def test_thresholds_stay_those_of_the_reference():
     chex.assert_trees_all_equal(after.thresholds, state.thresholds)
 
 
-@pytest.mark.parametrize('how', ['jit', 'vmap of scan', 'plain'])
+@pytest.mark.parametrize('how', slow_but(['jit', 'vmap of scan', 'plain'], 'jit', 'vmap of scan'))
 def test_thresholds_are_asked_for_again_when_they_should_be(how):
     params, key = three_layers(), jax.random.key(4)
     steps = 4 if how == 'plain' else 12  # without jit every refresh is compiled anew
