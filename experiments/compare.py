@@ -96,9 +96,9 @@ def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
 
 def _errors_of_cut(plan: Plan, summary, records) -> dict[str, float]:
     """Says what a cut did to the validation error, by the records beside it."""
-    if not plan.wanted.cut:
+    if not plan.pruning.cut:
         return {}
-    step = plan.wanted.cut_at
+    step = plan.pruning.cut_at
     surgery = [record for record in records if record['phase'] == 'surgery']
     before = [record['validation_error'] for record in surgery if record['step'] <= step]
     after = [record['validation_error'] for record in surgery if record['step'] > step]

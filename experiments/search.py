@@ -40,6 +40,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
     try:
         from experiments.sweeps import trials
     except ImportError as error:
+        if error.name not in ('optuna', 'sqlalchemy'):
+            raise
         raise ValueError('experiments.search needs Optuna, the extra `search`') from error
     return trials.take_part(config)
 

@@ -15,8 +15,6 @@ from absl import flags as absl_flags
 
 C = TypeVar('C', bound=Any)  # a dataclass of flags
 
-_HELP = {f'-{dashes}{name}' for dashes in ('', '-') for name in ('help', 'helpshort', 'helpfull')}
-
 
 def flag(default: Any, text: str, decides: bool = True, part: str = '', **options: Any) -> Any:
     """Makes a field that is a flag.
@@ -175,11 +173,19 @@ def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type:
             raise SystemExit(f'{type(error).__name__}: {error}') from error
 
     try:
-        app.run(main)
+        app.run(main, flags_parser=_parse)
     except SystemExit as end:
-        if end.code == 1 and _HELP & {*sys.argv[1:]}:  # absl's own; an error has its message there
+        # All errors end with a message; what ends with 1 is the help.
+        if end.code == 1:
             raise SystemExit(0) from None
         raise
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        return absl_flags.FLAGS(arguments)
+    except absl_flags.Error as error:
+        raise SystemExit(f'{error}\nPass --help to see the flags.') from error
 
 
 def print_result(result: Any) -> None:

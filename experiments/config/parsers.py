@@ -109,7 +109,11 @@ def scale_learning_rate(text: str, factor: float) -> str:
 
     Returns:
       The same policy with another base.
+
+    Raises:
+      ValueError: as `parse_learning_rate` does.
     """
+    parse_learning_rate(text, steps=1)
     policy, _, numbers = text.partition(':')
     base, *others = numbers.split(',')
     return f'{policy}:{",".join([f"{float(base) * factor:.4g}", *others])}'

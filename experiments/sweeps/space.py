@@ -8,6 +8,7 @@ from experiments.config.parsers import parse_step, parse_table, scale_learning_r
 from experiments.networks import models
 from experiments.sweeps.flags import SearchConfig
 from experiments.training.flags import Config
+from experiments.training.plan import named
 
 _SPACES = {  # low, high, and whether on a logarithmic scale
     'compression': (20.0, 1000.0, True),
@@ -56,7 +57,7 @@ def make_config(config: SearchConfig, choice: Mapping[str, float]) -> Config:
     run = config.base()
     rate, decay = choice['learning rate'], choice['weight decay']
     chosen: dict[str, Any] = {
-        'learning_rate': scale_learning_rate(run.learning_rate, rate),
+        'learning_rate': named('learning_rate', scale_learning_rate, run.learning_rate, rate),
         'weight_decay': float(f'{run.weight_decay * decay:.4g}'),
     }
     if 'ramp' in choice:

@@ -52,10 +52,10 @@ def take_part(config: SearchConfig) -> dict[str, Any]:
     folder = Path(config.workdir)
     url = config.storage or f'sqlite:///{folder}/study.db?timeout=60'
     with studies.named_errors(url), stop_on_signals() as stopping:
+        task = Task(config.base())
         try:
             with _one_at_a_time(folder / 'lock', stopping):
                 study = studies.open_study(url, config)
-                task = Task(config.base())
                 reference = config.base().reference or _train_reference(config, task, stopping)
             _do_trials(study, config, task, reference, stopping)
         except Stopped as error:

@@ -8,7 +8,9 @@ there must be one. The others are about what happens to the dense network.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments.config.command_line import check_finite, flag, names_of
 from experiments.data import resident
@@ -17,6 +19,11 @@ from experiments.training.pruning import IMPORTANCES, PRUNERS
 _ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
 _BY_LAYER = 'as LAYER:NUMBER,…, where conv* is a LAYER too, or NUMBER for all; others stay dense.'
 _ONE_OF = 'One of --compression, --density, --layer_density, --c_rate must be given.'
+_IN_ROUNDS = ' or '.join(name for name, pruner in PRUNERS.items() if pruner.in_rounds)
+
+
+def _that_read(flag: str) -> str:
+    return ' or '.join(name for name, pruner in PRUNERS.items() if flag in pruner.reads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +158,7 @@ class Config:
     refresh_every: int = flag(
         500,
         'Steps from one choice of thresholds by density to the next, where 0 follows the density '
-        'at every step, and from one round of --pruner=gradual, set and rigl to the next.',
+        f'at every step, and from one round of --pruner={_IN_ROUNDS} to the next.',
         lower_bound=0,
     )
     start: str = flag(
@@ -192,10 +199,13 @@ class Config:
         choices=tuple(IMPORTANCES),
     )
     splicing: bool = flag(True, 'Whether surgery lets pruned connections return.')
-    rounds: int = flag(5, 'Rounds of --pruner=han and iterative.', lower_bound=1, upper_bound=1_000)
+    rounds: int = flag(
+        5, f'Rounds of --pruner={_that_read("rounds")}.', lower_bound=1, upper_bound=1_000
+    )
     drop: float = flag(
         0.3,
-        "Share of each layer's kept connections that --pruner=set and rigl exchange in a round.",
+        "Share of each layer's kept connections that are exchanged in a round of "
+        f'--pruner={_that_read("drop")}.',
     )
     dropout: float = flag(
         0.0,
@@ -235,7 +245,7 @@ class Config:
         for name in ('cut', 'dropout', 'drop'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
-        self._check_pruner()
+        self._check_pruner(wanted)
         self._check_unread()
         if self.count_returns and self.on_divergence == 'rollback':
             raise ValueError(
@@ -249,16 +259,16 @@ class Config:
             )
         check_finite(self)
 
-    def _check_pruner(self):
+    def _check_pruner(self, wanted: Mapping[str, Any]):
         """Refuses what the pruner cannot prune by."""
         pruner = PRUNERS[self.pruner]
         if pruner.in_rounds and not self.refresh_every:
             raise ValueError(f'--refresh_every=0 must be at least 1 for --pruner={self.pruner}')
-        if ('c_rate' if self.c_rate else 'density') not in pruner.targets:
-            wanted = '--c_rate' if 'c_rate' in pruner.targets else 'a density or a compression'
-            raise ValueError(f'--pruner={self.pruner} must go with {wanted}')
+        if not {*wanted} & {*pruner.targets}:
+            others = '--c_rate' if 'c_rate' in pruner.targets else 'a density or a compression'
+            raise ValueError(f'--pruner={self.pruner} must go with {others}')
         is_known = self.importance == 'magnitude' or self.refresh_statistics or not self.c_rate
-        if self.pruner == 'surgery' and not is_known:
+        if 'refresh_statistics' in pruner.reads and not is_known:
             raise ValueError(
                 f'--importance={self.importance} is not known at the start: with --c_rate it must '
                 'go with --refresh_statistics'

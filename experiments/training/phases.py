@@ -147,7 +147,7 @@ def train_side_by_side(
 
     @functools.cache
     def compile_calls(setbacks: tuple[bool, ...]) -> Callable[..., Any]:
-        optimizer = task.make_optimizer(phase, setbacks)
+        optimizer = phase.make_optimizer(task.shapes, setbacks)
         dropout = phase.make_dropout(task.shapes)
         step = make_step(task.network, optimizer, task.inputs, dropout, task.feed.accumulate)
         return task.feed.compile(step, tuple(course.state for course in courses))

@@ -1,6 +1,6 @@
 """From flags to phases: all that is written within a flag is read here, once, before any data.
 
-What does not fit is refused at once. Behind a plan there are numbers and functions, no text.
+What does not fit is refused at once. Nothing behind a plan reads what is written within a flag.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -21,7 +20,14 @@ from experiments.reports.records import PHASES
 from experiments.training import divergence
 from experiments.training.flags import Config
 from experiments.training.image_flags import ImageConfig
-from experiments.training.pruning import PRUNERS, Wanted, Window, make_pruner
+from experiments.training.pruning import (
+    IMPORTANCES,
+    PRUNERS,
+    Pruning,
+    Window,
+    make_no_pruner,
+    make_pruner,
+)
 from experiments.training.steps import Dropout
 
 
@@ -31,34 +37,30 @@ class Phase:
 
     name: str  # of `PHASES`
     steps: int
-    learning_rate: dns_jax.Schedule
-    weight_decay: float
-    solver: Callable[..., optax.GradientTransformation]  # of the rate and the decay
-    make_pruner: Callable[[Any, jax.Array], optax.GradientTransformation]  # of weights and a key
+    solver: optax.GradientTransformation  # with the phase's rate and decay
+    make_pruner: Callable[[Any], optax.GradientTransformation]  # of weights, or their shapes
     chain: Callable[..., optax.GradientTransformation]  # the pruner and the solver
-    dropout: float = 0.0  # of dense layers
-    scales_dropout: bool = False  # whether it falls with the root of the density
+    dropout: float  # of dense layers
+    scales_dropout: bool  # whether it falls with the root of the density
 
     def make_optimizer(
-        self, params: Any, key: jax.Array, setbacks: Sequence[bool] = ()
+        self, params: Any, setbacks: Sequence[bool] = ()
     ) -> optax.GradientTransformation:
         """Chains the pruner and the solver.
 
         Args:
           params: the network's weights, or their shapes.
-          key: of the pruner's coins.
           setbacks: of the phase, as of `divergence.after_setbacks`.
 
         Returns:
-          The optimizer of the phase.
+          The optimizer of the phase, for all runs: the key of a run's coins is in its state.
 
         Raises:
           ValueError: if what takes no part is more than is to be kept.
         """
-        pruner = self.make_pruner(params, key)
-        solver = self.solver(self.learning_rate, weight_decay=self.weight_decay)
+        pruner = self.make_pruner(params)
         # Before they are chained: where what is pruned is zeroed, that is after the rate is halved.
-        return self.chain(*divergence.after_setbacks(pruner, solver, setbacks))
+        return self.chain(*divergence.after_setbacks(pruner, self.solver, setbacks))
 
     def make_dropout(self, params: Any) -> Dropout | None:
         """Says how the phase drops units out, None where it does not."""
@@ -81,7 +83,7 @@ class Plan:
     """What a run does: its flags, and its phases in the order of `PHASES`."""
 
     config: Config
-    wanted: Wanted
+    pruning: Pruning
     reference: Phase
     surgery: Phase
     finetuning: Phase
@@ -101,50 +103,37 @@ def make_plan(config: Config) -> Plan:
         network or the other flags.
     """
     shapes = _shapes(config)
-    wanted = read_wanted(config, list(shapes))
-    pruner = functools.partial(make_pruner, wanted)
-    make_phase = functools.partial(
-        Phase,
-        solver=functools.partial(
-            dns_jax.caffe_sgd,
-            momentum=config.momentum,
-            bias_scale=config.bias_scale,
-            decay_biases=config.decay_biases,
-        ),
-        chain=PRUNERS[config.pruner].chain,
-        dropout=0.0 if config.pruned_dropout == 'dropped' else config.dropout,
-        scales_dropout=config.pruned_dropout == 'scaled',
-    )
-    reference = make_phase(
-        name='reference',
-        steps=config.reference_steps,
-        learning_rate=_read_rate(config, 'reference_learning_rate', config.reference_steps),
-        weight_decay=config.reference_weight_decay,
-        make_pruner=lambda params, key: dns_jax.surgery({}, key),
-        dropout=config.dropout,
-    )
-    surgery = make_phase(
-        name='surgery',
-        steps=config.surgery_steps,
-        learning_rate=_read_rate(config, 'learning_rate', config.surgery_steps),
-        weight_decay=config.weight_decay,
-        make_pruner=pruner,
-    )
-    finetuning = make_phase(
-        name='finetuning',
-        steps=config.finetuning_steps,
-        learning_rate=_read_rate(config, 'finetuning_learning_rate', config.finetuning_steps),
-        weight_decay=config.finetuning_weight_decay,
-        make_pruner=lambda params, key: divergence.frozen(pruner(params, key)),
-    )
-    surgery.make_optimizer(shapes, jax.random.key(0))  # what does not fit the network is refused
-    return Plan(config, wanted, reference, surgery, finetuning)
+    pruning = read_pruning(config, list(shapes))
+    pruner = functools.partial(make_pruner, pruning)
+    dropout = 0.0 if config.pruned_dropout == 'dropped' else config.dropout
+    reference = _make_phase(config, 'reference', 'reference_', make_no_pruner, config.dropout)
+    surgery = _make_phase(config, 'surgery', '', pruner, dropout)
+    frozen = lambda params: divergence.frozen(pruner(params))  # noqa: E731
+    finetuning = _make_phase(config, 'finetuning', 'finetuning_', frozen, dropout)
+    surgery.make_optimizer(shapes)  # what does not fit the network is refused
+    return Plan(config, pruning, reference, surgery, finetuning)
+
+
+def _make_phase(
+    config: Config, name: str, prefix: str, make: Callable[[Any], Any], dropout: float
+) -> Phase:
+    """Makes a phase of the flags whose names begin so."""
+    steps = getattr(config, f'{name}_steps')
+    rate_flag, decay_flag = f'{prefix}learning_rate', f'{prefix}weight_decay'
+    # A phase without steps has a rate all the same.
+    rate = named(rate_flag, parse_learning_rate, getattr(config, rate_flag), max(steps, 1))
+    biases = config.bias_scale, config.decay_biases
+    decay = getattr(config, decay_flag)
+    solver = named(decay_flag, dns_jax.caffe_sgd, rate, config.momentum, decay, *biases)
+    chain, scales = PRUNERS[config.pruner].chain, config.pruned_dropout == 'scaled'
+    return Phase(name, steps, solver, make, chain, dropout, scales)
 
 
 def _shapes(config: Config) -> Any:
-    """The shapes of the weights; those of streamed images may have other numbers of classes."""
+    """The shapes of the weights; how many classes streamed images have, their data say."""
     if isinstance(config, ImageConfig):
-        network = models.NETWORKS[config.network](width=config.width)
+        # Fewer classes keep fewer weights that take no part: nothing that fits the data is refused.
+        network = models.NETWORKS[config.network](width=config.width, classes=1)
         return _cached_shapes(network, (config.image_size, config.image_size, 3))
     return _cached_shapes(models.NETWORKS[config.network](), models.MNIST_INPUT.image_shape)
 
@@ -154,12 +143,7 @@ def _cached_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
     return models.shapes(network, image_shape)
 
 
-def _read_rate(config: Config, flag: str, steps: int) -> dns_jax.Schedule:
-    # A phase without steps has a rate all the same.
-    return _named(flag, parse_learning_rate, getattr(config, flag), max(steps, 1))
-
-
-def read_wanted(config: Config, layers: Sequence[str]) -> Wanted:
+def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
     """Reads all that is said of pruning, for the layers of a network."""
     steps = config.surgery_steps
     rates = _by_layer(config, 'c_rate', layers)
@@ -167,16 +151,16 @@ def read_wanted(config: Config, layers: Sequence[str]) -> Wanted:
     for density in densities.values():
         if not 0 < density <= 1:
             raise ValueError(f'--layer_density: a density must be in (0, 1], but is {density!r}')
-    windows, ramps = {'*': (0, steps)}, {}
-    if config.pruner == 'surgery':
+    pruner, windows, ramps = PRUNERS[config.pruner], {'*': (0, steps)}, {}
+    if 'stop' in pruner.reads:
         windows = _read_windows(config, rates or densities or ['*'])
-    if config.pruner != 'surgery' or not rates:
+    if '*' in windows or not rates:
         ramps = _read_ramps(config, windows)
     cut_at = _read_step(config, 'cut_at')
     if not 0 <= cut_at < steps:
         raise ValueError(f'--cut_at={config.cut_at} must be one of the {steps} steps')
-    return Wanted(
-        pruner=config.pruner,
+    return Pruning(
+        pruner=pruner,
         steps=steps,
         rates=rates,
         densities=densities,
@@ -194,7 +178,7 @@ def read_wanted(config: Config, layers: Sequence[str]) -> Wanted:
         splicing=config.splicing,
         rounds=config.rounds,
         drop=config.drop,
-        importance=config.importance,
+        importance=IMPORTANCES[config.importance],
         prune_biases=config.prune_biases,
         cut=config.cut,
         cut_at=cut_at,
@@ -202,7 +186,7 @@ def read_wanted(config: Config, layers: Sequence[str]) -> Wanted:
     )
 
 
-def _named(flag: str, read: Callable[..., Any], *arguments: Any) -> Any:
+def named(flag: str, read: Callable[..., Any], *arguments: Any) -> Any:
     """Reads what stands in a flag, and names the flag in what is wrong with it."""
     try:
         return read(*arguments)
@@ -219,11 +203,11 @@ def _by_layer(
         matches = dns_jax.match_patterns(parse_table(text, number), layers)
         return {layer: value for layer, (_, value) in matches.items()}
 
-    return _named(flag, read, getattr(config, flag))
+    return named(flag, read, getattr(config, flag))
 
 
 def _read_step(config: Config, flag: str) -> int:
-    return _named(flag, parse_step, getattr(config, flag), config.surgery_steps)
+    return named(flag, parse_step, getattr(config, flag), config.surgery_steps)
 
 
 def _read_windows(config: Config, layers: Iterable[str]) -> dict[str, Window]:

@@ -12,6 +12,7 @@ import optax
 
 import dns_jax
 from dns_jax import importance, pruners, sparse_training
+from dns_jax.typing import Importance
 from experiments.training import probes
 
 IMPORTANCES = {
@@ -23,13 +24,13 @@ Window = tuple[int, int]  # the first step, and the first after the last
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class Pruning:
     """What is to be pruned, how far and when. Tables are by layer, `*` stands for all layers.
 
     A layer that a table of rates or densities leaves out stays dense.
     """
 
-    pruner: str  # of `PRUNERS`
+    pruner: 'Pruner'
     steps: int  # of surgery
     rates: Mapping[str, float]  # c of each layer; empty where densities say what to keep
     densities: Mapping[str, float]  # of each layer; empty where the network has one
@@ -47,7 +48,7 @@ class Wanted:
     splicing: bool
     rounds: int
     drop: float  # share of the kept connections that are exchanged in a round
-    importance: str  # of `IMPORTANCES`
+    importance: Importance
     prune_biases: bool
     cut: float  # share of the kept connections that is cut at random, once
     cut_at: int  # the step
@@ -61,7 +62,7 @@ class Wanted:
     @property
     def options(self) -> dict[str, Any]:
         """What every pruner that orders connections by importance takes."""
-        return {'takes_part': self.takes_part, 'importance': IMPORTANCES[self.importance]}
+        return {'takes_part': self.takes_part, 'importance': self.importance}
 
     def kept_share(self, params: dns_jax.Params) -> float:
         """Says what of the leaves that take part is to be kept, so that the network is as small.
@@ -91,34 +92,37 @@ class Wanted:
         return (wanted - (total - part)) / part
 
 
-def make_pruner(
-    wanted: Wanted, params: dns_jax.Params, key: jax.Array
-) -> optax.GradientTransformation:
+def make_pruner(pruning: Pruning, params: dns_jax.Params) -> optax.GradientTransformation:
     """Makes what prunes: surgery or what is compared with it, and probes around it.
 
     Args:
-      wanted: what to keep and when.
+      pruning: what to keep and when.
       params: the network's weights, or their shapes.
-      key: of its coins.
 
     Returns:
-      A transformation as of `dns_jax.surgery`.
+      A transformation as of `dns_jax.surgery`. The key of the coins is for its state to say.
 
     Raises:
       ValueError: if a number is out of range.
     """
-    pruner = PRUNERS[wanted.pruner].make(wanted, params, key)
-    if wanted.cut:
-        pruner = probes.cut(pruner, wanted.cut, wanted.cut_at)
+    pruner = pruning.pruner.make(pruning, params, jax.random.key(0))
+    if pruning.cut:
+        pruner = probes.cut(pruner, pruning.cut, pruning.cut_at)
     # Around the cut, which prunes too.
-    return probes.count_returns(pruner) if wanted.count_returns else pruner
+    return probes.count_returns(pruner) if pruning.count_returns else pruner
 
 
-def make_rules(wanted: Wanted, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
+def make_no_pruner(params: dns_jax.Params) -> optax.GradientTransformation:
+    """Makes what stands in a pruner's place where nothing is pruned."""
+    del params
+    return dns_jax.surgery({}, jax.random.key(0))
+
+
+def make_rules(pruning: Pruning, params: dns_jax.Params) -> dict[str, dns_jax.Rule]:
     """Makes the table of rules of surgery.
 
     Args:
-      wanted: what to keep and when.
+      pruning: what to keep and when.
       params: the network's weights, or their shapes.
 
     Returns:
@@ -127,92 +131,93 @@ def make_rules(wanted: Wanted, params: dns_jax.Params) -> dict[str, dns_jax.Rule
     Raises:
       ValueError: if a number is out of range.
     """
-    if wanted.rates:
-        every = wanted.refresh_statistics
+    if pruning.rates:
+        every = pruning.refresh_statistics
         thresholds = {
-            layer: dns_jax.mean_std(rate, wanted.hysteresis) for layer, rate in wanted.rates.items()
+            layer: dns_jax.mean_std(rate, pruning.hysteresis)
+            for layer, rate in pruning.rates.items()
         }
     else:
-        every = wanted.every or None
-        densities, make = _densities(wanted, params)
+        every = pruning.every or None
+        densities, make = _densities(pruning, params)
         thresholds = {
-            layer: make(wanted.ramp(density, *wanted.ramps[layer]), hysteresis=wanted.hysteresis)
+            layer: make(pruning.ramp(density, *pruning.ramps[layer]), hysteresis=pruning.hysteresis)
             for layer, density in densities.items()
         }
     rules = {}
-    for layer, (start, stop) in wanted.windows.items():
-        if layer in wanted.ramps and every and not wanted.update_power:
+    for layer, (start, stop) in pruning.windows.items():
+        if layer in pruning.ramps and every and not pruning.update_power:
             last = (stop - 1) // every * every
-            if last >= max(start, wanted.ramps[layer][1]):
+            if last >= max(start, pruning.ramps[layer][1]):
                 stop = last + 1  # training settles under the last thresholds that fit
         probability = dns_jax.update_probability(
-            wanted.update_gamma, wanted.update_power, stop, start
+            pruning.update_gamma, pruning.update_power, stop, start
         )
         rules[layer] = dns_jax.Rule(thresholds[layer], probability, every)
     return rules
 
 
-def _densities(wanted: Wanted, params: Any) -> tuple[Mapping[str, float], Callable[..., Any]]:
+def _densities(pruning: Pruning, params: Any) -> tuple[Mapping[str, float], Callable[..., Any]]:
     """The densities by layer, or that of all, and what makes thresholds of one."""
-    if wanted.densities:
-        return wanted.densities, dns_jax.layer_density
-    share = functools.partial(dns_jax.global_density, score=wanted.score)
-    return {'*': wanted.kept_share(params)}, share
+    if pruning.densities:
+        return pruning.densities, dns_jax.layer_density
+    share = functools.partial(dns_jax.global_density, score=pruning.score)
+    return {'*': pruning.kept_share(params)}, share
 
 
-def _baseline(wanted: Wanted, params: Any) -> tuple[Any, Callable[..., Any]]:
+def _baseline(pruning: Pruning, params: Any) -> tuple[Any, Callable[..., Any]]:
     """The same for pruners without a band, which take a number where there is one for all."""
-    densities, make = _densities(wanted, params)
-    one = densities if wanted.densities else densities['*']
+    densities, make = _densities(pruning, params)
+    one = densities if pruning.densities else densities['*']
     return one, functools.partial(make, hysteresis=0.0)
 
 
-def _rounds(wanted: Wanted) -> list[int]:
-    start, end = wanted.ramps['*']
-    last = max(wanted.rounds - 1, 1)
-    return [start + round((end - start) * number / last) for number in range(wanted.rounds)]
+def _rounds(pruning: Pruning) -> list[int]:
+    start, end = pruning.ramps['*']
+    last = max(pruning.rounds - 1, 1)
+    return [start + round((end - start) * number / last) for number in range(pruning.rounds)]
 
 
-def _make_surgery(wanted, params, key):
-    rules = make_rules(wanted, params)
-    return dns_jax.surgery(rules, key, splicing=wanted.splicing, **wanted.options)
+def _make_surgery(pruning, params, key):
+    rules = make_rules(pruning, params)
+    return dns_jax.surgery(rules, key, splicing=pruning.splicing, **pruning.options)
 
 
-def _make_han(wanted, params, key):
-    return pruners.han(wanted.rates, _rounds(wanted), key, **wanted.options)
+def _make_han(pruning, params, key):
+    return pruners.han(pruning.rates, _rounds(pruning), key, **pruning.options)
 
 
-def _make_iterative(wanted, params, key):
-    densities, rule = _baseline(wanted, params)
-    return pruners.iterative(densities, _rounds(wanted), key, rule, **wanted.options)
+def _make_iterative(pruning, params, key):
+    densities, rule = _baseline(pruning, params)
+    return pruners.iterative(densities, _rounds(pruning), key, rule, **pruning.options)
 
 
-def _make_one_shot(wanted, params, key):
-    densities, rule = _baseline(wanted, params)
-    start, _ = wanted.ramps['*']
-    return pruners.one_shot(densities, start, key, density_rule=rule, **wanted.options)
+def _make_one_shot(pruning, params, key):
+    densities, rule = _baseline(pruning, params)
+    start, _ = pruning.ramps['*']
+    return pruners.one_shot(densities, start, key, density_rule=rule, **pruning.options)
 
 
-def _make_gradual(wanted, params, key):
-    densities, rule = _baseline(wanted, params)
-    start, end = wanted.ramps['*']
-    return pruners.gradual(densities, start, end, wanted.every, key, rule, **wanted.options)
+def _make_gradual(pruning, params, key):
+    densities, rule = _baseline(pruning, params)
+    start, end = pruning.ramps['*']
+    return pruners.gradual(densities, start, end, pruning.every, key, rule, **pruning.options)
 
 
-def _make_regrowing(drop, growth, wanted, params, key):
-    densities, rule = _baseline(wanted, params)
-    _, end = wanted.ramps['*']
+def _make_regrowing(drop, growth, pruning, params, key):
+    densities, rule = _baseline(pruning, params)
+    _, end = pruning.ramps['*']
     return pruners.regrow(
         densities,
-        wanted.every,
+        pruning.every,
         end,
         key,
-        drop(wanted.drop, end),
+        drop(pruning.drop, end),
         growth,
         # Papers begin at random; here the network is a trained one.
         initial=importance.magnitude,
         density_rule=rule,
-        takes_part=wanted.takes_part,
+        takes_part=pruning.takes_part,
     )
 
 
@@ -229,28 +234,30 @@ class Pruner(NamedTuple):
     """A way to prune that a run can be asked for."""
 
     text: str  # for --help, behind the name
-    make: Callable[[Wanted, dns_jax.Params, jax.Array], optax.GradientTransformation]
+    make: Callable[[Pruning, dns_jax.Params, jax.Array], optax.GradientTransformation]
     reads: tuple[str, ...]  # the flags that not every pruner reads
     targets: tuple[str, ...] = _DENSITIES  # the flags that may say what to keep
+    has_rules: bool = False  # whether `make_rules` says what its first thresholds are
     in_rounds: bool = False  # whether there is one every so many steps, which must not be 0 then
     chain: Callable[..., optax.GradientTransformation] = optax.chain  # it and the optimizer
 
 
 PRUNERS = {
     'surgery': Pruner(
-        'the paper',
+        'as in the paper',
         _make_surgery,
         (
             *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
             *('count_returns', 'importance', 'refresh_statistics'),
         ),
         (*_DENSITIES, 'c_rate'),
+        has_rules=True,
     ),
-    'han': Pruner('the rounds of Han et al.', _make_han, ('importance', 'rounds'), ('c_rate',)),
-    'iterative': Pruner('as many rounds by density', _make_iterative, ('importance', 'rounds')),
+    'han': Pruner('in the rounds of Han et al.', _make_han, ('importance', 'rounds'), ('c_rate',)),
+    'iterative': Pruner('in rounds to a density', _make_iterative, ('importance', 'rounds')),
     'one_shot': Pruner('in one step', _make_one_shot, ('importance',)),
     'gradual': Pruner(
-        'the cubic ramp of Zhu and Gupta', _make_gradual, ('importance',), in_rounds=True
+        'along the cubic ramp of Zhu and Gupta', _make_gradual, ('importance',), in_rounds=True
     ),
     # What is pruned is zero and does not learn.
     'set': Pruner(

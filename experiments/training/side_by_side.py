@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from absl import logging
 
 import dns_jax
+from dns_jax import importance
 from experiments.training import closing, divergence, probes
 from experiments.training.phases import stop_on_signals, train_side_by_side
 from experiments.training.plan import Plan
@@ -59,7 +60,7 @@ def train_references(runs: Sequence[Run], stopping: list[int]) -> list[dns_jax.P
     if given:
         return given
     phase = runs[0].plan.reference
-    optimizer = runs[0].task.make_optimizer(phase)
+    optimizer = phase.make_optimizer(runs[0].task.shapes)
     states = [run.start(optimizer, jax.tree.map(jnp.copy, run.initial)) for run in runs]
     return [state.params for state in train_side_by_side(phase, runs, states, stopping)]
 
@@ -68,12 +69,12 @@ def train_surgery(
     runs: Sequence[Run], dense: Sequence[dns_jax.Params], stopping: list[int]
 ) -> list[TrainState]:
     """Operates on the network of each run, from its dense weights."""
-    phase, wanted = runs[0].plan.surgery, runs[0].plan.wanted
-    optimizer, states = runs[0].task.make_optimizer(phase), []
+    phase, pruning = runs[0].plan.surgery, runs[0].plan.pruning
+    optimizer, states = phase.make_optimizer(runs[0].task.shapes), []
     for run, params in zip(runs, dense, strict=True):
-        if wanted.pruner == 'surgery' and wanted.importance == 'magnitude':
-            rules = make_rules(wanted, params)
-            for warning in divergence.find_emptied_layers(rules, params, wanted.takes_part):
+        if pruning.pruner.has_rules and pruning.importance is importance.magnitude:
+            rules = make_rules(pruning, params)
+            for warning in divergence.find_emptied_layers(rules, params, pruning.takes_part):
                 logging.warning('%s', warning)
         # A copy: the loop donates its state, and the reference is still needed.
         states.append(run.start(optimizer, jax.tree.map(jnp.copy, params)))
@@ -87,7 +88,7 @@ def finetune(
     phase = runs[0].plan.finetuning
     if not phase.steps:
         return list(states)
-    optimizer = runs[0].task.make_optimizer(phase)
+    optimizer = phase.make_optimizer(runs[0].task.shapes)
     begun = [
         run.start(optimizer, state.params, state.masks)
         for run, state in zip(runs, states, strict=True)

@@ -4,7 +4,7 @@ Numbers that choices are made on come from the validation split; the test split 
 the end.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from experiments.reports.commits import describe_commit
 from experiments.training import references, steps
 from experiments.training.feeds import open_feed
 from experiments.training.flags import Config
-from experiments.training.plan import Phase, Plan
+from experiments.training.plan import Plan
 from experiments.training.workdir import Records, claim
 
 
@@ -45,12 +45,6 @@ class Task:
         self.shapes = models.shapes(self.network, self.feed.image_shape)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
         self.error = steps.make_error(self.network, self.inputs)
-
-    def make_optimizer(
-        self, phase: Phase, setbacks: Sequence[bool] = ()
-    ) -> optax.GradientTransformation:
-        """Makes the optimizer of a phase, the same for all runs: their keys are in their states."""
-        return phase.make_optimizer(self.shapes, jax.random.key(0), setbacks)
 
     def init(self, key: jax.Array) -> dns_jax.Params:
         """Makes the weights that a run begins with."""
@@ -81,13 +75,13 @@ class Run:
         flags = plan.config
         weights_key, self._coins_key = jax.random.split(jax.random.key(flags.seed))
         self.initial = task.init(weights_key)
-        task.make_optimizer(plan.surgery)  # what does not fit the data is refused
+        plan.surgery.make_optimizer(task.shapes)  # what does not fit the data is refused
         self.setbacks: dict[str, int] = {}  # how often each phase went back to a checkpoint
         # Of the code that runs, which may be changed on disk before the end.
         self.commit, self.identity = describe_commit(), identify(flags)
         self.reference = None
         if flags.reference:
-            like = self.start(task.make_optimizer(plan.reference), self.initial)
+            like = self.start(plan.reference.make_optimizer(task.shapes), self.initial)
             self.reference = references.read(Path(flags.reference), self.identity, like)
         self.folder = Path(flags.workdir)
         hosts.on_first(lambda: self._open_folder(flags))

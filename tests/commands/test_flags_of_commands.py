@@ -58,7 +58,7 @@ def test_the_defaults_of_the_scripts(script):
         if field.name != 'compression':
             assert getattr(config, field.name) == defaults.get(field.name, field.default)
     assert config.network == script
-    assert list(make_rules(make_plan(config).wanted, shapes(script))) == ['*']
+    assert list(make_rules(make_plan(config).pruning, shapes(script))) == ['*']
 
 
 def test_bench_flags_parse():
@@ -151,11 +151,11 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
     given = re.findall(r'--(?!flagfile)\S+', command[0])
     if command[1] in SCRIPTS:
         config = parse(f'--flagfile={path}', *given, defaults=SCRIPTS[command[1]].DEFAULTS)
-        assert make_rules(make_plan(config).wanted, shapes(config.network))
+        assert make_rules(make_plan(config).pruning, shapes(config.network))
     elif command[1] in IMAGE_SCRIPTS:
         defaults = IMAGE_SCRIPTS[command[1]].DEFAULTS
         config = parse(f'--flagfile={path}', *given, defaults=defaults, config_type=ImageConfig)
-        assert sorted(make_rules(make_plan(config).wanted, shapes(config.network))) == sorted(
+        assert sorted(make_rules(make_plan(config).pruning, shapes(config.network))) == sorted(
             shapes(config.network)
         )
     else:

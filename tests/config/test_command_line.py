@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
+import subprocess
 import sys
 from collections.abc import Mapping
 
 import pytest
 from absl import flags as absl_flags
-from run_flags import PLACES_AND_SWITCHES, parse
+from run_flags import PLACES_AND_SWITCHES, ROOT, parse
 
 from experiments.config.command_line import (
     all_flags,
@@ -119,3 +120,21 @@ def test_json_is_for_programs(is_terminal, printed, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: is_terminal)
     print_result({'a': 1})
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'status', 'stream'),
+    [
+        (['--help'], 0, 'stdout'),
+        (['--helpshort'], 0, 'stdout'),
+        (['--bogus', '--help'], 1, 'stderr'),
+        (['--seed=half'], 1, 'stderr'),
+    ],
+)
+def test_help_is_no_error(arguments, status, stream):
+    program = 'from experiments import zoo; from experiments.config import command_line; '
+    program += 'command_line.launch({}, zoo.publish, zoo.ZooConfig)'
+    command = [sys.executable, '-c', program, *arguments]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == status
+    assert getattr(answer, stream)

@@ -264,6 +264,7 @@ def test_workers_of_a_folder_go_in_one_by_one(tmp_path):
         ({'ramp_start': '100%'}, 'must come after --ramp_start=100%'),
         ({'ramp_start': 'soon'}, "--ramp_start or --stop: 'soon' must be a step"),
         ({'stop': 'conv:3'}, "--stop: pattern 'conv'"),
+        ({'learning_rate': 'foo'}, "--learning_rate: 'foo' must begin with one of"),
         (
             {'space': 'compression', 'prune_biases': False, 'network': 'lenet300'},
             '410 take no part',

@@ -22,7 +22,7 @@ from experiments.networks import models
 from experiments.training import feeds, side_by_side, steps
 from experiments.training.image_flags import ImageConfig
 from experiments.training.phases import Stopped
-from experiments.training.plan import read_wanted
+from experiments.training.plan import read_pruning
 
 SIZE = 8  # pixels
 OWN_FLAGS = {field.name for field in dataclasses.fields(ImageConfig)} - {
@@ -250,4 +250,4 @@ def test_ramps_by_layer_end_where_they_say(make_config):
 def test_ramps_by_layer_are_refused(make_config, fields, message):
     given = {'compression': None, 'layer_density': 'fc1:0.1,fc2:0.5', **fields}
     with pytest.raises(ValueError, match=message):
-        read_wanted(make_config(**given), ['fc1', 'fc2'])
+        read_pruning(make_config(**given), ['fc1', 'fc2'])

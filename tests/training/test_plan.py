@@ -16,13 +16,14 @@ from experiments.data import resident
 from experiments.networks import models
 from experiments.training import run
 from experiments.training.flags import Config
-from experiments.training.plan import make_plan, read_wanted
+from experiments.training.image_flags import ImageConfig
+from experiments.training.plan import make_plan, read_pruning
 from experiments.training.pruning import PRUNERS, make_pruner, make_rules
 
 
 def rules(config, params):
     """The rules of surgery on a network of these weights."""
-    return make_rules(read_wanted(config, list(params)), params)
+    return make_rules(read_pruning(config, list(params)), params)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_the_density_is_reached_whatever_fits_the_steps(fields):
     params = {'fc1': {'kernel': jax.random.normal(jax.random.key(0), (10, 20))}}
     for what in ({'density': 0.1}, {'layer_density': '0.1'}):
         config = Config('tiny', **what, surgery_steps=20, **fields)
-        pruner = make_pruner(read_wanted(config, ['fc1']), params, jax.random.key(0))
+        pruner = make_pruner(read_pruning(config, ['fc1']), params)
         state, update = pruner.init(params), jax.jit(pruner.update)
         for step in range(20):
             moved = jax.tree.map(lambda leaf, step=step: leaf * (1 + jnp.sin(leaf * step)), params)
@@ -183,6 +184,8 @@ def test_malformed_learning_rates_are_refused(text):
         ('--learning_rate=warp:9', "--learning_rate: 'warp:9' must begin with one of"),
         ('--finetuning_learning_rate=x', "--finetuning_learning_rate: 'x' must begin with one of"),
         ('--ramp_end=soon', "--ramp_end: 'soon' must be a step or a share"),
+        ('--reference_weight_decay=-1', '--reference_weight_decay: weight_decay must be'),
+        ('--finetuning_weight_decay=-1', '--finetuning_weight_decay: weight_decay must be'),
         ('--compression=1e9', '--compression or --density asks to keep 0 of 431080'),
     ],
 )
@@ -218,9 +221,13 @@ def test_phases_are_those_of_the_flags():
     assert [(phase.name, phase.steps) for phase in phases] == [
         *(('reference', 3), ('surgery', 4), ('finetuning', 0)),
     ]
-    assert float(plan.surgery.learning_rate(2)) == 0.25
     assert [phase.dropout for phase in phases] == [0.5, 0.0, 0.0]
-    assert [phase.weight_decay for phase in phases] == [5e-4, 5e-4, 0.0]
+    weights, moved = {'kernel': jnp.ones((1, 1))}, []
+    for phase in phases:
+        state = phase.solver.init(weights)
+        moved.append(float(phase.solver.update(weights, state, weights)[0]['kernel'][0, 0]))
+    # The rate times the gradient and the decay.
+    assert moved == pytest.approx([-0.01 * 1.0005, -0.5 * 1.0005, -0.05])
     assert {phase.chain for phase in phases} == {PRUNERS['rigl'].chain}
 
 
@@ -247,3 +254,18 @@ def test_a_configuration_visits_few_rooms(make_config):
         sys.setprofile(None)
     assert {'run', 'plan', 'task'} <= rooms
     assert len(rooms | {'lenet5', 'command_line'}) <= ROOMS, rooms
+
+
+def test_few_classes_are_not_refused_for_those_of_imagenet():
+    config = ImageConfig('alexnet', compression=250.0, width=0.05, prune_biases=False)
+    assert make_plan(config).pruning.compression == 250.0
+
+
+def test_a_pruner_is_one_row(monkeypatch):
+    monkeypatch.setitem(PRUNERS, 'another', PRUNERS['surgery'])
+    plans = [
+        make_plan(Config('lenet300', c_rate='1', stop='50%', pruner=name)).pruning
+        for name in ('surgery', 'another')
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].windows['fc1'] == (0, 8_000)
