@@ -93,10 +93,10 @@ class LayersByRule:
         own, theirs = set(self.paths.values()), set(thresholds)
         if own != theirs:
             raise ValueError(
-                'the layers must be those of the state, but the state alone has '
-                f'{sorted(theirs - own)[:3]}, and rules, takes_part and layer_of alone give '
-                f'{sorted(own - theirs)[:3]}; to go on from its masks, give them to '
-                'surgery(masks=…)'
+                'the layers must be those of the state, but only the state has '
+                f'{sorted(theirs - own)[:3]}, and only rules, takes_part and layer_of give '
+                f'{sorted(own - theirs)[:3]}; to continue from the masks of the state, give them '
+                'to surgery(masks=…)'
             )
         taking_part = {path for paths in self.layers.values() for path in paths}
         for path, mask in named_leaves(masks):
@@ -104,8 +104,8 @@ class LayersByRule:
             by_state, by_rules = has_axes(path, mask), not self.paths.keys().isdisjoint(slices)
             if by_rules > by_state or by_state > (not taking_part.isdisjoint(slices)):
                 raise ValueError(
-                    f'{path!r} takes part by the {"state" if by_state else "rules"} alone; to go '
-                    'on from its masks, give them to surgery(masks=…)'
+                    f'{path!r} takes part only by the {"state" if by_state else "rules"}; to '
+                    'continue from the masks of the state, give them to surgery(masks=…)'
                 )
 
     def start(self, weights, masks, count) -> dict[str, Thresholds]:
@@ -236,8 +236,9 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
         check_step(f'refresh_every of {pattern!r}', every)
     if every == 0 and by_density and rule.thresholds.changes:
         raise ValueError(
-            f'refresh_every of {pattern!r} is 0, so its density would be asked once, at init, and '
-            'stay at the first value of its schedule; leave refresh_every out to follow it'
+            f'refresh_every of {pattern!r} is 0, so its density would be read once, at init, and '
+            'stay at the first value of its schedule; leave refresh_every out to follow the '
+            'schedule'
         )
     if every == 0 and importance is not magnitude:
         raise ValueError(

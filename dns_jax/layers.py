@@ -244,8 +244,9 @@ def match_patterns(
     for pattern in table:
         if pattern not in used:
             raise ValueError(
-                f'pattern {pattern!r} is the first match of no layer; the patterns are '
-                f'{abridge(table)}, the layers {abridge(layers)}'
+                f'pattern {pattern!r} is the first match of no layer: it matches none, or patterns '
+                f'above it match first; the patterns are {abridge(table)}, the layers '
+                f'{abridge(layers)}'
             )
     return matches
 

@@ -91,7 +91,7 @@ def prune_to(
     """
     if (compression is None) == (density is None):
         raise ValueError(
-            'one of compression and density must say how small, but they are '
+            'exactly one of compression and density must be given, but they are '
             f'{compression!r} and {density!r}'
         )
     if compression is not None:

@@ -290,7 +290,7 @@ def _has_mask(masks: Masks, stacked: Mapping[str, int]) -> TakesPart:
 
 def _refuse_shards(params: Params) -> None:
     """Refuses what would take one threshold for each shard."""
-    way_out = 'thresholds are of whole layers: update under jit with sharded arrays instead'
+    way_out = 'thresholds need whole layers: call update under jit with sharded arrays instead'
     for axis in jax.sharding.get_abstract_mesh().manual_axes:
         if not _varying(jax.lax.axis_index(axis)):
             raise ValueError(

@@ -97,8 +97,8 @@ def _step(result: Result) -> list[str]:
         f' of width {step["width"]}' if step['width'] != 1 else ''
     )
     return [
-        f'{name} has {step["weights"]:,} weights. A step takes {step["batch_size"]} images of '
-        'noise.',
+        f'{name} has {step["weights"]:,} weights. A step takes {step["batch_size"]} images. They '
+        'are random noise.',
         table(['step', 'ms', 'images/s', 'GFLOP/s', 'of the large product, %'], rows),
         f'Surgery takes {step["ratio"]:.3f}× as long as dense training (half of all rounds '
         f'{low:.3f} to {high:.3f}). This is {verdict} the {step["bar"]:.2f} that we wanted. To '
@@ -199,11 +199,11 @@ def _slope(timed: Sequence[Mapping[str, Any]], machine: Mapping[str, float]) -> 
 
     return (
         'Over these sizes the time of a step grows with the number of weights to the power of '
-        f'{slopes["dense"]:.2f} dense, and of {slopes["surgery"]:.2f} under surgery. The largest '
-        f'network takes {picoseconds["dense"]:,.0f} ps per weight dense and '
-        f'{picoseconds["surgery"]:,.0f} under surgery, '
-        f'{picoseconds["surgery"] - picoseconds["dense"]:,.0f} more.\n\n'
-        'How much of this is needed at least, per weight?\n\n'
+        f'{slopes["dense"]:.2f} in dense training, and of {slopes["surgery"]:.2f} under surgery. '
+        f'For each weight the largest network takes {picoseconds["dense"]:,.0f} ps in dense '
+        f'training and {picoseconds["surgery"]:,.0f} ps under surgery, '
+        f'{picoseconds["surgery"] - picoseconds["dense"]:,.0f} ps more.\n\n'
+        'What is the least time that a weight could take?\n\n'
         f'- {flop:,.0f} operations take {flop * operation:,.0f} ps at the speed of the large '
         'product.\n'
         f'- The update moves {update} bytes ({said["update"]}). This takes {update * byte:,.0f} ps '
@@ -213,8 +213,8 @@ def _slope(timed: Sequence[Mapping[str, Any]], machine: Mapping[str, float]) -> 
         'The operations grow with the batch, and the bytes do not. By these numbers alone the '
         f'ratio would be {ratio(1):.2f} at {last["batch_size"]} images, {ratio(2):.2f} at twice as '
         f'many and {ratio(0.5):.2f} at half as many. XLA counts more bytes, since it also copies '
-        f'arguments: {by_xla["dense"]:.0f} per weight dense, and {by_xla["surgery"]:.0f} under '
-        'surgery.'
+        f'arguments: {by_xla["dense"]:.0f} per weight in dense training, and '
+        f'{by_xla["surgery"]:.0f} under surgery.'
     )
 
 

@@ -32,15 +32,17 @@ class SweepConfig:
 
     workdir: str
     network: str = flag('lenet300', 'Network.', choices=_NETWORKS)
-    compressions: str = flag('30,60,120', 'All / kept parameters to reach, with commas between.')
+    compressions: str = flag(
+        '30,60,120', 'Compressions to reach (all / kept parameters), separated by commas.'
+    )
     seeds: int = flag(
         5,
-        'Runs of each compression, with the seeds from --seed on.',
+        'Runs of each compression, with the seeds from --seed upwards.',
         lower_bound=1,
         upper_bound=1_000,
     )
     side_by_side: int = flag(
-        5, 'Seeds trained in one program, side by side, at most.', lower_bound=1
+        5, 'Most seeds that are trained in one program, side by side.', lower_bound=1
     )
     shared: Mapping[str, Any] = flags_of(Config, 'workdir', *_TARGETS)
 
@@ -111,8 +113,9 @@ class CompareConfig(SweepConfig):
     )
     variant: tuple[str, ...] = flag(
         (),
-        'NAME: FLAGS of one of the things to compare, as "no splicing: --nosplicing"; to be given '
-        'again for each. One that says by itself what to keep is run once for all compressions.',
+        'NAME: FLAGS of a variant to compare, as in "no splicing: --nosplicing". Give this flag '
+        'once for each variant. A variant with a target of its own, such as --c_rate, is run once '
+        'and not for each compression.',
     )
 
     def named_runs(self):
@@ -163,7 +166,7 @@ class CompareConfig(SweepConfig):
             common = changed.keys() & {*names_of(Config, 'place', 'task'), 'compression'}
             if left or common:
                 raise ValueError(
-                    f'--variant={text} may change how is pruned and fine-tuned, but not '
+                    f'--variant={text} may change how a network is pruned and fine-tuned, but not '
                     f'{left or sorted(common)}'
                 )
             variants[name.strip()] = changed
@@ -180,15 +183,15 @@ class SearchConfig:
     workdir: str = flag('runs/search', 'Folder that the search writes to.', decides=False)
     space: str = flag(
         'layer_density',
-        'What is chosen: compression, one for the network, 20 to 1000; layer_density, 0.001 to 1 '
-        'each; or c_rate, 0 to 6 each. Chosen beside: the end of the ramp, at 40 to 90 % of the '
-        'way to --stop, and factors on the learning rate, 0.3 to 3, and the weight decay, 0.1 to '
-        '4.',
+        'What the search chooses: one compression for the network, 20 to 1000; a layer_density for '
+        'each layer, 0.001 to 1; or a c_rate for each layer, 0 to 6. It also chooses the end of '
+        'the ramp, at 40 to 90 % of the way to --stop, and factors on the learning rate, 0.3 to 3, '
+        'and on the weight decay, 0.1 to 4.',
         choices=('compression', 'layer_density', 'c_rate'),
     )
     trials: int = flag(
         100,
-        'Trials of --study in all, after which no worker begins another.',
+        'Trials of --study in all; after the last, no worker begins another.',
         decides=False,
         lower_bound=1,
     )

@@ -194,9 +194,9 @@ class Checkpoints:
         arguments = ocp.args.Composite(tree=ocp.args.JsonRestore())
         contents = dict(self._manager.restore(step, args=arguments)['tree'])
         if 'seal' not in contents:
-            raise ValueError('it has no checksums, as those of earlier versions')
+            raise ValueError('it has no checksums: an earlier version wrote it')
         if contents.pop('seal') != _seal(contents):
-            raise ValueError('the list of its leaves is not as it was written')
+            raise ValueError('the list of its leaves has changed since it was written')
         return contents
 
     def _read(self, step: int, like: PyTree) -> PyTree:

@@ -17,7 +17,9 @@ from experiments.data import resident
 from experiments.training.pruning import IMPORTANCES, PRUNERS
 
 _ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
-_BY_LAYER = 'as LAYER:NUMBER,…, where conv* is a LAYER too, or NUMBER for all; others stay dense.'
+_BY_LAYER = (
+    'as LAYER:NUMBER,…, where conv* is a LAYER too, or NUMBER for all; layers left out stay dense.'
+)
 _ONE_OF = 'One of --compression, --density, --layer_density, --c_rate must be given.'
 _IN_ROUNDS = ' or '.join(name for name, pruner in PRUNERS.items() if pruner.in_rounds)
 
@@ -53,7 +55,10 @@ class Config:
         False, 'Also write TensorBoard events (needs tensorboardX).', decides=False, part='place'
     )
     seed: int = flag(
-        0, 'Seeds the weights, the order of the images and the coins.', lower_bound=0, part='task'
+        0,
+        'Seed of the weights, the order of the images and the other random numbers.',
+        lower_bound=0,
+        part='task',
     )
 
     batch_size: int = flag(64, 'Images per step.', lower_bound=1, part='task')
@@ -78,9 +83,9 @@ class Config:
     )
     on_divergence: str = flag(
         'stop',
-        'Where training breaks down: stop, or rollback to the last checkpoint and go on with half '
-        'the learning rate, other batches and, once surgery emptied a layer, the masks as they '
-        'are there.',
+        'What to do when training breaks down. stop ends the run. rollback goes back to the last '
+        'checkpoint, and continues with half the learning rate and other batches; once surgery '
+        'has emptied a layer, masks stay as they are in that checkpoint.',
         choices=('stop', 'rollback'),
     )
 
@@ -110,25 +115,27 @@ class Config:
         0.9, 'Momentum: share of the last update that goes into the next, in [0, 1).', part='solver'
     )
     bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.', part='solver')
-    decay_biases: bool = flag(True, 'Whether weight decay is for biases too.', part='solver')
+    decay_biases: bool = flag(True, 'Whether biases get weight decay too.', part='solver')
 
     compression: float | None = flag(
         None,
-        f'All parameters / kept parameters to reach; the layers share by themselves. {_ONE_OF}',
+        f'Compression to reach, all parameters / kept parameters; each layer gets its share by '
+        f'itself. {_ONE_OF}',
         part='target',
     )
     density: float | None = flag(
-        None, f'Kept parameters / all parameters to reach. {_ONE_OF}', part='target'
+        None, f'Density to reach, kept parameters / all parameters. {_ONE_OF}', part='target'
     )
     layer_density: str = flag(
         '',
-        f'Kept / all to reach, of what takes part in a layer, {_BY_LAYER} {_ONE_OF}',
+        f'Density to reach in each layer, kept / all of the parameters that take part, {_BY_LAYER} '
+        f'{_ONE_OF}',
         part='target',
     )
     c_rate: str = flag(
         '',
-        f'c, in standard deviations, {_BY_LAYER} Surgery prunes below mean + c · std of the '
-        f'magnitudes, --pruner=han below c · std of the weights. {_ONE_OF}',
+        f'c of each layer, in standard deviations, {_BY_LAYER} Surgery prunes below mean + c · std '
+        f'of the magnitudes, --pruner=han below c · std of the weights. {_ONE_OF}',
         part='target',
     )
     refresh_statistics: int = flag(
@@ -138,8 +145,8 @@ class Config:
     )
     score: str = flag(
         'norm',
-        "How layers share --compression or --density: by each weight's share of its layer's norm, "
-        'of its root mean square (rms), or by kernel axes (erk).',
+        'How layers share --compression or --density. norm and rms compare weights in units of '
+        "their layer's norm or root mean square. erk looks only at the axes of kernels.",
         choices=('norm', 'rms', 'erk'),
     )
     ramp: str = flag(
@@ -147,30 +154,30 @@ class Config:
     )
     ramp_start: str = flag(
         '0%',
-        'Step, or share of the surgery steps, at which the density begins to fall, or the first '
-        'round is; with --layer_density also LAYER:STEP,…',
+        'When the density begins to fall, or the first round is: a step, or a share of the surgery '
+        'steps; with --layer_density also LAYER:STEP,…',
     )
     ramp_end: str = flag(
         '80%',
-        'Step, or share of the surgery steps, at which the density is reached, or the last round '
-        'is, the last update at the latest; with --layer_density also LAYER:STEP,…',
+        'When the density is reached, or the last round is: a step, or a share of the surgery '
+        'steps, but not after the last update; with --layer_density also LAYER:STEP,…',
     )
     refresh_every: int = flag(
         500,
-        'Steps from one choice of thresholds by density to the next, where 0 follows the density '
-        f'at every step, and from one round of --pruner={_IN_ROUNDS} to the next.',
+        'Steps from one choice of thresholds by density to the next; 0 follows the density at '
+        f'every step. With --pruner={_IN_ROUNDS}, steps from one round to the next.',
         lower_bound=0,
     )
     start: str = flag(
         '0',
-        'First step, or share of the surgery steps, with mask updates; one for all, or '
+        'When mask updates begin: a step, or a share of the surgery steps; one for all layers, or '
         'LAYER:STEP,…',
     )
     stop: str = flag(
         '100%',
-        'First step, or share of the surgery steps, without mask updates; one for all, or '
-        'LAYER:STEP,… The last update before it reaches a density exactly; with --update_power=0 '
-        'that is the last choice of thresholds, where the ramp is done by then.',
+        'First step without mask updates: a step, or a share of the surgery steps; one for all '
+        'layers, or LAYER:STEP,… The last update before --stop reaches a density exactly. With '
+        '--update_power=0 this is the last choice of thresholds, if the ramp has ended by then.',
     )
     hysteresis: float = flag(
         0.1,
@@ -178,12 +185,11 @@ class Config:
     )
     update_gamma: float = flag(
         1e-4,
-        'γ of the update probability (1 + γ·step)^−power, per step; not read where '
-        '--update_power=0.',
+        'γ of the update probability (1 + γ·step)^−power, per step; not used if --update_power=0.',
     )
     update_power: float = flag(
         0.0,
-        'Power of the update probability (1 + γ·step)^−power; at 0 masks are updated at every '
+        'Power of the update probability (1 + γ·step)^−power; with 0, masks are updated at every '
         'step.',
     )
     prune_biases: bool = flag(True, 'Whether biases take part in surgery.')
@@ -209,19 +215,19 @@ class Config:
     )
     dropout: float = flag(
         0.0,
-        'Share of the units dropped behind all fully connected layers but the last.',
+        'Share of the units that dropout drops, after each fully connected layer but the last.',
         part='task',
     )
     pruned_dropout: str = flag(
         'scaled',
-        'What becomes of --dropout once pruning begins: kept, dropped, or scaled with the root of '
-        'the density.',
+        'What happens to --dropout once pruning begins: kept, dropped, or scaled by the square '
+        'root of the density.',
         choices=('kept', 'dropped', 'scaled'),
     )
     cut: float = flag(0.0, 'Share of the kept connections that is cut at random, once.')
     cut_at: str = flag('50%', 'Step, or share of the surgery steps, at which --cut happens.')
     count_returns: bool = flag(
-        False, 'Whether the summary tells what becomes of connections that return.'
+        False, 'Whether the summary counts connections that return, and tests what they are worth.'
     )
 
     def __post_init__(self):
@@ -249,8 +255,8 @@ class Config:
         self._check_unread()
         if self.count_returns and self.on_divergence == 'rollback':
             raise ValueError(
-                '--count_returns and --on_divergence=rollback exclude each other: what returned '
-                'in an attempt that was undone would count'
+                '--count_returns and --on_divergence=rollback exclude each other: after a rollback '
+                'the returns of the undone steps would be counted too'
             )
         if self.checkpoint_every % self.record_every:
             raise ValueError(
@@ -288,8 +294,8 @@ class Config:
             value = getattr(self, field.name)
             if value != field.default and field.name in unread:
                 raise ValueError(
-                    f'--{field.name}={value} has no meaning beside the other flags, '
-                    f'--pruner={self.pruner} among them'
+                    f'--{field.name}={value} has no meaning with the other flags, such as '
+                    f'--pruner={self.pruner}'
                 )
 
 

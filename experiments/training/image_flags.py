@@ -20,21 +20,22 @@ class ImageConfig(Config):
     image_size: int = flag(224, 'Height and width of the images, in pixels.', lower_bound=1)
     crop: str = flag(
         'caffe',
-        'caffe: warped to 256/227 of --image_size, a random part of that, mirrored or not; '
-        'random_resized: a random part of 8 to 100 % of the image, mirrored or not; whole: all.',
+        'What to take of an image. caffe: the image is warped to 256/227 of --image_size, and a '
+        'random part of that is taken, mirrored or not; random_resized: a random part of 8 to '
+        '100 % of the image, mirrored or not; whole: the whole image.',
         choices=CROPS,
     )
     width: float = flag(
-        1.0, "Channels and hidden units, in shares of the paper's.", lower_bound=0.0
+        1.0, "Channels and hidden units, as a share of the paper's.", lower_bound=0.0
     )
     compute_dtype: str = flag(
         'float32',
-        'What the network computes in; weights stay float32, masks bool.',
+        'Data type in which the network computes; weights stay float32, masks bool.',
         choices=('float32', 'bfloat16'),
     )
     accumulate: int = flag(
         1,
-        'Parts that a batch is taken in, one after the other, to need less memory.',
+        'Parts of a batch that are computed one after the other, to need less memory.',
         lower_bound=1,
     )
     workers: int = flag(

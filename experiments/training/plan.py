@@ -237,7 +237,7 @@ def _read_ramps(config: Config, windows: Mapping[str, Window]) -> dict[str, Wind
         if not 0 <= start < end or first >= stop:
             raise ValueError(
                 f'--ramp_end={config.ramp_end} must come after --ramp_start={config.ramp_start}, '
-                f'and that not before step 0, for {layer}, whose masks are updated at the steps '
+                f'which must not be before step 0; the masks of {layer} are updated at the steps '
                 f'from {first} to {stop - 1}'
             )
         ramps[layer] = start, end

@@ -87,7 +87,7 @@ class Pruning:
         if wanted <= total - part:
             raise ValueError(
                 f'--compression or --density asks to keep {wanted} of {total} parameters, of which '
-                f'{total - part} take no part in surgery and one more must be kept'
+                f'{total - part} take no part in surgery and at least one other must be kept'
             )
         return (wanted - (total - part)) / part
 

@@ -53,7 +53,10 @@ def _of_run(folder: Path, own: Mapping[str, Any], like: TrainState) -> dns_jax.P
             )
     steps = flags.get('reference_steps')
     if not isinstance(steps, int):
-        raise ValueError(f'--reference={folder} has flags with {steps!r} for reference_steps')
+        raise ValueError(
+            f'--reference={folder} is of a run with reference_steps {steps!r}; wanted a whole '
+            'number'
+        )
     with Checkpoints(checkpoints_folder) as checkpoints:
         return checkpoints.restore(like, steps)[1].params
 
@@ -61,8 +64,8 @@ def _of_run(folder: Path, own: Mapping[str, Any], like: TrainState) -> dns_jax.P
 def _of_caffe(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
     if not flags['train_on_all']:
         raise ValueError(
-            f'--reference={path} was trained elsewhere, on images that this run would validate '
-            'with; it must be given with --train_on_all'
+            f'--reference={path} was trained elsewhere, perhaps on images with which this run '
+            'would validate; it must be given with --train_on_all'
         )
     network = caffe_names.read_caffemodel(path, flags['network'])
     found, wanted = (jax.tree.map(np.shape, params) for params in (network.params, like.params))

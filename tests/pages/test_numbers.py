@@ -140,8 +140,8 @@ def test_the_cost_of_a_step_is_that_of_the_bench():
     share = 100 * small['refresh_ms'] / small['surgery_ms'] / 100
     assert f'another {small["refresh_ms"]:.2f} ms at each refresh: {share:.1f} % of' in said
     assert (
-        f'{large["weights"] / 1e6:.0f} million weights, they take '
-        f'{large["refresh_ms"] / 1e3:.2f} s, where a sort takes {large["sort_ms"] / 1e3:.1f} s'
+        f'{large["weights"] / 1e6:.0f} million weights. There the search takes '
+        f'{large["refresh_ms"] / 1e3:.2f} s, and a sort takes {large["sort_ms"] / 1e3:.1f} s'
     ) in said
 
 
