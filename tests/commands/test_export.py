@@ -15,9 +15,7 @@ from dns_jax import apply_masks
 from dns_jax.files.caffe import read_caffemodel, to_linen
 from dns_jax.files.codec import load_coded
 from dns_jax.files.sparse import load_sparse, save_sparse
-from dns_jax.inference.chain import (
-    run_chain,
-)
+from dns_jax.inference.chain import run_chain
 from dns_jax.inference.runners import Choice, jax_runner, recorded_kinds
 from experiments.artefacts.loading import load_model
 from experiments.export import ExportConfig, export

@@ -8,10 +8,7 @@ import pytest
 
 from dns_jax.files.sparse import save_sparse
 from dns_jax.inference import native
-from dns_jax.inference.chain import (
-    Dense,
-    chain_to_json,
-)
+from dns_jax.inference.chain import Dense, chain_to_json
 from experiments.artefacts.loading import load_model
 from experiments.latency import LatencyConfig, _crossing, measure
 from experiments.measurements import latency_report
@@ -87,8 +84,7 @@ def test_latency_where_a_process_has_no_core_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'flags',
-    [{'batches': '0'}, {'batches': '1,'}, {'batches': 'x'}, {'break_even': True}],
+    'flags', [{'batches': '0'}, {'batches': '1,'}, {'batches': 'x'}, {'break_even': True}]
 )
 def test_latency_flags_that_do_not_fit(flags):
     with pytest.raises(ValueError, match=r'--batches|--break_even'):

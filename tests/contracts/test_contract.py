@@ -23,10 +23,7 @@ from transformations import (
     whole_run,
 )
 
-from dns_jax import (
-    apply_masks,
-    get_masks,
-)
+from dns_jax import apply_masks, get_masks
 
 # All in half precision, which the other tests have not, and two on every tree.
 EVERYWHERE = ('surgery', 'a density over all')

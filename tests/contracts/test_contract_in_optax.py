@@ -16,9 +16,7 @@ from transformations import (
     whole_run,
 )
 
-from dns_jax import (
-    get_masks,
-)
+from dns_jax import get_masks
 
 COMPANY = {
     'after sgd': lambda transform: optax.chain(optax.sgd(0.1), transform),

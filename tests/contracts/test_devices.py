@@ -10,14 +10,7 @@ import pytest
 from situations import KEY, MAKERS, array, network, on_one_device, run, slow_but
 
 import dns_jax
-from dns_jax import (
-    Rule,
-    apply_masks,
-    count_kept,
-    layer_density,
-    measure_sizes,
-    surgery,
-)
+from dns_jax import Rule, apply_masks, count_kept, layer_density, measure_sizes, surgery
 
 COMPAT_TABLE = 'field'
 SPECS = {

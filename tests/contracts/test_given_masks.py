@@ -11,15 +11,7 @@ import pytest
 from situations import KEY, array, network, run, slow_but
 
 import dns_jax
-from dns_jax import (
-    Rule,
-    count_kept,
-    freeze,
-    get_masks,
-    layer_density,
-    prune_to,
-    surgery,
-)
+from dns_jax import Rule, count_kept, freeze, get_masks, layer_density, prune_to, surgery
 
 COMPAT_TABLE = 'field'
 

@@ -9,13 +9,7 @@ from flax import nnx
 from situations import KEY, array
 
 import dns_jax
-from dns_jax import (
-    apply_masks,
-    get_masks,
-    measure_sizes,
-    prune_to,
-    pruners,
-)
+from dns_jax import apply_masks, get_masks, measure_sizes, prune_to, pruners
 from dns_jax.layers import named_leaves
 
 COMPAT_TABLE = 'field'

@@ -13,12 +13,7 @@ import optax
 import pytest
 from situations import KEY, MAKERS, array, network, slow_but
 
-from dns_jax import (
-    Rule,
-    get_masks,
-    mean_std,
-    surgery,
-)
+from dns_jax import Rule, get_masks, mean_std, surgery
 
 COMPAT_TABLE = 'field'
 

@@ -9,17 +9,7 @@ import jax
 import numpy as np
 import pytest
 from caffe_nets import BIAS, CONVOLUTION, NET, PRODUCT, counting
-from wire import (
-    blob,
-    delimited,
-    floats,
-    integer,
-    layer,
-    message,
-    old_blob,
-    old_layer,
-    shape,
-)
+from wire import blob, delimited, floats, integer, layer, message, old_blob, old_layer, shape
 
 from dns_jax import apply_masks
 from dns_jax.files.caffe import CaffeLayer, read_caffemodel, to_linen

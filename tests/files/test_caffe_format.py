@@ -9,16 +9,7 @@ import pytest
 from caffe_nets import BIAS, DATA_LAYER, NET, PRODUCT, with_blob
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wire import (
-    blob,
-    delimited,
-    floats,
-    integer,
-    layer,
-    layer_content,
-    message,
-    shape,
-)
+from wire import blob, delimited, floats, integer, layer, layer_content, message, shape
 
 from dns_jax._trees import check_parallel
 from dns_jax.files.caffe import read_caffemodel, to_linen

@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 from caffe_nets import BIAS, CONVOLUTION, NO_BIAS, PRODUCT, WHOLE, counting
-from wire import (
-    blob,
-    delimited,
-    integer,
-    layer,
-    message,
-    old_blob,
-    old_layer,
-)
+from wire import blob, delimited, integer, layer, message, old_blob, old_layer
 
 from dns_jax.files.caffe import CaffeLayer, to_linen
 

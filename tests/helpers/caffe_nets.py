@@ -1,11 +1,7 @@
 """Networks of Caffe, byte by byte."""
 
 import numpy as np
-from wire import (
-    blob,
-    delimited,
-    layer,
-)
+from wire import blob, delimited, layer
 
 
 def counting(*axes):

@@ -8,11 +8,7 @@ from networks import forward
 
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select
 from dns_jax.inference.kernels import MAX_KEPT_WEIGHTS, Unsuitable
-from dns_jax.inference.runners import (
-    choose_kinds,
-    jax_runner,
-    scipy_runner,
-)
+from dns_jax.inference.runners import choose_kinds, jax_runner, scipy_runner
 
 CHAIN = (Convolution('a'), Relu(), Flatten(), Dense('b'))
 PARAMS = {

@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 
 from dns_jax.inference.chain import Convolution, Dense, Flatten, Relu
-from dns_jax.inference.runners import (
-    jax_runner,
-    scipy_runner,
-)
+from dns_jax.inference.runners import jax_runner, scipy_runner
 
 CHAIN = (Convolution('a'), Relu(), Flatten(), Dense('b'))
 PARAMS = {

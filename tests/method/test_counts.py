@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 import dns_jax
-from dns_jax import (
-    Rule,
-    _counts,
-    count_events,
-    count_kept,
-    surgery,
-)
+from dns_jax import Rule, _counts, count_events, count_kept, surgery
 from dns_jax._counts import count_true
 
 COMPAT_TABLE = 'field'

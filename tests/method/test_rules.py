@@ -6,13 +6,7 @@ import jax.numpy as jnp
 import pytest
 from surgery_runs import RULES, network, states_of_run, surgery
 
-from dns_jax import (
-    Rule,
-    Thresholds,
-    count_kept,
-    is_kernel,
-    update_probability,
-)
+from dns_jax import Rule, Thresholds, count_kept, is_kernel, update_probability
 
 
 @pytest.mark.parametrize('how', ['scan', 'plain'])

@@ -6,17 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from layouts import (
-    LAYOUTS,
-    MAKERS,
-    STEPS,
-    both,
-    check_equal,
-    inputs,
-    stack,
-    states_of,
-    twin,
-)
+from layouts import LAYOUTS, MAKERS, STEPS, both, check_equal, inputs, stack, states_of, twin
 from situations import slow_but
 
 import dns_jax

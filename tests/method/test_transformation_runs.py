@@ -8,24 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from surgery_runs import (
-    DTYPES,
-    REFRESHED,
-    RULES,
-    drift,
-    masks_of_run,
-    network,
-    surgery,
-    wander,
-)
+from surgery_runs import DTYPES, REFRESHED, RULES, drift, masks_of_run, network, surgery, wander
 
-from dns_jax import (
-    Rule,
-    get_masks,
-    global_density,
-    masked_value_and_grad,
-    update_probability,
-)
+from dns_jax import Rule, get_masks, global_density, masked_value_and_grad, update_probability
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -78,10 +63,7 @@ def test_mesh_of_eight_devices(mesh, rules, move):
 
 @pytest.mark.parametrize(
     ('axis_type', 'axes'),
-    [
-        (jax.sharding.AxisType.Auto, ('x',)),
-        (jax.sharding.AxisType.Explicit, (None, 'x')),
-    ],
+    [(jax.sharding.AxisType.Auto, ('x',)), (jax.sharding.AxisType.Explicit, (None, 'x'))],
 )
 def test_density_on_meshes_of_both_kinds(axis_type, axes):
     mesh = jax.make_mesh((8,), ('x',), (axis_type,), devices=jax.devices('cpu')[:8])
