@@ -35,11 +35,6 @@ def needs_extra(extra: str) -> Iterator[None]:
 def check_step(name: str, step: float, least: int = 0) -> None:
     """Checks that a number is one that a count of steps, an int32, can reach.
 
-    Args:
-      name: what the caller knows it by.
-      step: what should be a step.
-      least: the first that will do.
-
     Raises:
       ValueError: if it is not whole, or not from `least` to 2**31 − 1.
 
@@ -57,10 +52,6 @@ def check_step(name: str, step: float, least: int = 0) -> None:
 
 def check_steps(name: str, steps: Sequence[float]) -> None:
     """Checks steps with `check_step`, and that there are any.
-
-    Args:
-      name: what the caller knows them by.
-      steps: what should be steps.
 
     Raises:
       ValueError: if there are none, or one of them is no step.
@@ -80,10 +71,6 @@ def check_steps(name: str, steps: Sequence[float]) -> None:
 def check_density(name: str, density: float) -> None:
     """Checks a density.
 
-    Args:
-      name: what the caller knows it by.
-      density: kept / all connections.
-
     Raises:
       ValueError: if it is not in (0, 1].
 
@@ -99,9 +86,6 @@ def check_density(name: str, density: float) -> None:
 
 def check_hysteresis(hysteresis: float) -> None:
     """Checks the width of a band.
-
-    Args:
-      hysteresis: half its relative width.
 
     Raises:
       ValueError: if it is not in [0, 1); at 1 a kept connection would never be pruned.
@@ -119,12 +103,6 @@ def check_hysteresis(hysteresis: float) -> None:
 def as_table(values: Mapping[str, _Value] | _Value) -> dict[str, _Value]:
     """Makes a table for `match_patterns` of a value for all layers.
 
-    Args:
-      values: the value, or a table, which stays as it is.
-
-    Returns:
-      ``{pattern: value}``.
-
     Example:
       >>> as_table(0.5), as_table({'fc*': 0.1, '*': 0.5})
       ({'*': 0.5}, {'fc*': 0.1, '*': 0.5})
@@ -134,12 +112,6 @@ def as_table(values: Mapping[str, _Value] | _Value) -> dict[str, _Value]:
 
 def abridge(names: Iterable[str]) -> str:
     """Lists some names for a message; a network may have hundreds.
-
-    Args:
-      names: what is listed.
-
-    Returns:
-      The list, or its first eight names and how many there are.
 
     Example:
       >>> abridge(['fc1', 'fc2'])

@@ -65,13 +65,7 @@ def count_true(mask: jax.Array) -> jax.Array:
 
 
 def from_int(number: int) -> Count:
-    """Makes a count of a number that is known.
-
-    Args:
-      number: at least 0.
-
-    Returns:
-      The count.
+    """Makes a count of a number that is known, at least 0.
 
     Example:
       >>> to_int(from_int(8_000_000_000))
@@ -81,13 +75,7 @@ def from_int(number: int) -> Count:
 
 
 def from_array(number: jax.Array) -> Count:
-    """Makes a count of a number that is traced.
-
-    Args:
-      number: at least 0, an int32 scalar.
-
-    Returns:
-      The count.
+    """Makes a count of a number that is traced, an int32 scalar of at least 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -123,14 +111,7 @@ def from_share(share: jax.Array, whole: int) -> Count:
 
 
 def minus(count: Count, other: Count) -> Count:
-    """Takes one count from another.
-
-    Args:
-      count: what is taken from.
-      other: what is taken.
-
-    Returns:
-      The difference; `high` is negative where `other` is the larger one.
+    """Takes one count from another; `high` is negative where the other is the larger one.
 
     Example:
       >>> to_int(minus(from_int(3), from_int(5)))
@@ -140,13 +121,7 @@ def minus(count: Count, other: Count) -> Count:
 
 
 def add(counts: Sequence[Count]) -> Count:
-    """Adds up counts.
-
-    Args:
-      counts: at most 2^15 of them.
-
-    Returns:
-      Their sum.
+    """Adds up counts, at most 2^15 of them.
 
     Example:
       >>> to_int(add([from_int(4_000_000_000), from_int(4_000_000_000)]))
@@ -161,13 +136,6 @@ def add(counts: Sequence[Count]) -> Count:
 def maximum(count: Count, other: Count) -> Count:
     """Takes the larger of two counts.
 
-    Args:
-      count: one.
-      other: the other.
-
-    Returns:
-      The larger.
-
     Example:
       >>> to_int(maximum(from_int(3), from_int(70_000)))
       70000
@@ -178,13 +146,6 @@ def maximum(count: Count, other: Count) -> Count:
 
 def minimum(count: Count, other: Count) -> Count:
     """Takes the smaller of two counts.
-
-    Args:
-      count: one.
-      other: the other.
-
-    Returns:
-      The smaller.
 
     Example:
       >>> to_int(minimum(from_int(3), from_int(70_000)))
@@ -199,12 +160,6 @@ def minimum(count: Count, other: Count) -> Count:
 def to_float(count: Count) -> jax.Array:
     """Rounds a count to a float32.
 
-    Args:
-      count: the count.
-
-    Returns:
-      A float32 scalar.
-
     Example:
       >>> float(to_float(from_int(3)))
       3.0
@@ -214,12 +169,6 @@ def to_float(count: Count) -> jax.Array:
 
 def to_int(count: Count) -> int:
     """Reads a count that is concrete.
-
-    Args:
-      count: the count.
-
-    Returns:
-      The number.
 
     Example:
       >>> to_int(Count(1, 1))

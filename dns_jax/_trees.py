@@ -54,12 +54,6 @@ def nest_leaves(leaves: Iterable[tuple[str, Any]]) -> Any:
 def find_holes(tree: Any) -> list[str]:
     """Finds where `optax.masked`, `optax.partition` or `optax.multi_transform` left something out.
 
-    Args:
-      tree: any pytree.
-
-    Returns:
-      The path of each `optax.MaskedNode`.
-
     Example:
       >>> import optax
       >>> find_holes({'conv1': {'kernel': 1.0, 'bias': optax.MaskedNode()}})

@@ -20,15 +20,7 @@ from dns_jax.importance import magnitude
 from dns_jax.layers import has_axes, is_kernel, named_leaves, parent_path
 from dns_jax.masks import apply_masks, init_masks
 from dns_jax.stacking import restack, slice_paths, unstack
-from dns_jax.typing import (
-    Importance,
-    LayerOf,
-    Masks,
-    Params,
-    Rule,
-    TakesPart,
-    Thresholds,
-)
+from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart, Thresholds
 
 
 class SurgeryState(NamedTuple):

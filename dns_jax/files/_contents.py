@@ -34,9 +34,6 @@ def check_float32(path: str, weights: np.ndarray) -> None:
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Checks that the metadata of a file are strings alone.
 
-    Args:
-      metadata: the free entries.
-
     Raises:
       TypeError: if a key or a value is no string.
 
@@ -53,12 +50,6 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 def sort_metadata(data: bytes) -> bytes:
     """Sorts the metadata, which safetensors writes in an order that changes from run to run.
-
-    Args:
-      data: a safetensors file with metadata.
-
-    Returns:
-      The same file, but for that order.
 
     Example:
       >>> from safetensors.numpy import save

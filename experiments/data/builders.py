@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
@@ -29,7 +30,13 @@ _IDX_FILES = {
     'test_images': 't10k-images-idx3-ubyte.gz',
     'test_labels': 't10k-labels-idx1-ubyte.gz',
 }
-_IMAGENET_TRAIN, _IMAGENET_VALIDATION = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
+# The published files that a set is prepared from.
+_FILES = {
+    'mnist': tuple(_IDX_FILES.values()),
+    'fashion_mnist': tuple(_IDX_FILES.values()),
+    'cifar10': ('cifar-10-binary.tar.gz',),
+    'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'),
+}
 _IMAGENET_COUNTS = {'train': 1_281_167, 'validation': 50_000}
 _DOWNLOAD_FAILURES = (OSError, tfds.download.DownloadError, NonMatchingChecksumError)
 
@@ -53,14 +60,18 @@ def prepare(
       examples as promised. Whether each image can be decoded shows when it is read.
 
     Raises:
-      ValueError: there is no such set, it does not hold labelled images, an archive is damaged or
-        not the one wanted, or what `data_dir` holds is damaged or unreadable.
+      ValueError: there is no such set, it does not hold labelled images, `manual_dir` lacks a
+        file of it, an archive is damaged or not the one wanted, or what `data_dir` holds is
+        damaged or unreadable.
       RuntimeError: files are neither at hand nor to be had, or it takes TensorFlow to prepare them.
       OSError: nothing can be written to `data_dir`.
     """
     # With its own ten retries, TFDS takes 3.5 minutes to find that there is no network.
     downloader.MAX_RETRIES = 4
+    # It tells of every attempt; the error that ends them says all.
+    logging.getLogger('urllib3.connectionpool').setLevel(logging.ERROR)
     data_dir = pathlib.Path(data_dir).expanduser()
+    manual_dir = None if manual_dir is None else pathlib.Path(manual_dir).expanduser()
     builder_class = _builder_class(name)
     if builder_class is None:
         folder = _prepare_other(name, data_dir, manual_dir)
@@ -68,6 +79,7 @@ def prepare(
         # The folder is looked for by hand: TFDS makes no builder where it is damaged.
         folder = data_dir / name / str(builder_class.VERSION)
         if not folder.exists():
+            _check_files(name, data_dir, manual_dir)
             _download_and_prepare(builder_class(data_dir=data_dir), manual_dir)
     with naming_folder(folder):
         if not (folder / 'dataset_info.json').is_file():
@@ -122,14 +134,26 @@ def _builder_class(name: str) -> Any:
     return None
 
 
-def _download_and_prepare(builder: Any, manual_dir: str | os.PathLike[str] | None) -> None:
+def _check_files(name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path | None) -> None:
+    """Holds a folder of files downloaded by hand to all that a set needs, before any download."""
+    if name == 'imagenet2012':
+        manual_dir = manual_dir or data_dir / 'downloads' / 'manual'  # where TFDS looks
+        advice = 'Get the files from https://image-net.org/download-images and name their folder'
+    else:
+        advice = 'Leave it out to download the files, or name a folder that holds them'
+    if manual_dir is None:
+        return
+    missing = [file for file in _FILES.get(name, ()) if not (manual_dir / file).is_file()]
+    if missing:
+        raise ValueError(f'--manual_dir={manual_dir} lacks {", ".join(missing)}. {advice}.')
+
+
+def _download_and_prepare(builder: Any, manual_dir: pathlib.Path | None) -> None:
     # Brings JAX, which processes that decode images later on need not wait for.
     from experiments.devices import progress
 
     if not progress.are_wanted():
         tfds.disable_progress_bar()
-    if manual_dir is not None:
-        manual_dir = pathlib.Path(manual_dir).expanduser()
     config = tfds.download.DownloadConfig(
         manual_dir=manual_dir, try_download_gcs=False, force_checksums_validation=True
     )
@@ -141,7 +165,7 @@ def _download_and_prepare(builder: Any, manual_dir: str | os.PathLike[str] | Non
 
 
 def _prepare_other(
-    name: str, data_dir: pathlib.Path, manual_dir: str | os.PathLike[str] | None
+    name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path | None
 ) -> pathlib.Path:
     """Returns the folder of a set without a builder here, prepared by TFDS where it must be."""
     try:
@@ -214,10 +238,10 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
 
 
-def _not_to_be_had(name: str, files: list[str], error: Exception) -> RuntimeError:
+def _not_downloaded(name: str, error: Exception) -> RuntimeError:
     return RuntimeError(
-        f'{name} is not to be had: {error}\nEither connect to the network, or put '
-        f'{", ".join(files)} into a folder and name it with --manual_dir.'
+        f'{name} could not be downloaded: {error}\nEither connect to the network, or put '
+        f'{", ".join(_FILES[name])} into a folder and name it with --manual_dir.'
     )
 
 
@@ -233,7 +257,7 @@ def _idx_builder(name: str) -> type:
             try:
                 files = dl_manager.download({key: self.URL + _IDX_FILES[key] for key in _IDX_FILES})
             except _DOWNLOAD_FAILURES as error:
-                raise _not_to_be_had(self.name, list(_IDX_FILES.values()), error) from error
+                raise _not_downloaded(self.name, error) from error
             arrays = {key: read_idx(file) for key, file in files.items()}
             return {
                 'train': self._generate_examples(arrays['train_images'], arrays['train_labels']),
@@ -255,7 +279,7 @@ def _cifar10_builder() -> type:
             try:
                 path = dl_manager.download(files.url)
             except _DOWNLOAD_FAILURES as error:
-                raise _not_to_be_had(self.name, [os.path.basename(files.url)], error) from error
+                raise _not_downloaded(self.name, error) from error
             names, train, test = read_cifar10(path, files)
             self.info.features['label'].names = names
             return {
@@ -279,15 +303,7 @@ def _imagenet_builder() -> type:
         name = stock.name
 
         def _split_generators(self, dl_manager):
-            folder = pathlib.Path(dl_manager._manual_dir)  # `manual_dir` has errors of its own.
-            train, validation = folder / _IMAGENET_TRAIN, folder / _IMAGENET_VALIDATION
-            for path in (train, validation):
-                if not path.is_file():
-                    raise RuntimeError(
-                        f'{path} is not there. Download {path.name} from '
-                        'https://image-net.org/download-images into a folder and name it with '
-                        '--manual_dir.'
-                    )
+            train, validation = (dl_manager.manual_dir / file for file in _FILES[self.name])
             # Listing takes seconds, so that a wrong archive is found before hours of work.
             _check_classes(train)
             images = iterate_images(validation, _label_validation_images(validation))

@@ -6,6 +6,7 @@ in words what it shows, and what may be scrolled can be reached by keyboard.
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,7 @@ class Section(NamedTuple):
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
     lines: Sequence[str] = ()  # shown as they are, as of a flagfile
+    is_folded: bool = False  # whether the lines are shown on demand
 
 
 def render(
@@ -64,7 +66,13 @@ def render(
         sections=sections,
         to_source=_to_source,
         describe=_describe,
+        keep_together=_keep_together,
     )
+
+
+def _keep_together(cell: str) -> str:
+    """Lets a line end before a range or within it, but not between a number and its unit."""
+    return re.sub(r'(?<!to) (?!\()', '\N{NO-BREAK SPACE}', cell)
 
 
 def _to_source(figure: Figure) -> str:

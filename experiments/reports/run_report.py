@@ -34,6 +34,17 @@ LAYER_HEADER = (
 )
 
 
+_BYTES_TEXT = (
+    'The bytes kept are those of a sparse file: each kept weight stands there with its place in '
+    'the layer, of 4 bytes. So a layer of 4-byte weights that keeps more than half of them takes '
+    'more bytes than before.'
+)
+_COURSE_TEXT = (
+    'A connection is pruned when it is cut, and spliced when it is put back. Surgery trains the '
+    'weight of a cut connection on, and splices it once the weight has become large again.'
+)
+
+
 def published_tables(summary: Summary) -> list[Table]:
     """What each layer keeps, beside what it keeps in papers: table 4 of Guo et al.
 
@@ -120,14 +131,14 @@ def page(summary: Summary, figures: Sequence[Figure] = ()) -> str:
     check_summary(summary)
     sections = [
         Section('Sizes', bars=_size_bars(summary)),
-        Section('Layers', tables=[_layers(summary)]),
+        Section('Layers', _BYTES_TEXT, tables=[_layers(summary)]),
     ]
     if beside := published_tables(summary):
         sections.append(Section('Beside published results', tables=beside))
     if figures:
-        sections.append(Section('Course of the run', figures=figures))
+        sections.append(Section('Course of the run', _COURSE_TEXT, figures=figures))
     if lines := _run_flags(summary):
-        sections.append(Section('Flags', lines=lines))
+        sections.append(Section('Flags', lines=lines, is_folded=True))
     sections.append(Section('Environment', lines=describe_environment([summary])))
     _, parameters, errors, compression = _result_cells(summary)
     return render(

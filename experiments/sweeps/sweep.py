@@ -22,6 +22,7 @@ from experiments.training.divergence import Diverged
 from experiments.training.flags import Config
 from experiments.training.plan import Plan
 from experiments.training.side_by_side import run_together
+from experiments.training.task import Task
 
 Rows = list[dict[str, Any]]
 Summaries = Mapping[Config, Mapping[str, Any]]
@@ -51,7 +52,7 @@ def run_all(
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
     left_out: dict[str, str] = {}
     without_reference = set()  # folders
-    batches = []
+    batches, task = [], None  # which all share
     for _, group in itertools.groupby(runs, _without_seed):
         left = [run for run in group if run not in summaries]
         batches += [left[at : at + side_by_side] for at in range(0, len(left), side_by_side)]
@@ -59,7 +60,10 @@ def run_all(
         for batch in batches:
             bar.set_postfix_str(', '.join(Path(run.workdir).name for run in batch))
             able = [run for run in batch if run.reference not in without_reference]
-            found, broken = _run_batch([plans[run] for run in able]) if able else ({}, {})
+            found, broken = {}, {}
+            if able:
+                task = task or Task(able[0])
+                found, broken = _run_batch(task, [plans[run] for run in able])
             reasons = {run: f'{error}' for run, error in broken.items()}
             without_reference |= {r.workdir for r, e in broken.items() if e.phase == 'reference'}
             for run in batch:
@@ -78,11 +82,11 @@ def run_all(
     return summaries, left_out
 
 
-def _run_batch(batch: Sequence[Plan]) -> tuple[Summaries, Mapping[Config, Diverged]]:
+def _run_batch(task: Task, batch: Sequence[Plan]) -> tuple[Summaries, Mapping[Config, Diverged]]:
     """Does some runs side by side; gives the summaries, and the errors of those that break down."""
     runs = [plan.config for plan in batch]
     try:
-        return dict(zip(runs, run_together(batch), strict=True)), {}
+        return dict(zip(runs, run_together(task, batch), strict=True)), {}
     except Diverged as error:
         if len(batch) == 1:
             return {}, {runs[0]: error}
@@ -90,7 +94,7 @@ def _run_batch(batch: Sequence[Plan]) -> tuple[Summaries, Mapping[Config, Diverg
     summaries, broken = {}, {}
     for run, plan in zip(runs, batch, strict=True):
         again = dataclasses.replace(run, resume=True, overwrite=False)
-        own, errors = _run_batch([dataclasses.replace(plan, config=again)])
+        own, errors = _run_batch(task, [dataclasses.replace(plan, config=again)])
         # Their keys are the runs continued.
         summaries |= zip([run] * len(own), own.values(), strict=True)
         broken |= zip([run] * len(errors), errors.values(), strict=True)

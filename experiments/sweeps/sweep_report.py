@@ -47,7 +47,7 @@ def page(
         ]
         table = Table('On MNIST, every parameter counted', ('by', 'compression', 'error'), lines)
         sections.append(Section('Published results', tables=[table]))
-    sections.append(Section('Flags', lines=to_flags(flags)))
+    sections.append(Section('Flags', lines=to_flags(flags), is_folded=True))
     sections.append(Section('Environment', lines=describe_environment(rows)))
     return render(
         f'{title}: {NETWORK_NAMES.get(network) or network} on {dataset}',

@@ -147,8 +147,7 @@ def train_side_by_side(
 
     @functools.cache
     def compile_calls(setbacks: tuple[bool, ...]) -> Callable[..., Any]:
-        # States hold keys, optimizers do not use theirs.
-        optimizer = phase.make_optimizer(task.shapes, jax.random.key(0), setbacks)
+        optimizer = task.make_optimizer(phase, setbacks)
         dropout = phase.make_dropout(task.shapes)
         step = make_step(task.network, optimizer, task.inputs, dropout, task.feed.accumulate)
         return task.feed.compile(step, tuple(course.state for course in courses))

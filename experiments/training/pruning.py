@@ -254,14 +254,14 @@ PRUNERS = {
     ),
     # What is pruned is zero and does not learn.
     'set': Pruner(
-        'in one step, then the smallest are exchanged for random ones',
+        'in one step, then the smallest are exchanged at random',
         functools.partial(_make_regrowing, lambda drop, steps: drop, importance.chance),
         ('drop',),
         in_rounds=True,
         chain=sparse_training.train_kept,
     ),
     'rigl': Pruner(
-        'in one step, then the smallest are exchanged for those with the largest gradients',
+        'in one step, then the smallest are exchanged for the largest gradients',
         functools.partial(_make_regrowing, _cosine, importance.gradient),
         ('drop',),
         in_rounds=True,

@@ -29,8 +29,9 @@ def run(config: Config) -> dict[str, Any]:
     # What takes long to import comes once nothing is left to refuse.
     from experiments.reports import run_report
     from experiments.training.side_by_side import run_together
+    from experiments.training.task import Task
 
-    (summary,) = run_together([plan])
+    (summary,) = run_together(Task(config), [plan])
     if hosts.is_first():
         print(run_report.format_table(summary))
         print(f'\nReport: {Path(config.workdir) / "report.html"}')

@@ -18,11 +18,14 @@ from experiments.training.task import Run, Task
 
 
 def run_together(
-    plans: Sequence[Plan], on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    task: Task,
+    plans: Sequence[Plan],
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
     """Does runs that differ in seed and places alone, side by side in one program.
 
     Args:
+      task: of the runs, and perhaps of others.
       plans: one for each run.
       on_record: called with each record once it is written; what it raises ends the runs.
 
@@ -34,7 +37,6 @@ def run_together(
       As `experiments.training.run.run` does.
     """
     started = time.perf_counter()
-    task = Task(plans[0].config)
     runs = [Run(task, plan, on_record) for plan in plans]
     with stop_on_signals() as stopping:
         dense = train_references(runs, stopping)
@@ -57,7 +59,8 @@ def train_references(runs: Sequence[Run], stopping: list[int]) -> list[dns_jax.P
     if given:
         return given
     phase = runs[0].plan.reference
-    states = [run.start(phase, jax.tree.map(jnp.copy, run.initial)) for run in runs]
+    optimizer = runs[0].task.make_optimizer(phase)
+    states = [run.start(optimizer, jax.tree.map(jnp.copy, run.initial)) for run in runs]
     return [state.params for state in train_side_by_side(phase, runs, states, stopping)]
 
 
@@ -66,14 +69,14 @@ def train_surgery(
 ) -> list[TrainState]:
     """Operates on the network of each run, from its dense weights."""
     phase, wanted = runs[0].plan.surgery, runs[0].plan.wanted
-    states = []
+    optimizer, states = runs[0].task.make_optimizer(phase), []
     for run, params in zip(runs, dense, strict=True):
         if wanted.pruner == 'surgery' and wanted.importance == 'magnitude':
             rules = make_rules(wanted, params)
             for warning in divergence.find_emptied_layers(rules, params, wanted.takes_part):
                 logging.warning('%s', warning)
         # A copy: the loop donates its state, and the reference is still needed.
-        states.append(run.start(phase, jax.tree.map(jnp.copy, params)))
+        states.append(run.start(optimizer, jax.tree.map(jnp.copy, params)))
     return train_side_by_side(phase, runs, states, stopping)
 
 
@@ -84,7 +87,9 @@ def finetune(
     phase = runs[0].plan.finetuning
     if not phase.steps:
         return list(states)
+    optimizer = runs[0].task.make_optimizer(phase)
     begun = [
-        run.start(phase, state.params, state.masks) for run, state in zip(runs, states, strict=True)
+        run.start(optimizer, state.params, state.masks)
+        for run, state in zip(runs, states, strict=True)
     ]
     return train_side_by_side(phase, runs, begun, stopping)

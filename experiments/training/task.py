@@ -4,7 +4,7 @@ Numbers that choices are made on come from the validation split; the test split 
 the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ class Task:
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
         self.error = steps.make_error(self.network, self.inputs)
 
+    def make_optimizer(
+        self, phase: Phase, setbacks: Sequence[bool] = ()
+    ) -> optax.GradientTransformation:
+        """Makes the optimizer of a phase, the same for all runs: their keys are in their states."""
+        return phase.make_optimizer(self.shapes, jax.random.key(0), setbacks)
+
     def init(self, key: jax.Array) -> dns_jax.Params:
         """Makes the weights that a run begins with."""
         return self.network.init(key, jnp.zeros((1, *self.feed.image_shape)))['params']
@@ -75,29 +81,30 @@ class Run:
         flags = plan.config
         weights_key, self._coins_key = jax.random.split(jax.random.key(flags.seed))
         self.initial = task.init(weights_key)
-        self.seed, self.resume, self.overwrite = flags.seed, flags.resume, flags.overwrite
-        plan.surgery.make_optimizer(task.shapes, self._coins_key)
+        task.make_optimizer(plan.surgery)  # what does not fit the data is refused
         self.setbacks: dict[str, int] = {}  # how often each phase went back to a checkpoint
         # Of the code that runs, which may be changed on disk before the end.
         self.commit, self.identity = describe_commit(), identify(flags)
         self.reference = None
         if flags.reference:
-            like = self.start(plan.reference, jax.tree.map(jnp.copy, self.initial))
+            like = self.start(task.make_optimizer(plan.reference), self.initial)
             self.reference = references.read(Path(flags.reference), self.identity, like)
         self.folder = Path(flags.workdir)
-        hosts.on_first(lambda: self._open_folder(flags.tensorboard))
+        hosts.on_first(lambda: self._open_folder(flags))
 
-    def _open_folder(self, tensorboard: bool) -> None:
+    def _open_folder(self, flags: Config) -> None:
         """Claims the folder and opens the records, which the first process alone has."""
-        claim(self.folder, self.identity, self.resume, self.overwrite)
-        self.records = Records(self.folder, tensorboard)
+        claim(self.folder, self.identity, flags.resume, flags.overwrite)
+        self.records = Records(self.folder, flags.tensorboard)
 
     def start(
-        self, phase: Phase, params: dns_jax.Params, masks: dns_jax.Masks | None = None
+        self,
+        optimizer: optax.GradientTransformation,
+        params: dns_jax.Params,
+        masks: dns_jax.Masks | None = None,
     ) -> steps.TrainState:
         """Makes the state at the start of a phase, from given masks if there are some."""
-        optimizer = phase.make_optimizer(self.task.shapes, self._coins_key)
-        state = optimizer.init(params)
+        state = optax.tree.set(optimizer.init(params), key=jnp.copy(self._coins_key))
         if masks is not None:
             state = optax.tree.set(state, masks=masks)
         return self.task.feed.place(steps.TrainState(params, state))

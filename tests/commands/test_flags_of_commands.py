@@ -10,19 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from run_flags import (
-    FIELDS,
-    ROOT,
-    TARGETS,
-    parse,
-)
+from run_flags import FIELDS, ROOT, TARGETS, parse
 
 from experiments import alexnet, lenet5, lenet300, vgg16
 from experiments.bench import BenchConfig
-from experiments.config.command_line import (
-    all_flags,
-    is_flag,
-)
+from experiments.config.command_line import all_flags, is_flag
 from experiments.export import ExportConfig
 from experiments.latency import LatencyConfig
 from experiments.networks import models

@@ -196,12 +196,13 @@ def test_figure_shows_runs_medians_and_published_points(network, dataset):
 def test_a_run_that_breaks_down_does_not_end_the_sweep(config, monkeypatch):
     done = []
 
-    def run_together(batch):
+    def run_together(task, batch):
         if any(plan.config.seed == 1 for plan in batch):
             raise Diverged('the loss is not finite', 'surgery')
         done.append([(plan.config.seed, plan.config.resume) for plan in batch])
         return [{'seed': plan.config.seed} for plan in batch]
 
+    monkeypatch.setattr(sweep, 'Task', lambda config: 'a task')
     monkeypatch.setattr(sweep, 'run_together', run_together)
     fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
     runs = runs_of(opened.change(config, **fields))
@@ -217,12 +218,13 @@ def test_a_run_that_breaks_down_does_not_end_the_sweep(config, monkeypatch):
 def test_runs_whose_reference_broke_down_are_left_out(config, monkeypatch):
     batches = []
 
-    def run_together(batch):
+    def run_together(task, batch):
         batches.append([(plan.config.seed, plan.config.overwrite) for plan in batch])
         if any(plan.config.seed == 1 for plan in batch):
             raise Diverged('nan', 'reference')
         return [{'seed': plan.config.seed} for plan in batch]
 
+    monkeypatch.setattr(sweep, 'Task', lambda config: 'a task')
     monkeypatch.setattr(sweep, 'run_together', run_together)
     fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
     runs = runs_of(opened.change(config, **fields))
@@ -241,9 +243,10 @@ def test_runs_whose_reference_broke_down_are_left_out(config, monkeypatch):
 
 
 def test_a_sweep_without_a_result_says_so(config, monkeypatch):
-    def run_together(batch):
+    def run_together(task, batch):
         raise Diverged('nan', 'surgery')
 
+    monkeypatch.setattr(sweep, 'Task', lambda config: 'a task')
     monkeypatch.setattr(sweep, 'run_together', run_together)
     runs = runs_of(opened.change(config, compressions='5', seeds=2))
     with pytest.raises(RuntimeError, match='none of 2 runs'):

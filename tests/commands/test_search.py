@@ -16,52 +16,12 @@ import pytest
 from optuna.trial import TrialState
 from searches import parse, trials_of
 
-from experiments import lenet300, search
+from experiments import lenet300
 from experiments.data import resident
 from experiments.sweeps import space, studies
 from experiments.training.flags import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize(
-    ('fields', 'message'),
-    [
-        ({'ramp': 'steep'}, '--ramp must be log'),
-        ({'ramp_start': '100%'}, 'must come after --ramp_start=100%'),
-        ({'ramp_start': 'soon'}, "--ramp_start or --stop: 'soon' must be a step"),
-        ({'stop': 'conv:3'}, "--stop: pattern 'conv'"),
-        (
-            {'space': 'compression', 'prune_biases': False, 'network': 'lenet300'},
-            '410 take no part',
-        ),
-    ],
-)
-def test_flags_that_fit_no_trial_are_refused_before_any(make_config, fields, message):
-    config = make_config(**fields)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        search.search(config)
-    assert not Path(config.workdir).exists()
-
-
-@pytest.mark.parametrize(
-    ('fields', 'message'),
-    [
-        ({'tolerance': float('nan')}, '--tolerance must be finite in float32, but is nan'),
-        ({'tolerance': 1e39}, '--tolerance must be finite in float32, but is 1e'),
-        ({'learning_rate': 'warp:9'}, '--learning_rate: '),
-        ({'checkpoint_every': 3, 'record_every': 2}, '--checkpoint_every=3 must be a multiple'),
-    ],
-)
-def test_bad_flags(make_config, fields, message):
-    with pytest.raises(ValueError, match=message):
-        search.search(make_config(**fields))
-
-
-def test_a_folder_that_is_none_is_refused(make_config, tmp_path):
-    (tmp_path / 'file').touch()
-    with pytest.raises(OSError, match=rf'^--workdir={tmp_path}/file must be a folder'):
-        search.search(make_config(workdir=str(tmp_path / 'file')))
 
 
 def test_without_optuna_the_extra_is_named(tmp_path):

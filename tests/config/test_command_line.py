@@ -7,10 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 from absl import flags as absl_flags
-from run_flags import (
-    PLACES_AND_SWITCHES,
-    parse,
-)
+from run_flags import PLACES_AND_SWITCHES, parse
 
 from experiments.config.command_line import (
     all_flags,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from shapes_builder import Shapes
 from tensorflow_datasets.core.download import checksums
 
 from experiments.data import builders
@@ -170,13 +171,13 @@ def test_damaged_validation_image_leaves_no_train_split(images, tmp_path):
 def test_missing_archive(file, images, tmp_path):
     archives.write_imagenet(tmp_path / 'manual', *images)
     (tmp_path / 'manual' / file).unlink()
-    with pytest.raises(RuntimeError, match=rf'manual.{file} is not there.*--manual_dir'):
+    with pytest.raises(ValueError, match=rf'--manual_dir=\S*manual lacks {file}\. Get the'):
         builders.prepare('imagenet2012', tmp_path / 'data', tmp_path / 'manual')
     assert is_clean(tmp_path)
 
 
 def test_no_manual_dir(tmp_path):
-    with pytest.raises(RuntimeError, match=rf'{TRAIN_TAR} is not there.*--manual_dir'):
+    with pytest.raises(ValueError, match=rf'manual lacks {TRAIN_TAR}, {VALIDATION_TAR}\.'):
         builders.prepare('imagenet2012', tmp_path / 'data')
 
 
@@ -327,26 +328,23 @@ def test_cifar10_without_a_network(tmp_path, no_network):
         builders.prepare('cifar10', tmp_path / 'data')
 
 
-class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A set that TFDS does not know, as one would prepare it elsewhere."""
+@pytest.mark.parametrize('name', ['mnist', 'fashion_mnist', 'cifar10'])
+def test_a_folder_without_the_files_is_told_before_any_download(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, '_download_and_prepare', lambda *args: pytest.fail('it began'))
+    (tmp_path / 'manual').mkdir()
+    present, *missing = builders._FILES[name]
+    if missing:
+        (tmp_path / 'manual' / present).touch()
+    lacks = ', '.join(missing or [present])
+    message = rf'--manual_dir=\S*manual lacks {lacks}\. Leave it out'
+    with pytest.raises(ValueError, match=message):
+        builders.prepare(name, tmp_path / 'data', tmp_path / 'manual')
 
-    VERSION = tfds.core.Version('2.0.0')
-    target = 'label'
 
-    def _info(self):
-        features = {
-            'image': tfds.features.Image(shape=(None, None, 3)),
-            self.target: tfds.features.ClassLabel(names=['round', 'square']),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {'train': self._generate_examples()}
-
-    def _generate_examples(self):
-        for key in range(4):
-            image = Image.new('RGB', (5, 4), (key, 0, 0))
-            yield key, {'image': image, self.target: key % 2}
+def test_attempts_to_download_are_quiet(tmp_path, no_network, caplog, capfd):
+    with pytest.raises(RuntimeError, match='fashion_mnist could not be downloaded'):
+        builders.prepare('fashion_mnist', tmp_path)
+    assert 'Retrying' not in caplog.text + capfd.readouterr().err
 
 
 def test_any_prepared_set_is_read(tmp_path):

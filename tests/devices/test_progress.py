@@ -1,4 +1,4 @@
-"""Tests of devices.progress: bars for who sits before a terminal, nothing for others."""
+"""Tests of devices.progress: bars on a terminal, a line now and then elsewhere."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 
 import pytest
 from absl import logging
@@ -92,7 +93,54 @@ def test_a_search_shows_its_trials(make, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith('trial 0: kept ')
 
 
-def test_without_a_terminal_nothing_is_shown(make, capsys):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, moved by hand."""
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    return now
+
+
+def lines_of(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_without_a_terminal_a_line_is_shown_every_half_minute(clock, capsys):
+    with progress.bar(total=2_000, initial=500, desc='surgery', unit=' steps') as bar:
+        for seconds, error in ((29, '4 %'), (31, '3 %'), (60, '2 %'), (62, '1 %')):
+            clock[0] = seconds
+            bar.update(500 if seconds > 60 else 250)
+            bar.set_postfix({'loss': '0.1'}, error=error)
+    assert lines_of(capsys) == [
+        'surgery: 1,000 of 2,000 steps, loss=0.1, error=3 %',
+        'surgery: 1,750 of 2,000 steps, loss=0.1, error=1 %',
+    ]
+
+
+def test_the_line_at_the_end_is_not_said_twice(clock, capsys):
+    with progress.bar(total=2, desc='sweep', unit=' runs') as bar:
+        for _ in range(2):
+            clock[0] += 40
+            bar.update()
+            bar.set_postfix_str('9-0')
+    assert lines_of(capsys) == ['sweep: 1 of 2 runs', 'sweep: 2 of 2 runs, 9-0']
+
+
+def test_without_a_terminal_items_are_counted(clock, capsys):
+    for number in progress.bar(range(4), 'timing', unit=' rounds'):
+        clock[0] += 20 * number
+    assert lines_of(capsys) == ['timing: 3 of 4 rounds', 'timing: 4 of 4 rounds']
+
+
+def test_a_run_without_a_terminal_says_where_it_is(make, monkeypatch, capsys):
+    monkeypatch.setattr(progress, '_SECONDS', 0.0)
+    run.run(make(Config, compression=4.0))
+    lines = [line for line in lines_of(capsys) if 'validation_error=' in line]
+    for phase, line in zip(('reference', 'surgery'), lines, strict=True):
+        assert line.startswith(f'{phase}: 20 of 20 steps, loss=')
+
+
+def test_short_runs_show_nothing_without_a_terminal(make, capsys):
     run.run(make(Config, compression=4.0))
     sweep = make(FrontierConfig, compressions='4', seeds=2)
     frontier.frontier(dataclasses.replace(sweep, workdir=f'{sweep.workdir}s'))
@@ -114,3 +162,20 @@ def test_who_sees_bars(verbosity, is_first, is_shown, monkeypatch):
     finally:
         logging.set_verbosity(before)
     assert bool(seen) == is_shown
+
+
+@pytest.mark.parametrize(
+    ('verbosity', 'is_first', 'is_shown'),
+    [(-2, True, False), (-1, True, True), (0, False, False)],
+)
+def test_who_sees_lines(verbosity, is_first, is_shown, clock, monkeypatch, capsys):
+    monkeypatch.setattr(hosts, 'is_first', lambda: is_first)
+    before = logging.get_verbosity()
+    logging.set_verbosity(verbosity)
+    try:
+        with progress.bar(total=1, desc='work') as bar:
+            clock[0] = 60
+            bar.update()
+    finally:
+        logging.set_verbosity(before)
+    assert (lines_of(capsys) == ['work: 1 of 1']) == is_shown

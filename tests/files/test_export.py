@@ -25,7 +25,6 @@ from dns_jax.files.sparse import load_sparse
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, run_chain
 
 ZOO = Path(__file__).parents[2] / 'zoo'
-HELPERS = Path(__file__).parents[1] / 'helpers'
 IMAGE = (11, 10, 3)
 # Name: the layers, the shapes of their kernels, and that of the inputs.
 CHAINS = {
@@ -171,8 +170,6 @@ def test_stablehlo_program(tmp_path):
 
 
 PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
 import test_export as t
 chain, kernels, input_shape = t.CHAINS['all of them']
 t.save_onnx('network.onnx', chain, t.weights(kernels), input_shape)
@@ -185,10 +182,12 @@ def test_same_bytes_in_other_processes(tmp_path):
     chain, kernels, input_shape = CHAINS['all of them']
     save_onnx(tmp_path / 'onnx', chain, weights(kernels), input_shape)
     save_stablehlo(tmp_path / 'stablehlo', chain, weights(kernels), input_shape)
+    root, own = ZOO.parent, Path(__file__).parent
+    places = os.pathsep.join(map(str, (root, own, root / 'tests' / 'helpers')))
     subprocess.run(
-        [sys.executable, '-c', PROGRAM.format(tests=str(Path(__file__).parent))],
+        [sys.executable, '-c', PROGRAM],
         cwd=tmp_path,
-        env=os.environ | {'PYTHONHASHSEED': '7', 'PYTHONPATH': f'{ZOO.parent}:{HELPERS}'},
+        env=os.environ | {'PYTHONHASHSEED': '7', 'PYTHONPATH': places},
         check=True,
     )
     for kind in ('onnx', 'stablehlo'):

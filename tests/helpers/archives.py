@@ -1,5 +1,6 @@
 """Small archives in the form of ImageNet's and CIFAR-10's, of images made up here."""
 
+import gzip
 import io
 import tarfile
 
@@ -108,3 +109,9 @@ def make_cifar10_archive(folder, train_per_batch, test, seed=0):
 def photograph(width, height, seed=0):
     """Makes an image by a seed."""
     return make_photograph(np.random.default_rng(seed), (width, height))
+
+
+def write_idx(path, array):
+    """Writes uint8 values as a gzipped IDX file."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>i4').tobytes()
+    path.write_bytes(gzip.compress(header + array.tobytes()))

@@ -19,7 +19,7 @@ def open_run(config):
 
 def do(*configs, on_record=lambda record: None):
     """Does runs side by side, and returns their summaries."""
-    return run_together([make_plan(config) for config in configs], on_record)
+    return run_together(Task(configs[0]), [make_plan(config) for config in configs], on_record)
 
 
 def change(config, **fields):

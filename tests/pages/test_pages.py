@@ -38,6 +38,7 @@ def page():
     sections = [
         Section('One <b>', 'A & B', [Bar('Bytes', '10', '1', 0.1)], [wide], [make_figure()]),
         Section('Two', lines=['--flag=<1>', 'x' * 300]),
+        Section('Three', lines=['--folded=1', '--folded=2'], is_folded=True),
     ]
     return render('Title', 'lead', [('3×', 'compression')], sections)
 
@@ -78,6 +79,23 @@ def test_texts_are_texts(page):
     assert 'A &amp; B' in page
 
 
+def test_a_cell_breaks_only_around_a_range():
+    cells = ['name', '1.00 % (0.91 to 1.12)', '3 MiB']
+    page = render('T', '', [], [Section('One', tables=[Table('Some', ['', 'a', 'b'], [cells])])])
+    assert '<td>1.00\xa0% (0.91\xa0to 1.12)</td><td>3\xa0MiB</td>' in page
+
+
+def test_many_lines_are_folded(page, run_page):
+    assert re.search(r'<details>\s*<summary>2 lines</summary>\s*<pre[^>]*>--folded=1\n', page)
+    assert page.count('<details>') == 1
+    assert run_page.count('<details>') == 0  # it has no flags
+
+
+def test_a_run_says_what_its_words_mean(run_page):
+    assert 'spliced when it is put back' in run_page
+    assert 'with its place in the layer' in run_page
+
+
 def test_pictures_say_what_they_show_and_follow_the_theme(page):
     pattern = r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="([^"]+)"'
     source, words = re.search(pattern, page).groups()
@@ -93,8 +111,8 @@ def test_equal_pages_are_equal_files():
 
 
 def test_a_sweep_is_told_beside_what_others_published(real_page):
-    assert '<th scope="row">Sparse VD 2017</th><td>280×</td><td>0.75 %</td>' in real_page
-    assert '<td>no drop</td>' in real_page
+    assert '<th scope="row">Sparse VD 2017</th><td>280×</td><td>0.75\xa0%</td>' in real_page
+    assert '<td>no\xa0drop</td>' in real_page
     assert 'Frontier: LeNet-5 on mnist' in real_page
     assert 'runs/9-1: nan' in real_page
 
@@ -107,7 +125,7 @@ def test_a_browser_shows_them(page, real_page, comparison, run_page, tmp_path):
     backgrounds = set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        for scheme, width in (('light', 1100), ('dark', 390)):
+        for scheme, width in (('light', 1280), ('dark', 390)):
             context = browser.new_context(
                 color_scheme=scheme, viewport={'width': width, 'height': 800}, offline=True
             )
@@ -123,6 +141,9 @@ def test_a_browser_shows_them(page, real_page, comparison, run_page, tmp_path):
                 assert shown.evaluate('document.documentElement.scrollWidth') <= width
                 shown.keyboard.press('Tab')
                 assert shown.evaluate('document.activeElement.className') == 'scroll'
+                if width == 1280 and path != paths[0]:  # whose table is wider than any window
+                    tables = '[...document.querySelectorAll("div.scroll")]'
+                    assert shown.evaluate(f'{tables}.every(t => t.scrollWidth <= t.clientWidth)')
                 assert Axe().run(shown).response['violations'] == []
                 backgrounds.add(shown.evaluate('getComputedStyle(document.body).backgroundColor'))
         browser.close()

@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
-from searches import Tiny
+from searches import SIZES, PlayedRun, PlayedTask, Tiny, error_of
 
 from experiments.config.command_line import make
+from experiments.config.parsers import parse_table
 from experiments.data import resident
 from experiments.networks import models
+from experiments.sweeps import trials
 from experiments.sweeps.flags import SearchConfig
+from experiments.training import side_by_side
+from experiments.training.phases import Stopped
 
 
 @pytest.fixture(scope='module')
@@ -32,3 +36,33 @@ def make_config(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.NETWORKS, 'tiny', Tiny)
         yield make_one
+
+
+@pytest.fixture
+def make_played(make_config, monkeypatch):
+    """Makes the configuration of a search whose surgery is played.
+
+    Its course is a function of the trial's run and of the step that returns the error.
+    """
+    monkeypatch.setattr(trials, 'Task', PlayedTask)
+    monkeypatch.setattr(trials, 'Run', PlayedRun)
+    monkeypatch.setattr(side_by_side, 'train_references', lambda runs, stopping: [{}])
+    monkeypatch.setattr(side_by_side, 'finetune', lambda runs, states, stopping: states)
+
+    def make(course=lambda config, step: error_of(config), **fields):
+        def train_surgery(runs, references, stopping):
+            (run,) = runs
+            densities = parse_table(run.config.layer_density)
+            kept = {layer: round(densities[layer] * SIZES[layer]) for layer in SIZES}
+            for step in range(1, 1 + run.config.surgery_steps):
+                error = course(run.config, step)
+                if stopping:
+                    raise Stopped('saved')
+                record = {'phase': 'surgery', 'step': step, 'validation_error': error}
+                run.on_record({**record, 'kept': kept})
+
+        monkeypatch.setattr(side_by_side, 'train_surgery', train_surgery)
+        fields = {'tolerance': 5.0, 'finetuning_steps': 0, 'surgery_steps': 5, **fields}
+        return make_config(reference='elsewhere', **fields)
+
+    return make

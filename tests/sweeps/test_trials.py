@@ -7,18 +7,17 @@ must come out.
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 import sqlite3
 import threading
-import types
 from pathlib import Path
 
-import numpy as np
 import opened
 import pytest
 from optuna.trial import TrialState
 from PIL import Image
-from searches import SIZES, parse, trials_of
+from searches import REFERENCE_ERROR, SIZES, error_of, number_of, parse, trials_of
 
 from experiments import search
 from experiments.config.parsers import parse_table
@@ -66,70 +65,6 @@ def test_a_trial_leaves_its_records_but_no_checkpoints(searched):
     (trial,) = (one for one in trials_of(config) if one.number == result['trial'])
     # Its steps are those of both phases.
     assert list(trial.intermediate_values) == [1, 2, 3, 4, 5, 6]
-
-
-REFERENCE_ERROR = 60.0
-
-
-class PlayedTask:
-    """What a search asks of its task, without the seconds that it takes to make one."""
-
-    parameters = sum(SIZES.values())
-    dataset = types.SimpleNamespace(validation=None)
-
-    def __init__(self, config):
-        del config
-
-    def error(self, params, split):
-        return REFERENCE_ERROR
-
-
-class PlayedRun:
-    """The same of a run."""
-
-    def __init__(self, task, plan, on_record):
-        self.config, self.on_record = plan.config, on_record
-
-
-def error_of(config):
-    """What a played training ends with: errors come below some density of each layer."""
-    densities = parse_table(config.layer_density)
-    lacking = [np.log10(least / densities[layer]) for layer, least in (('fc1', 0.03), ('fc2', 0.3))]
-    return REFERENCE_ERROR + 10 * sum(max(0.0, lack) for lack in lacking)
-
-
-def number_of(config):
-    return int(config.workdir.rpartition('-')[2])
-
-
-@pytest.fixture
-def make_played(make_config, monkeypatch):
-    """Makes the configuration of a search whose surgery is played.
-
-    Its course is a function of the trial's run and of the step that returns the error.
-    """
-    monkeypatch.setattr(trials, 'Task', PlayedTask)
-    monkeypatch.setattr(trials, 'Run', PlayedRun)
-    monkeypatch.setattr(side_by_side, 'train_references', lambda runs, stopping: [{}])
-    monkeypatch.setattr(side_by_side, 'finetune', lambda runs, states, stopping: states)
-
-    def make(course=lambda config, step: error_of(config), **fields):
-        def train_surgery(runs, references, stopping):
-            (run,) = runs
-            densities = parse_table(run.config.layer_density)
-            kept = {layer: round(densities[layer] * SIZES[layer]) for layer in SIZES}
-            for step in range(1, 1 + run.config.surgery_steps):
-                error = course(run.config, step)
-                if stopping:
-                    raise Stopped('saved')
-                record = {'phase': 'surgery', 'step': step, 'validation_error': error}
-                run.on_record({**record, 'kept': kept})
-
-        monkeypatch.setattr(side_by_side, 'train_surgery', train_surgery)
-        fields = {'tolerance': 5.0, 'finetuning_steps': 0, 'surgery_steps': 5, **fields}
-        return make_config(reference='elsewhere', **fields)
-
-    return make
 
 
 def test_the_smallest_network_of_allowed_error_wins(make_played, capsys):
@@ -320,3 +255,43 @@ def test_workers_of_a_folder_go_in_one_by_one(tmp_path):
         assert stopping
     with trials._one_at_a_time(tmp_path / 'lock', []):
         pass
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'ramp': 'steep'}, '--ramp must be log'),
+        ({'ramp_start': '100%'}, 'must come after --ramp_start=100%'),
+        ({'ramp_start': 'soon'}, "--ramp_start or --stop: 'soon' must be a step"),
+        ({'stop': 'conv:3'}, "--stop: pattern 'conv'"),
+        (
+            {'space': 'compression', 'prune_biases': False, 'network': 'lenet300'},
+            '410 take no part',
+        ),
+    ],
+)
+def test_flags_that_fit_no_trial_are_refused_before_any(make_config, fields, message):
+    config = make_config(**fields)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        search.search(config)
+    assert not Path(config.workdir).exists()
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'tolerance': float('nan')}, '--tolerance must be finite in float32, but is nan'),
+        ({'tolerance': 1e39}, '--tolerance must be finite in float32, but is 1e'),
+        ({'learning_rate': 'warp:9'}, '--learning_rate: '),
+        ({'checkpoint_every': 3, 'record_every': 2}, '--checkpoint_every=3 must be a multiple'),
+    ],
+)
+def test_bad_flags(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        search.search(make_config(**fields))
+
+
+def test_a_folder_that_is_none_is_refused(make_config, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match=rf'^--workdir={tmp_path}/file must be a folder'):
+        search.search(make_config(workdir=str(tmp_path / 'file')))

@@ -3,9 +3,7 @@
 import flax.linen as nn
 import numpy as np
 import pytest
-from run_flags import (
-    TARGETS,
-)
+from run_flags import TARGETS
 
 from experiments.data import resident
 from experiments.networks import models
@@ -23,7 +21,7 @@ class Tiny(nn.Module):
 
 
 @pytest.fixture(scope='module')
-def data_dir(tmp_path_factory):
+def random_images(tmp_path_factory):
     """A folder with the caches of two data sets, of random images, and so no need for TFDS."""
     folder = tmp_path_factory.mktemp('data')
     (folder / 'dns_jax_cache').mkdir()
@@ -38,7 +36,7 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def make_config(data_dir, tmp_path_factory):
+def make_config(random_images, tmp_path_factory):
     """Makes the configuration of a tiny run with some fields of its own, in a new folder."""
 
     def make(**fields):
@@ -48,7 +46,7 @@ def make_config(data_dir, tmp_path_factory):
         short |= {'finetuning_steps': 2}
         if not any(name in fields for name in TARGETS):
             short |= {'c_rate': '1'}
-        return Config(**{'network': 'tiny', 'data_dir': str(data_dir), **short, **fields})
+        return Config(**{'network': 'tiny', 'data_dir': str(random_images), **short, **fields})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.NETWORKS, 'tiny', Tiny)

@@ -16,9 +16,7 @@ from run_flags import (
 )
 
 from experiments import lenet5
-from experiments.config.command_line import (
-    identify,
-)
+from experiments.config.command_line import identify
 from experiments.training.flags import Config
 
 

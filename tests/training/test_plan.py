@@ -8,11 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_flags import (
-    BY_DENSITY,
-    TARGETS,
-    parse,
-)
+from run_flags import BY_DENSITY, TARGETS, parse
 
 import dns_jax
 from experiments import lenet5

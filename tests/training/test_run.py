@@ -20,12 +20,11 @@ import opened
 import pytest
 
 from experiments.data import resident
-from experiments.reports import commits
 from experiments.reports import run_report as report
 from experiments.training import run, side_by_side
 from experiments.training.divergence import Diverged
 from experiments.training.flags import Config
-from experiments.training.phases import Stopped, stop_on_signals
+from experiments.training.phases import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 # Records come often, so that there is a good moment to interrupt the run; and the checkpoints
@@ -275,15 +274,6 @@ def test_a_signal_before_surgery_saves_its_first_records(make_config, whole, tmp
     assert steps_of(tmp_path / 'run', 'surgery') == [10]
 
 
-def test_signals_are_collected_and_given_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with stop_on_signals() as received:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert received == [signal.SIGINT, signal.SIGTERM]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
 def test_a_saved_reference_is_the_very_same_network(make_config, whole, tmp_path, capsys):
     fields = {'surgery_steps': 20, 'reference': str(whole[0]), 'stop': '', 'batch_size': 8}
     summary = run.run(make_config(tmp_path / 'run', **fields))
@@ -293,22 +283,6 @@ def test_a_saved_reference_is_the_very_same_network(make_config, whole, tmp_path
         assert summary[name] == saved[name]
     assert not (tmp_path / 'run' / 'checkpoints' / 'reference').exists()
     assert steps_of(whole[0], 'reference') == [250, 300]
-
-
-@pytest.mark.slow
-def test_lenet5_runs_and_its_report_has_no_map_of_pixels(make_config, tmp_path, capsys):
-    short = {'reference_steps': 2, 'surgery_steps': 2, 'record_every': 1, 'checkpoint_every': 1}
-    tables = {'c_rate': 'conv*:1,fc*:1', 'stop': 'fc1:1'}
-    summary = run.run(make_config(tmp_path / 'run', network='lenet5', **short, **tables))
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
-    assert (summary['parameters'], summary['network']) == (431_080, 'lenet5')
-    positions = {'conv1': 576, 'conv2': 64, 'fc1': 1, 'fc2': 1}
-    weights = {'conv1': 500, 'conv2': 25_000, 'fc1': 400_000, 'fc2': 5_000}
-    for layer, size in summary['per_layer'].items():
-        assert size['multiply_adds'] == positions[layer] * weights[layer]
-    page = (tmp_path / 'run' / 'report.html').read_text()
-    assert page.count('<img ') == 3
-    assert 'First layer' not in page
 
 
 @pytest.mark.parametrize(
@@ -420,10 +394,3 @@ def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
     (state,) = side_by_side.train_surgery([resumed], [resumed.initial], [])
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
     assert last_record(tmp_path / 'run')['step'] == good
-
-
-def test_a_commit_is_named_or_unknown(monkeypatch, tmp_path):
-    assert commits.describe_commit()
-    # A machine without git must not fail a run at its end.
-    monkeypatch.setenv('PATH', str(tmp_path))
-    assert commits.describe_commit() == 'unknown'

@@ -13,12 +13,7 @@ from experiments.config.command_line import identify
 from experiments.reports.records import METRICS_FILE
 from experiments.training import workdir
 from experiments.training.flags import Config
-from experiments.training.workdir import (
-    FLAGS_FILE,
-    LOCK_FILE,
-    Records,
-    release,
-)
+from experiments.training.workdir import FLAGS_FILE, LOCK_FILE, Records, release
 
 
 def config(folder, **fields):
