@@ -33,6 +33,7 @@ EXTRAS = {
     'dns_jax.files.sparse': {'safetensors'},
     'dns_jax.inference.kernels': {'scipy'},
 }
+MOST_LINES = 400  # of a file of tests
 MOST_FILES = 20  # in a folder, the commands left out
 
 
@@ -117,6 +118,46 @@ def test_commands_only_parse_and_delegate():
     """Those that start a run; tools have work of their own."""
     for name in ('lenet300', 'lenet5', 'alexnet', 'vgg16', 'own_loop'):
         assert len(MODULES[f'experiments.{name}'].read_text().splitlines()) < 60
+
+
+# Modules without a file of their own: what is asked of them is asked there, of what uses them.
+ASKED_WITH = {
+    # One run each, all by the same way.
+    **dict.fromkeys(('lenet300', 'lenet5', 'alexnet', 'vgg16'), 'commands/test_flags_of_commands'),
+    'data/archives': 'data/test_builders',
+    'devices/hosts': 'devices/test_distributed',
+    'reports/pages': 'reports/test_run_report',
+    'reports/plots': 'reports/test_run_report',
+    'reports/published': 'commands/test_frontier',
+    'reports/summaries': 'reports/test_run_report',
+    'reports/sweep_tables': 'commands/test_compare',
+    'reports/tables': 'reports/test_run_report',
+    'sweeps/flags': 'sweeps/test_space',
+    'sweeps/sweep': 'commands/test_frontier',
+    'sweeps/sweep_report': 'commands/test_frontier',
+    'training/image_flags': 'training/test_feeds',
+    'training/pruning': 'training/test_plan',
+    'training/side_by_side': 'training/test_run',
+    'training/task': 'training/test_run',
+}
+
+
+def test_every_module_has_its_tests():
+    """As tests/ROOM/test_MODULE.py, beside which may lie files of its subjects."""
+    for path in (*LIBRARY, *EXPERIMENTS):
+        top, *rooms, _ = path.relative_to(ROOT).parts
+        name = '/'.join([*rooms, path.stem])
+        room = rooms or ['method' if top == 'dns_jax' else 'commands']
+        wanted = '/'.join([*room, f'test_{path.stem.lstrip("_")}'])
+        if path.stem != '__init__':
+            found = ASKED_WITH.get(name, wanted) if top == 'experiments' else wanted
+            assert (ROOT / 'tests' / f'{found}.py').exists(), f'{name} has no tests/{found}.py'
+            assert found == wanted or not (ROOT / 'tests' / f'{wanted}.py').exists(), name
+
+
+def test_no_file_of_tests_is_longer_than_a_reader_bears():
+    for path in TESTS:
+        assert len(path.read_text().splitlines()) <= MOST_LINES, path
 
 
 # Whatever reads with these runs what a file says.

@@ -84,8 +84,7 @@ def test_latency_where_a_process_has_no_core_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'flags',
-    [{'batches': '0'}, {'batches': '1,'}, {'batches': 'x'}, {'break_even': True}],
+    'flags', [{'batches': '0'}, {'batches': '1,'}, {'batches': 'x'}, {'break_even': True}]
 )
 def test_latency_flags_that_do_not_fit(flags):
     with pytest.raises(ValueError, match=r'--batches|--break_even'):

@@ -1,23 +1,21 @@
 """Tests of xor: the points, the networks side by side, what is counted and drawn."""
 
 import csv
-import io
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
 from PIL import Image
 
 import dns_jax
 from experiments import xor
 from experiments.networks.models import Xor
-from experiments.reports import xor_plots
 from experiments.xor import XorConfig
 
 KEY = jax.random.key(3)
+
 
 pytestmark = pytest.mark.usefixtures('promotion')
 
@@ -169,32 +167,6 @@ def test_the_whole_thing(tmp_path, capsys):
         assert (folder / name).read_bytes().startswith(b'\x89PNG')
     with Image.open(folder / 'course.gif') as film:
         assert film.n_frames > 25
-
-
-def test_the_figure_is_the_share_of_networks_so_small():
-    (axes,) = xor_plots.smallest_figure({'a': [9, 12, None, 12], 'b': [None] * 4}).axes
-    line, other = axes.get_lines()
-    shares = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
-    assert [shares[count] for count in (8, 9, 11, 12, 21)] == [0, 25, 25, 75, 75]
-    assert not np.any(other.get_ydata())
-
-
-def test_pictures_tell_kept_from_pruned_and_returned(course):
-    own = jax.tree.map(lambda leaf: np.array(leaf[0]), course)
-    figure = xor_plots.course_figure(own, 200)
-    masks = np.concatenate([leaf.reshape(101, -1) for leaf in jax.tree.leaves(own.masks)], 1)
-    axes = figure.axes[-1]  # at the end
-    lines = axes.collections[0]
-    widths = lines.get_linewidths()
-    assert len(widths) == 21
-    kept = masks[-1].sum()
-    colours = [to_hex(colour).upper() for colour in lines.get_colors()]
-    returned = xor.count_returned(course)[0]
-    assert colours.count(xor_plots.GREEN) == returned
-    assert colours.count(xor_plots.BLUE) == kept - returned
-    assert colours.count('#BFBFBF') == 21 - kept
-    film = Image.open(io.BytesIO(xor_plots.animate(own, 200)))
-    assert film.format == 'GIF'
 
 
 @pytest.mark.parametrize(

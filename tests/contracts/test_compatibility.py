@@ -45,10 +45,7 @@ EXTRA = {
 }
 PER_EXAMPLE = ['dpsgd']  # wants the gradient of each example
 # Those that warn of themselves, all else that warns fails.
-WARNINGS = {
-    'dpsgd': '"seed" is deprecated',
-    'optimistic_adam': '`optimistic_adam` is deprecated',
-}
+WARNINGS = {'dpsgd': '"seed" is deprecated', 'optimistic_adam': '`optimistic_adam` is deprecated'}
 # What building blocks are given that do not work without.
 BLOCK_ARGUMENTS = {
     'adaptive_grad_clip': (0.3,),

@@ -6,62 +6,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 from transformations import (
-    all_transformations,
     before,
     each_active,
-    gradients_at,
     linen,
     make,
-    run,
-    whole_run,
 )
 
 from dns_jax import get_masks
-
-COMPANY = {
-    'after sgd': lambda transform: optax.chain(optax.sgd(0.1), transform),
-    'apply_if_finite': lambda transform: optax.apply_if_finite(before(transform), 3),
-    'inject_hyperparams': lambda transform: optax.inject_hyperparams(
-        lambda rate: optax.chain(transform, optax.sgd(rate))
-    )(rate=0.1),
-    'MultiSteps of 1': lambda transform: optax.MultiSteps(before(transform), 1),
-    'partition': lambda transform: optax.partition(
-        {'all': before(transform)}, lambda tree: jax.tree.map(lambda _: 'all', tree)
-    ),
-    'masked': lambda transform: optax.chain(
-        optax.masked(transform, lambda tree: jax.tree.map(lambda _: True, tree)), optax.sgd(0.1)
-    ),
-    'nested': lambda transform: optax.named_chain(
-        ('a', before(transform)), ('b', optax.identity())
-    ),
-}
-
-
-@pytest.mark.parametrize('company', COMPANY)
-@all_transformations
-@pytest.mark.slow
-def test_masks_do_not_depend_on_company(name, company):
-    weights, _, masks = whole_run(name)
-    # MultiSteps and its like mix int32 and float32 inside optax.
-    with jax.numpy_dtype_promotion('standard'):
-        other_weights, _, other = run(COMPANY[company](make(name)), linen())
-    chex.assert_trees_all_equal(masks, other)
-    chex.assert_trees_all_close(weights, other_weights, atol=1e-6)
-
-
-@all_transformations
-@pytest.mark.slow
-def test_optimizer_does_not_see_the_transformation(name):
-    params = linen()
-    for optimizer in (optax.adam(0.01), optax.sgd(0.1, 0.9)):
-        alone, state = params, optimizer.init(params)
-        with jax.numpy_dtype_promotion('standard'):
-            together, _, _ = run(optax.chain(make(name), optimizer), params, 5)
-            for count in range(5):
-                gradients = gradients_at(alone, jnp.int32(count))
-                updates, state = optimizer.update(gradients, state, alone)
-                alone = optax.apply_updates(alone, updates)
-        chex.assert_trees_all_close(alone, together, atol=1e-6)
 
 
 @each_active

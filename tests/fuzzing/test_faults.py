@@ -4,9 +4,7 @@ The network is tiny, and processes are forked from one that has imported everyth
 life is short. What a user sees of the entry scripts is asked in `test_run`.
 """
 
-import dataclasses
 import gc
-import itertools
 import json
 import multiprocessing
 import os
@@ -18,43 +16,16 @@ import time
 
 import opened
 import pytest
-from absl import logging
 from damaged_checkpoints import restore_damaged
-from tiny import Tiny, run_tiny
+from tiny import run_tiny
+from tiny_runs import FIELDS, outcome, run_in_short_stretches, steps_of
 
-from experiments.networks import models
 from experiments.reports.records import PHASES
-from experiments.training import divergence, run, side_by_side
-from experiments.training.flags import Config
-from experiments.training.phases import Stopped
+from experiments.training import run, side_by_side
 
-FIELDS = {
-    'dataset': 'digits',
-    'reference_steps': 400,
-    'surgery_steps': 600,
-    'finetuning_steps': 200,
-    'batch_size': 8,
-    'record_every': 10,
-    'checkpoint_every': 20,
-    'c_rate': 'fc1:0.5',
-    'stop': '400',
-}
+pytestmark = pytest.mark.usefixtures('tiny')
 # So that a record is made of several calls.
 LONG_RECORDS = FIELDS | {'record_every': 100, 'checkpoint_every': 100}
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, 'tiny', Tiny)
-
-
-@pytest.fixture(scope='module')
-def make_config(data_dir):
-    def make(workdir, **fields):
-        fields = {**FIELDS, 'data_dir': str(data_dir), **fields}
-        return Config(network='tiny', workdir=str(workdir), **fields)
-
-    return make
 
 
 @pytest.fixture(scope='module')
@@ -85,11 +56,6 @@ def start(start_process, data_dir, tmp_path_factory):
         return start_process(run_tiny, fields, errors)
 
     return start
-
-
-def outcome(folder):
-    """What a run computed: its records, and its network."""
-    return (folder / 'metrics.jsonl').read_text(), (folder / 'pruned.safetensors').read_bytes()
 
 
 def done(process):
@@ -193,34 +159,6 @@ def test_a_signal_saves_and_leaves_within_five_seconds(start, tmp_path, number, 
     assert json.loads(records[-1])['step'] == step // 100 * 100
 
 
-def steps_of(folder, phase):
-    names = [path.name for path in (folder / 'checkpoints' / phase).glob('*')]
-    return sorted(int(name) for name in names if name.isdigit())  # others are being written
-
-
-class EveryThird(list):
-    """Signals that seem to have come every third time that they are looked at."""
-
-    looked = 0
-
-    def __bool__(self):
-        self.looked += 1
-        return self.looked % 3 == 0
-
-
-def run_in_short_stretches(config, train_phase, *arguments, stopping):
-    """Stops a phase again and again; returns how often."""
-    for stretch in itertools.count():
-        opened_run = opened.open_run(
-            dataclasses.replace(config, resume=config.resume or stretch > 0)
-        )
-        try:
-            train_phase([opened_run], *arguments, stopping)
-        except Stopped:
-            continue
-        return stretch
-
-
 def test_stopped_after_every_call_a_run_ends_as_the_unbroken_one(make_config, tmp_path):
     short = LONG_RECORDS | {'reference_steps': 60, 'surgery_steps': 20, 'finetuning_steps': 0}
     opened.do(make_config(tmp_path / 'whole', **short))
@@ -308,100 +246,3 @@ def test_no_damage_to_a_checkpoint_brings_back_another_state(start_process, tmp_
     assert passed_over + steps.count(2) == len(steps)
     assert passed_over > len(steps) / 5
     compat('faults', row, f'{len(steps)} damages, {passed_over} led to the one before')
-
-
-# Decay turns the sign of all weights at every step, and makes them larger, twice too often.
-TOO_FAST = FIELDS | {'reference_steps': 20, 'surgery_steps': 60, 'finetuning_steps': 0}
-TOO_FAST |= {'record_every': 20, 'weight_decay': 500.0, 'learning_rate': 'fixed:0.01', 'stop': '10'}
-# A threshold above all weights.
-EMPTYING = TOO_FAST | {'weight_decay': 0.0, 'c_rate': 'fc1:50,fc2:0', 'surgery_steps': 40}
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    found = []
-    monkeypatch.setattr(logging, 'warning', lambda message, *values: found.append(message % values))
-    return found
-
-
-def test_a_loss_that_is_not_finite_is_named(make_config, tmp_path, compat):
-    compat('faults', 'a loss that is not finite', 'named with step and densities; last state kept')
-    with pytest.raises(divergence.Diverged) as caught:
-        opened.do(make_config(tmp_path / 'run', **TOO_FAST))
-    message = str(caught.value)
-    found = re.match(
-        r'the loss is not finite at step (\d+) of the surgery phase; the densities are fc1 99.99%, '
-        r'fc2 100.00%; the last good checkpoint is that of step 20 in ',
-        message,
-    )
-    assert 20 < int(found[1]) <= 40
-    assert steps_of(tmp_path / 'run', 'surgery') == [20]
-
-
-def test_a_layer_that_surgery_empties_is_named_and_foreseen(
-    make_config, tmp_path, warnings, compat
-):
-    compat('faults', 'a layer all pruned', 'foreseen; named with density and step')
-    with pytest.raises(
-        divergence.Diverged,
-        match=r'surgery has left nothing of fc1 at step 1 of the surgery phase; the densities are '
-        r'fc1 0.00%, fc2 \d+.\d+%; the last good checkpoint is none of this phase',
-    ):
-        opened.do(make_config(tmp_path / 'run', **EMPTYING))
-    (warning,) = warnings
-    assert warning.startswith('the threshold of fc1, ')
-
-
-@pytest.mark.parametrize('fields', [TOO_FAST, EMPTYING])
-def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings, fields, compat):
-    emptied = fields is EMPTYING
-    cause = 'a layer all pruned' if emptied else 'a loss that is not finite'
-    compat('faults', f'{cause}, --on_divergence=rollback', 'comes to its end, stopped or not')
-    fields = fields | {'on_divergence': 'rollback'}
-    (summary,) = opened.do(make_config(tmp_path / 'whole', **fields))
-    assert 1 <= summary['setbacks']['surgery'] <= divergence.MOST_SETBACKS
-    told = [one for one in warnings if 'going on from step' in one]
-    assert 1 <= len(told) <= divergence.MOST_SETBACKS
-    assert ('masks as they are there' in told[-1]) == emptied
-    # With masks that stay as they were before the first step, nothing is pruned.
-    assert (summary['kept'] == summary['parameters']) == emptied
-    # Stopped after three calls, which may all have gone back, a run forgets no setback.
-    config = make_config(tmp_path / 'run', reference=str(tmp_path / 'whole'), **fields)
-    dense = side_by_side.train_references([opened.open_run(config)], [])
-    config = dataclasses.replace(config, resume=True)
-    signals = EveryThird([signal.SIGTERM])
-    assert (
-        run_in_short_stretches(config, side_by_side.train_surgery, dense, stopping=signals)
-        >= 1 - emptied
-    )
-    opened.do(config)
-    records, network = outcome(tmp_path / 'whole')
-    surgery = [line for line in records.splitlines(keepends=True) if '"surgery"' in line]
-    assert outcome(tmp_path / 'run') == (''.join(surgery), network)
-
-
-def test_a_signal_saves_runs_that_wait_for_one_behind(make_config, tmp_path, monkeypatch, warnings):
-    """Of two side by side the first goes back at its third step; then a signal comes."""
-    fields = {'record_every': 1, 'checkpoint_every': 10, 'on_divergence': 'rollback'}
-    configs = [make_config(tmp_path / f'{seed}', seed=seed, **fields) for seed in (0, 1)]
-    stopping, looks = [], []
-
-    def find_breakdown(chunk, kept, params):
-        looks.append(chunk)
-        if len(looks) == 7:
-            stopping.append(signal.SIGTERM)
-        return divergence.Breakdown(1, 'played', False) if len(looks) == 5 else None
-
-    monkeypatch.setattr(divergence, 'find_breakdown', find_breakdown)
-    with pytest.raises(Stopped):
-        side_by_side.train_references(opened.open_runs(*configs), stopping)
-    assert max(steps_of(tmp_path / '0', 'reference')) == 1
-    assert max(steps_of(tmp_path / '1', 'reference')) == 3
-
-
-def test_a_run_goes_back_only_so_often(make_config, tmp_path, warnings):
-    fields = TOO_FAST | {'weight_decay': 1e30, 'on_divergence': 'rollback'}
-    with pytest.raises(divergence.Diverged, match='; the run had gone back 3 times'):
-        opened.do(make_config(tmp_path / 'run', **fields))
-    assert len(warnings) == 3
-    assert all('going on from step 0 with half the learning rate' in one for one in warnings)

@@ -135,7 +135,7 @@ def test_input_guided_by_coverage_is_refused_or_right(name, tmp_path, compat):
     if importlib.util.find_spec('atheris') is None:
         pytest.skip('atheris does not install here')
     compat('readers', f'{name}, guided by coverage')
-    script = Path(__file__).with_name('fuzz_atheris.py')
+    script = ROOT / 'tests' / 'tools' / 'fuzz_atheris.py'
     # From a shell: Linux counts as a program's what the process held that turned into it, and of
     # these tests' own process that is more than the fuzzer allows.
     command = ['sh', '-c', '"$@"; exit $?', 'sh', sys.executable, script, name]

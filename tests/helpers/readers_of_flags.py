@@ -203,9 +203,7 @@ READERS = {
     'command lines of XOR': command_lines(xor.XorConfig, '--seeds=9\n--noise=0.2\n--solved=5'),
     'command lines of the zoo': command_lines(zoo.ZooConfig, '--name=lenet5\n--workdir=runs/a'),
     'command lines of the bench': command_lines(
-        bench.BenchConfig,
-        '--rounds=4\n--peer_rounds=2',
-        f'--peer=python\n--peer_script={__file__}',
+        bench.BenchConfig, '--rounds=4\n--peer_rounds=2', f'--peer=python\n--peer_script={__file__}'
     ),
     'command lines of scale': command_lines(
         scale.ScaleConfig,

@@ -75,11 +75,7 @@ GOOD |= {'rows': 1, 'stride': 1, 'width': 2}
         ({'taps': TAPS._replace(positions=np.int32([0, 4]))}, ValueError, 'do not lie within'),
         ({'taps': TAPS._replace(positions=np.int64([0, 3]))}, TypeError, 'positions must be int32'),
         ({'taps': TAPS._replace(positions=np.int32([0, 2**31 - 1]))}, ValueError, 'do not lie'),
-        (
-            {'taps': TAPS._replace(starts=np.int32([0, 2**31 - 1, -2]))},
-            ValueError,
-            'must ascend',
-        ),
+        ({'taps': TAPS._replace(starts=np.int32([0, 2**31 - 1, -2]))}, ValueError, 'must ascend'),
         ({'taps': TAPS._replace(values=np.float32([1]))}, ValueError, 'and 1 values'),
         ({'taps': TAPS._replace(starts=np.int32([0, 3, 2]))}, ValueError, 'must ascend'),
         ({'taps': TAPS._replace(starts=np.int32([1, 1, 2]))}, ValueError, 'must ascend'),

@@ -251,8 +251,7 @@ ODD = {
 
 
 @pytest.mark.parametrize(
-    'odd',
-    [odd if odd == 'one NaN' else pytest.param(odd, marks=pytest.mark.slow) for odd in ODD],
+    'odd', [odd if odd == 'one NaN' else pytest.param(odd, marks=pytest.mark.slow) for odd in ODD]
 )
 def test_odd_weights_end_the_search_and_empty_no_layer(odd):
     pruner = surgery(

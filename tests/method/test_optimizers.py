@@ -65,10 +65,7 @@ def caffe(params, gradients, rates, momentum, decay, bias_scale, decay_biases=Tr
 )
 @pytest.mark.parametrize(
     'arguments',
-    [
-        *((0.9, 5e-4, 2.0), (0.0, 0.0, 1.0), (0.5, 0.1, 0.0), (0.9, 0.1, 3)),
-        (0.9, 0.1, 2.0, False),
-    ],
+    [*((0.9, 5e-4, 2.0), (0.0, 0.0, 1.0), (0.5, 0.1, 0.0), (0.9, 0.1, 3)), (0.9, 0.1, 2.0, False)],
 )
 def test_caffe_sgd_across_rate_changes(schedule, rates, arguments):
     params, gradients = start()

@@ -6,54 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from wandering import ALL, HISTORY, KEY, STEPS
+from pruned_by_hand import cut, expected, keep_largest, layer_arrays, masks_of
+from wandering import ALL, HISTORY, KEY
 
 import dns_jax
 from dns_jax import importance, pruners
 
 ROUNDS = (3, 20, 21, 40)
-
-
-def masks_of(transform):
-    """The masks after each step, through the transformation."""
-    state = transform.init(HISTORY[0][0])
-    update, seen = jax.jit(transform.update), []
-    for weights, gradients in HISTORY:
-        _, state = update(gradients, state, weights)
-        seen.append(jax.device_get(state.masks))
-    return seen
-
-
-def layer_arrays(tree, masks):
-    """Each layer's numbers and masks, as two flat arrays."""
-    return {
-        layer: tuple(
-            np.concatenate([part[layer][leaf].ravel() for leaf in sorted(part[layer])])
-            for part in (tree, masks)
-        )
-        for layer in tree
-    }
-
-
-def cut(tree, masks, thresholds):
-    """Prunes what is below the threshold of its layer; what is gone stays gone."""
-    return {
-        layer: {
-            leaf: mask & (np.abs(tree[layer][leaf]) >= thresholds[layer])
-            for leaf, mask in leaves.items()
-        }
-        for layer, leaves in masks.items()
-    }
-
-
-def expected(prune):
-    """The masks after each step; `prune(step, weights, gradients, masks)` gives the new ones."""
-    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), HISTORY[0][0])
-    seen = []
-    for step, (weights, gradients) in enumerate(HISTORY):
-        masks = prune(step, weights, gradients, masks)
-        seen.append(masks)
-    return seen
 
 
 def check(transform, prune):
@@ -81,15 +40,6 @@ def test_han_prunes_by_the_deviation_of_what_is_left():
         return cut(weights, masks, thresholds)
 
     check(pruners.han(C_RATES, ROUNDS, KEY, **ALL), prune)
-
-
-def keep_largest(tree, masks, densities):
-    """Keeps of every layer the largest among those it still has."""
-    thresholds = {}
-    for layer, (numbers, kept) in layer_arrays(tree, masks).items():
-        count = max(round(densities[layer] * numbers.size), 1)
-        thresholds[layer] = np.sort(np.abs(numbers * kept))[-count]
-    return cut(tree, masks, thresholds)
 
 
 def test_one_shot_prunes_once():
@@ -147,45 +97,6 @@ def test_surgery_without_splicing():
         return cut(weights, masks, thresholds)
 
     check(dns_jax.surgery(rules, KEY, splicing=False, **ALL), prune)
-
-
-def test_surgery_may_go_by_another_importance():
-    """With splicing the numbers of pruned connections count, and they return."""
-    rule = dns_jax.Rule(dns_jax.layer_density(0.3, 0.0), dns_jax.update_probability(power=0), 1)
-    found = masks_of(dns_jax.surgery(rule, KEY, importance=importance.taylor, **ALL))
-
-    def prune(step, weights, gradients, masks):
-        tree = jax.tree.map(lambda w, g: w * g, weights, gradients)
-        everything = jax.tree.map(np.ones_like, masks)
-        return keep_largest(tree, everything, {'fc1': 0.3, 'fc2': 0.3})
-
-    for one, other in zip(found, expected(prune), strict=True):
-        for mask, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            np.testing.assert_array_equal(mask, right)
-
-
-def test_chance_knows_nothing_of_the_weights():
-    pruner = pruners.one_shot(0.3, 0, KEY, importance=importance.chance, **ALL)
-    weights, gradients = HISTORY[0]
-    _, state = pruner.update(gradients, pruner.init(weights), weights)
-    larger = jax.tree.map(lambda leaf: 10 * leaf + 1, weights)
-    _, other = pruner.update(gradients, pruner.init(larger), larger)
-    for one, two in zip(*map(jax.tree.leaves, (state.masks, other.masks)), strict=True):
-        np.testing.assert_array_equal(one, two)
-    assert dns_jax.count_kept(state.masks) == {'fc1': 21, 'fc2': 12}
-    again = pruners.one_shot(0.3, 0, jax.random.key(1), importance=importance.chance, **ALL)
-    _, again = again.update(gradients, again.init(weights), weights)
-    assert not (again.masks['fc1']['kernel'] == state.masks['fc1']['kernel']).all()
-
-
-def test_chance_draws_anew_at_every_step_and_leaf():
-    key = jax.random.key(3)
-    numbers = importance.chance(key, {'a': jnp.zeros(9), 'b': jnp.zeros(9)}, {})
-    assert not (numbers['a'] == numbers['b']).any()
-    assert all(((leaf > 0) & (leaf <= 1)).all() for leaf in numbers.values())
-    rule = dns_jax.Rule(dns_jax.layer_density(0.3, 0.0), dns_jax.update_probability(power=0), 1)
-    masks = masks_of(dns_jax.surgery(rule, KEY, importance=importance.chance, **ALL))
-    assert len({mask['fc1']['kernel'].tobytes() for mask in masks}) == STEPS
 
 
 def test_what_all_layers_share_is_divided_among_them():

@@ -63,10 +63,7 @@ def test_mesh_of_eight_devices(mesh, rules, move):
 
 @pytest.mark.parametrize(
     ('axis_type', 'axes'),
-    [
-        (jax.sharding.AxisType.Auto, ('x',)),
-        (jax.sharding.AxisType.Explicit, (None, 'x')),
-    ],
+    [(jax.sharding.AxisType.Auto, ('x',)), (jax.sharding.AxisType.Explicit, (None, 'x'))],
 )
 def test_density_on_meshes_of_both_kinds(axis_type, axes):
     mesh = jax.make_mesh((8,), ('x',), (axis_type,), devices=jax.devices('cpu')[:8])

@@ -19,7 +19,8 @@ from pathlib import Path
 def main():
     import atheris  # here, for pytest imports this file where there is none
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:0] = [str(root), str(root / 'tests' / 'helpers')]
     with atheris.instrument_imports(include=['dns_jax', 'experiments']):
         from readers import READERS
     name, *options = sys.argv[1:] or ['']
