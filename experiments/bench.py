@@ -83,13 +83,13 @@ def compile_call(name: str, kind: str) -> TimedCall:
 
     Args:
       name: of the network.
-      kind: of `timing.KINDS`; thresholds by density are refreshed once in the call.
+      kind: of `timing.RULES`; thresholds by density are refreshed once in the call.
 
     Returns:
       The call.
     """
     network, steps = models.NETWORKS[name](), _STEPS_PER_CALL[name]
-    optimizer = timing.make_optimizer(kind, refresh_every=steps)
+    optimizer = timing.make_timed_optimizer(kind, refresh_every=steps)
     random = np.random.default_rng(0)
     images = jnp.asarray(random.integers(0, 256, (_EXAMPLES, 28, 28, 1), np.uint8))
     labels = jnp.asarray(random.integers(0, 10, _EXAMPLES, np.int32))
@@ -126,7 +126,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
       OSError: if the peer cannot be started.
       RuntimeError: if the peer fails.
     """
-    keys = list(itertools.product(_STEPS_PER_CALL, timing.KINDS))
+    keys = list(itertools.product(_STEPS_PER_CALL, timing.RULES))
     programs = {
         key: compile_call(*key) for key in progress.bar(keys, 'compiling', unit=' programs')
     }
@@ -142,7 +142,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
     table: dict[str, Any] = {}
     for name in _STEPS_PER_CALL:
-        dense, surgery, density = (np.array(times[name, kind]) for kind in timing.KINDS)
+        dense, surgery, density = (np.array(times[name, kind]) for kind in timing.RULES)
         table[name] = {
             'dense_ms': float(np.median(dense)),
             'surgery_ms': float(np.median(surgery)),
@@ -195,7 +195,7 @@ def _run_peer(python: str, script: str) -> dict[str, Any]:
 
 
 def bench(config: BenchConfig) -> None:
-    """Prints the table, and as the last line the same as one JSON object."""
+    """Prints the table, and for programs the same as JSON."""
     table = measure(config)
     peer = table.get('peer', {})
     print(f'{timing.describe_device()}, batch {_BATCH_SIZE}')

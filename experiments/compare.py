@@ -36,7 +36,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
       One row for each run, of the columns of `compare.csv`.
 
     Raises:
-      As `experiments.training.run.run` does.
+      As `experiments.sweeps.sweep.run_all` does.
     """
     runs = config.named_runs()
     plans = {run: make_plan(run) for _, run in runs}

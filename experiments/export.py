@@ -23,7 +23,7 @@ from dns_jax.inference.chain import chain_to_json
 from dns_jax.inference.runners import choose_kinds, jax_runner
 from experiments.artefacts.caffe_names import write_caffemodel
 from experiments.artefacts.loading import Model, load_model
-from experiments.artefacts.tuning import finetune
+from experiments.artefacts.tuning import tune
 from experiments.config import command_line
 from experiments.config.command_line import check_finite, flag, names_of
 from experiments.config.parsers import parse_table
@@ -102,7 +102,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Writes the file, and prints its size, and as the last line the same as JSON.
+    """Writes the file, and prints its size, for programs as JSON.
 
     Args:
       config: which network and what format.
@@ -187,7 +187,7 @@ def _write_coded(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
         'seed': config.seed,
     }
     if config.finetuning_steps:
-        shared = finetune(network, model.params, shared, dataset.train, **options)
+        shared = tune(network, model.params, shared, dataset.train, **options)
     save_coded(path, shared)
     error, written = make_error(network, models.MNIST_INPUT), expand(*load_coded(path)[:3])
     splits = {'': dataset.test}

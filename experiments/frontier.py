@@ -33,7 +33,7 @@ def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
       One row for each run, of the columns of `frontier.csv`.
 
     Raises:
-      As `experiments.training.run.run` does.
+      As `experiments.sweeps.sweep.run_all` does.
     """
     plans = {run: make_plan(run) for _, run in config.named_runs()}
     # What takes long to import comes once nothing is left to refuse.

@@ -76,7 +76,7 @@ class LatencyConfig:
 
 
 def measure(config: LatencyConfig) -> dict[str, Any]:
-    """Times every way to run a network, prints the tables, and as the last line all as JSON.
+    """Times every way to run a network, and prints the tables, for programs as JSON.
 
     Args:
       config: which network and what batches.

@@ -186,7 +186,7 @@ def _measure_step(config: ScaleConfig, machine: Machine) -> dict[str, Any]:
         config.compute_dtype,
         config.batch_size or machine.batch_size,
     )
-    plans = {kind: plan(task, kind, config.options()) for kind in timing.KINDS}
+    plans = {kind: plan(task, kind, config.options()) for kind in timing.RULES}
     row = {
         'network': config.network,
         'width': config.width,

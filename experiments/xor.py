@@ -189,7 +189,7 @@ def solve(config: XorConfig) -> dict[str, Any]:
       config: from the command line.
 
     Returns:
-      What is printed as the last line, as JSON.
+      What is printed for programs, as JSON.
 
     Raises:
       OSError: if the folder cannot be written.

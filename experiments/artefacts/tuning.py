@@ -24,7 +24,7 @@ from experiments.networks.models import MNIST_INPUT
 _CHUNK = 200  # steps of one compiled call
 
 
-def finetune(
+def tune(
     network: nn.Module,
     params: dns_jax.Params,
     shared: SharedNetwork,

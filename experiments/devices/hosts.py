@@ -103,14 +103,14 @@ def on_first(action: Callable[[], Any]) -> None:
             action()
         except Exception as error:  # Whatever it is, the others wait to hear of it.
             failure = error
-    failed = highest(failure is not None)
+    failed = max_over_processes(failure is not None)
     if failure is not None:
         raise failure
     if failed:
         raise RuntimeError('the first process could not go on; its own message says why')
 
 
-def highest(number: int) -> int:
+def max_over_processes(number: int) -> int:
     """Finds the highest number that any process gives.
 
     Args:

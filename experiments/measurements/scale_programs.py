@@ -95,13 +95,13 @@ def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> Com
 
     Args:
       task: the network and its batches.
-      kind: of `timing.KINDS`; thresholds by density are refreshed at every step.
+      kind: of `timing.RULES`; thresholds by density are refreshed at every step.
       options: of XLA.
 
     Returns:
       The step.
     """
-    optimizer = timing.make_optimizer(kind, refresh_every=1)
+    optimizer = timing.make_timed_optimizer(kind, refresh_every=1)
 
     def init() -> train.TrainState:
         images = jnp.zeros((1, *task.image_shape))
@@ -168,7 +168,7 @@ def count_flop(task: Task) -> dict[str, int]:
       `{multiply_adds, flop}`: of one image forward, and of a step.
     """
     params = models.shapes(task.network, task.image_shape)
-    places = models.positions(task.network, task.image_shape)
+    places = models.count_positions(task.network, task.image_shape)
     products = {name: params[name]['kernel'].size * places.get(name, 1) for name in sorted(params)}
     total, first = sum(products.values()), next(iter(products.values()))
     return {'multiply_adds': total, 'flop': 2 * task.batch_size * (3 * total - first)}

@@ -13,14 +13,14 @@ import threadpoolctl
 import dns_jax
 from experiments.config.command_line import is_flag
 
-KINDS = {
+RULES = {
     'dense': None,
     'surgery': dns_jax.mean_std(c_rate=1.0),
     'density': dns_jax.global_density(0.02),
 }
 
 
-def make_optimizer(kind: str, refresh_every: int) -> optax.GradientTransformation:
+def make_timed_optimizer(kind: str, refresh_every: int) -> optax.GradientTransformation:
     """Makes the optimizer of a step that is timed.
 
     Args:
@@ -31,7 +31,7 @@ def make_optimizer(kind: str, refresh_every: int) -> optax.GradientTransformatio
     Returns:
       Caffe's SGD behind surgery.
     """
-    rules, thresholds = {}, KINDS[kind]
+    rules, thresholds = {}, RULES[kind]
     if thresholds:
         every = refresh_every if kind == 'density' else 0
         rules['*'] = dns_jax.Rule(thresholds, dns_jax.update_probability(power=0), every)

@@ -234,7 +234,7 @@ def shapes(network: nn.Module, image_shape: Sequence[int]) -> Any:
     return jax.eval_shape(network.init, jax.random.key(0), images)['params']
 
 
-def positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
+def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
     """Counts at how many places of one example each layer applies its kernel.
 
     Args:

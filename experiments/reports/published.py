@@ -6,7 +6,7 @@ from typing import Any
 # What others published on MNIST: (who, compression, test error in percent); an error that they
 # give only as "no drop" is None.
 Errors = tuple[tuple[str, float, float | None], ...]
-ERRORS: dict[str, Errors] = {
+PUBLISHED_ERRORS: dict[str, Errors] = {
     'lenet300': (
         ('Han et al. 2015', 12, 1.59),
         ('Guo et al. 2016 (the paper)', 56, 1.99),
@@ -50,4 +50,4 @@ LAYER_SHARES = {
 
 def find_errors(rows: Sequence[Mapping[str, Any]]) -> Errors:
     """Returns what others have on the network and data set of some runs; nothing off MNIST."""
-    return ERRORS.get(rows[0]['network'], ()) if rows[0]['dataset'] == 'mnist' else ()
+    return PUBLISHED_ERRORS.get(rows[0]['network'], ()) if rows[0]['dataset'] == 'mnist' else ()

@@ -157,7 +157,7 @@ class Checkpoints:
             except OSError as error:
                 logging.warning('%s', error)
             # All processes go on from one checkpoint, so none may miss its part.
-            if hosts.highest(state is None):
+            if hosts.max_over_processes(state is None):
                 damaged.append(candidate)
                 continue
             hosts.on_first(functools.partial(self._set_aside, damaged))

@@ -26,7 +26,7 @@ def finish(
     """Measures what a run has made, and writes the pruned network and the report.
 
     Args:
-      run: which.
+      run: the one that ends.
       reference: the weights of the dense network.
       final: the state at the end.
       seconds: that it took, for the summary.
@@ -63,7 +63,7 @@ def _summarise(run: Run, reference: Any, final: steps.TrainState) -> dict[str, A
     """Measures sizes and errors, and reads the test split."""
     task = run.task
     pruned = dns_jax.apply_masks(final.params, final.masks)
-    positions = models.positions(task.network, task.feed.image_shape)
+    positions = models.count_positions(task.network, task.feed.image_shape)
     sizes = dns_jax.measure_sizes(final.params, final.masks, positions)
     return {
         'network': run.identity['network'],

@@ -171,7 +171,7 @@ def train_side_by_side(
                 course.advance(state, chunk)
             bar.update(first.done - bar.n)
             bar.set_postfix(first.progress)
-            stop = hosts.highest(stopping[0] if stopping else 0)
+            stop = hosts.max_over_processes(stopping[0] if stopping else 0)
             # On a signal also those that wait for others to catch up.
             for course in courses if stop else group:
                 if stop or course.done == phase.steps or not course.done % flags.checkpoint_every:

@@ -83,7 +83,7 @@ def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def get_returns(opt_state: optax.OptState) -> ReturnsState | None:
+def find_returns(opt_state: optax.OptState) -> ReturnsState | None:
     """Finds what `count_returns` remembers.
 
     Args:

@@ -16,6 +16,46 @@ from experiments.training.steps import TrainState
 from experiments.training.workdir import CHECKPOINTS_FOLDER, read_flags
 
 
+def check(path: Path, flags: Mapping[str, Any]) -> None:
+    """Refuses a reference network that a run cannot start from, without reading its weights.
+
+    Args:
+      path: a `.caffemodel` file or the folder of a run.
+      flags: what decides the numbers of the run that is to start.
+
+    Raises:
+      ValueError: if the network is another one, or may have been trained on the images that this
+        run validates with.
+      OSError: if there is none.
+    """
+    if path.suffix == '.caffemodel':
+        if not flags['train_on_all']:
+            raise ValueError(
+                f'--reference={path} was trained elsewhere, perhaps on images with which this run '
+                'would validate; it must be given with --train_on_all'
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f'--reference={path} is no file')
+        return
+    if not _checkpoints(path).is_dir():
+        raise FileNotFoundError(f'--reference={path} has no {_checkpoints(path)}')
+    theirs = read_flags(path)
+    # With train_on_all another run has seen the images that this one validates with.
+    for name in ('network', 'dataset', 'train_on_all'):
+        if theirs.get(name) != flags[name]:
+            raise ValueError(
+                f'--reference={path} is of a run with {name} {theirs.get(name)!r}; wanted '
+                f'{flags[name]!r}'
+            )
+    steps = theirs.get('reference_steps')
+    if not isinstance(steps, int):
+        raise ValueError(f'--reference={path} has flags with {steps!r} for reference_steps')
+
+
+def _checkpoints(folder: Path) -> Path:
+    return folder / CHECKPOINTS_FOLDER / 'reference'
+
+
 def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
     """Reads the reference network that a run is to start from.
 
@@ -32,6 +72,7 @@ def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Para
         validates with, or is damaged.
       OSError: if there is none, or it cannot be read.
     """
+    check(path, flags)
     read_it = _of_caffe if path.suffix == '.caffemodel' else _of_run
     params = read_it(path, flags, like)
     # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
@@ -39,34 +80,14 @@ def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Para
     return jax.tree.map(jnp.asarray, meshes.to_host(params))
 
 
-def _of_run(folder: Path, own: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
-    checkpoints_folder = folder / CHECKPOINTS_FOLDER / 'reference'
-    if not checkpoints_folder.is_dir():
-        raise FileNotFoundError(f'--reference={folder} has no {checkpoints_folder}')
-    flags = read_flags(folder)
-    # With train_on_all another run has seen the images that this one validates with.
-    for name in ('network', 'dataset', 'train_on_all'):
-        if flags.get(name) != own[name]:
-            raise ValueError(
-                f'--reference={folder} is of a run with {name} {flags.get(name)!r}; wanted '
-                f'{own[name]!r}'
-            )
-    steps = flags.get('reference_steps')
-    if not isinstance(steps, int):
-        raise ValueError(
-            f'--reference={folder} is of a run with reference_steps {steps!r}; wanted a whole '
-            'number'
-        )
-    with Checkpoints(checkpoints_folder) as checkpoints:
+def _of_run(folder: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
+    del flags
+    steps = read_flags(folder)['reference_steps']
+    with Checkpoints(_checkpoints(folder)) as checkpoints:
         return checkpoints.restore(like, steps)[1].params
 
 
 def _of_caffe(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
-    if not flags['train_on_all']:
-        raise ValueError(
-            f'--reference={path} was trained elsewhere, perhaps on images with which this run '
-            'would validate; it must be given with --train_on_all'
-        )
     network = caffe_names.read_caffemodel(path, flags['network'])
     found, wanted = (jax.tree.map(np.shape, params) for params in (network.params, like.params))
     if found != wanted:

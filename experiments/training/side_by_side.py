@@ -44,7 +44,7 @@ def run_together(
         trained = time.perf_counter()
         operated = train_surgery(runs, dense, stopping)
         # Before fine-tuning, which donates the states.
-        returns = [probes.get_returns(state.opt_state) for state in operated]
+        returns = [probes.find_returns(state.opt_state) for state in operated]
         finals = finetune(runs, operated, stopping)
     now = time.perf_counter()
     seconds = {'seconds': round(now - started, 1), 'pruning_seconds': round(now - trained, 1)}

@@ -40,7 +40,7 @@ def claim(
         a run with other flags on --resume, or holds other things than a run.
       OSError: if another process has the folder, or it cannot be written.
     """
-    _check_claim(folder, flags, resume, overwrite)
+    check_claim(folder, flags, resume, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
@@ -49,7 +49,7 @@ def claim(
     except OSError as error:
         raise _not_writable(folder, error) from error
     # What another run did meanwhile counts.
-    _check_claim(folder, flags, resume, overwrite)
+    check_claim(folder, flags, resume, overwrite)
     if overwrite:
         _delete_run(folder)
     try:
@@ -84,7 +84,8 @@ def _identify(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _check_claim(folder: Path, flags: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+def check_claim(folder: Path, flags: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that `claim` would refuse, as far as can be seen without a claim."""
     if (folder / FLAGS_FILE).exists():
         recorded = read_flags(folder)
         if not (overwrite or resume):

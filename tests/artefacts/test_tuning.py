@@ -8,7 +8,7 @@ import pytest
 
 from dns_jax.files.codec import load_coded, save_coded
 from dns_jax.files.sharing import expand, round_codebooks, share_weights
-from experiments.artefacts.tuning import finetune, nearest
+from experiments.artefacts.tuning import nearest, tune
 from experiments.data.resident import Split
 from experiments.networks.models import MNIST_INPUT
 from experiments.training.steps import make_loss
@@ -49,7 +49,7 @@ def shared(params):
 
 
 def test_codebooks_learn_and_nothing_else_changes(split, params, shared):
-    tuned = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
+    tuned = tune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
     loss = make_loss(Small(), MNIST_INPUT)
     before, after = (loss(expand(*network[:3]), split) for network in (shared, tuned))
     assert after < 0.9 * before
@@ -63,7 +63,7 @@ def test_codebooks_learn_and_nothing_else_changes(split, params, shared):
 
 def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, params, shared):
     options = OPTIONS | {'steps': 1, 'learning_rate': 0.5}
-    tuned = finetune(Small(), params, shared, split, tuned='codebooks', **options)
+    tuned = tune(Small(), params, shared, split, tuned='codebooks', **options)
     for layer, book in shared.codebooks.items():
         moved = np.abs(tuned.codebooks[layer] - book)
         np.testing.assert_allclose(moved[moved > 0], 0.5, rtol=0.02)
@@ -72,8 +72,8 @@ def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, params, shared)
 
 def test_weights_that_choose_do_better(split, params, shared):
     loss = make_loss(Small(), MNIST_INPUT)
-    alone = finetune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
-    chosen = finetune(Small(), params, shared, split, tuned='weights', **OPTIONS)
+    alone = tune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
+    chosen = tune(Small(), params, shared, split, tuned='weights', **OPTIONS)
     assert loss(expand(*chosen[:3]), split) < loss(expand(*alone[:3]), split)
     jax.tree.map(np.testing.assert_array_equal, chosen.masks, shared.masks)
     changed = jax.tree.map(
@@ -89,7 +89,7 @@ def test_weights_that_choose_do_better(split, params, shared):
 def test_result_is_what_its_file_holds_and_repeats(tmp_path, split, params, shared, kind):
     def run(**options):
         options = OPTIONS | {'steps': 5} | options
-        return finetune(Small(), params, shared, split, tuned=kind, **options)
+        return tune(Small(), params, shared, split, tuned=kind, **options)
 
     tuned = run()
     save_coded(tmp_path / 'network', tuned)
@@ -117,6 +117,6 @@ def test_a_layer_without_kept_weights(split, params):
     assert not shared.codebooks['fc1'].size
     options = OPTIONS | {'steps': 2}
     for kind in ('codebooks', 'weights'):
-        tuned = finetune(Small(), params, shared, split, tuned=kind, **options)
+        tuned = tune(Small(), params, shared, split, tuned=kind, **options)
         assert not tuned.codebooks['fc1'].size
         assert (tuned.codebooks['fc2'] != shared.codebooks['fc2']).any()

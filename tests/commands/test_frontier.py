@@ -186,7 +186,7 @@ def test_figure_shows_runs_medians_and_published_points(network, dataset):
     dots = axes.collections[0].get_offsets()
     np.testing.assert_allclose(dots, [(r['compression'], r['test_error']) for r in rows])
     labels = axes.get_legend_handles_labels()[1]
-    errors_of = published.ERRORS.get(network, ()) if dataset == 'mnist' else ()
+    errors_of = published.PUBLISHED_ERRORS.get(network, ()) if dataset == 'mnist' else ()
     assert sorted(labels[1:]) == sorted(['here, each run', *(who for who, _, _ in errors_of)])
     places = [tuple(*collection.get_offsets()) for collection in axes.collections[1:]]
     wanted = [(x, error) for _, x, error in errors_of if error is not None]

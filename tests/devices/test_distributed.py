@@ -70,7 +70,7 @@ def test_alone_the_first_acts_and_its_errors_pass():
     hosts.on_first(lambda: done.append(1))
     assert done == [1]
     assert hosts.is_first()
-    assert hosts.highest(7) == 7
+    assert hosts.max_over_processes(7) == 7
     for kind in (ValueError, OSError):
         with pytest.raises(kind, match='a reason'):
             hosts.on_first(lambda kind=kind: (_ for _ in ()).throw(kind('a reason')))

@@ -18,9 +18,9 @@ def test_one_core():
     assert os.sched_getaffinity(0) == before
 
 
-@pytest.mark.parametrize('kind', timing.KINDS)
+@pytest.mark.parametrize('kind', timing.RULES)
 def test_a_step_prunes_but_where_it_is_dense(kind):
-    optimizer = timing.make_optimizer(kind, refresh_every=2)
+    optimizer = timing.make_timed_optimizer(kind, refresh_every=2)
     params = {'fc': {'kernel': jnp.arange(200.0).reshape(20, 10)}}
     _, state = optimizer.update(params, optimizer.init(params), params)
     kept = sum(dns_jax.count_kept(dns_jax.get_masks(state)).values())

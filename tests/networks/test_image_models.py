@@ -68,7 +68,7 @@ def test_sizes_of_the_networks_for_colour_images(name, parameters, multiply_adds
     network, inputs = models.NETWORKS[name](), models.INPUTS[name]
     image_shape = (inputs.size, inputs.size, len(inputs.mean))
     params, logits = shapes_of(network, image_shape)
-    positions = models.positions(network, image_shape)
+    positions = models.count_positions(network, image_shape)
     found = {
         layer: (
             leaves['kernel'].shape,

@@ -104,12 +104,12 @@ def test_logits_have_one_column_per_class(name):
     ('name', 'expected'), [('lenet300', {}), ('lenet5', {'conv1': 24 * 24, 'conv2': 8 * 8})]
 )
 def test_positions_are_those_of_the_convolutions(name, expected):
-    assert models.positions(models.NETWORKS[name](), IMAGE_SHAPE) == expected
+    assert models.count_positions(models.NETWORKS[name](), IMAGE_SHAPE) == expected
 
 
 def test_positions_follow_the_size_of_the_image():
     network = models.NETWORKS['lenet5']()
-    assert models.positions(network, (36, 28, 1)) == {'conv1': 32 * 24, 'conv2': 12 * 8}
+    assert models.count_positions(network, (36, 28, 1)) == {'conv1': 32 * 24, 'conv2': 12 * 8}
 
 
 def convolve_by_products(images, kernel):
@@ -139,7 +139,7 @@ def convolve(images, kernel):
         window_strides=(1, 1),
         padding='VALID',
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        precision='highest',
+        precision='max_over_processes',
     )
 
 

@@ -66,7 +66,7 @@ def test_returns_are_those_of_the_course():
         returned |= mask & ~before
         pruned |= ~mask
         before = mask
-    found = probes.get_returns(state)
+    found = probes.find_returns(state)
     np.testing.assert_array_equal(found.pruned['fc1']['kernel'], pruned)
     np.testing.assert_array_equal(found.returned['fc1']['kernel'], returned)
     assert not found.returned['scale']
@@ -75,7 +75,7 @@ def test_returns_are_those_of_the_course():
 
 def test_nothing_is_found_where_nothing_was_counted():
     state = dns_jax.surgery(RULE, jax.random.key(0)).init(weights_at(0))
-    assert probes.get_returns((state, ())) is None
+    assert probes.find_returns((state, ())) is None
 
 
 def test_as_many_others_are_removed():
