@@ -25,13 +25,13 @@ from transformations import (
 
 from dns_jax import apply_masks, get_masks
 
-# All in half precision, which the other tests have not, and two on every tree.
-EVERYWHERE = ('surgery', 'a density over all')
+# All in half precision, which the other tests have not, one on every tree, and one on odd ones.
+EVERYWHERE = {'surgery': TREES, 'a density over all': ('bare array', 'module with None', 'float16')}
 on_all_trees = pytest.mark.parametrize(
     ('name', 'tree'),
     [
         (name, tree)
-        if tree == 'bfloat16' or name in EVERYWHERE
+        if tree == 'bfloat16' or tree in EVERYWHERE.get(name, ())
         else pytest.param(name, tree, marks=pytest.mark.slow)
         for name, tree in itertools.product(TRANSFORMATIONS, TREES)
     ],
