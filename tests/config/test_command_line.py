@@ -127,7 +127,6 @@ def test_json_is_for_programs(is_terminal, printed, capsys, monkeypatch):
     [
         (['--help'], 0, 'stdout'),
         (['--helpshort'], 0, 'stdout'),
-        (['--bogus', '--help'], 1, 'stderr'),
         (['--seed=half'], 1, 'stderr'),
     ],
 )

@@ -1,7 +1,6 @@
 """Tests of devices.progress: bars on a terminal, a line now and then elsewhere."""
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import pty
@@ -11,11 +10,13 @@ import termios
 import threading
 import time
 
+import opened
 import pytest
 from absl import logging
 from tiny import Tiny
 
 from experiments import frontier, search
+from experiments.config import command_line
 from experiments.devices import hosts, progress
 from experiments.networks import models
 from experiments.sweeps.flags import FrontierConfig, SearchConfig
@@ -34,7 +35,8 @@ def make(data_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(models.NETWORKS, 'tiny', Tiny)
 
     def make(config_type, **fields):
-        return config_type(**SHORT, **fields, data_dir=str(data_dir), workdir=str(tmp_path / 'run'))
+        places = {'data_dir': str(data_dir), 'workdir': str(tmp_path / 'run')}
+        return command_line.make(config_type, **SHORT, **fields, **places)
 
     return make
 
@@ -143,7 +145,7 @@ def test_a_run_without_a_terminal_says_where_it_is(make, monkeypatch, capsys):
 def test_short_runs_show_nothing_without_a_terminal(make, capsys):
     run.run(make(Config, compression=4.0))
     sweep = make(FrontierConfig, compressions='4', seeds=2)
-    frontier.frontier(dataclasses.replace(sweep, workdir=f'{sweep.workdir}s'))
+    frontier.frontier(opened.change(sweep, workdir=f'{sweep.workdir}s'))
     assert capsys.readouterr().err == ''
 
 

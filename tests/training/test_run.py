@@ -390,7 +390,8 @@ def test_the_last_good_checkpoint_is_good(make_config, whole, tmp_path):
     config = make_config(tmp_path / 'other', **{**short, 'surgery_steps': good}, **rate)
     resumed = opened.open_run(config)
     shutil.copytree(tmp_path / 'run' / 'checkpoints', tmp_path / 'other' / 'checkpoints')
-    resumed.config = dataclasses.replace(config, resume=True)
+    again = dataclasses.replace(config, resume=True)
+    resumed.plan = dataclasses.replace(resumed.plan, config=again)
     (state,) = side_by_side.train_surgery([resumed], [resumed.initial], [])
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
     assert last_record(tmp_path / 'run')['step'] == good
