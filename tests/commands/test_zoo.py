@@ -71,7 +71,8 @@ def test_a_coded_network_is_that_of_the_zoo(path):
     encoder, fed = Encoder(), np.zeros(0, bool)
     for _, mask in sorted(jax.tree.leaves_with_path(network.masks), key=lambda leaf: str(leaf[0])):
         fed = encode_mask(encoder, mask, fed)
-    assert f'{len(encoder.getvalue()):,} of {names.NETWORK_NAMES[path.stem]}' in page
+    positions, name = f'{len(encoder.getvalue()):,}', names.NETWORK_NAMES[path.stem]
+    assert re.search(rf'kept weights take .*\b{positions} (bytes )?for {name}\b', page)
     assert re.search(rf'coded *\| *{size:,} \| *{dense / size:.1f}× \|', page)
 
 

@@ -15,7 +15,7 @@ def test_a_ratio_is_within_what_is_wanted_or_above(ratio, verdict):
     page = scale_report.page({**RESULT, 'step': {**RESULT['step'], 'ratio': ratio}}, 'scale')
     bar = RESULT['step']['bar']
     assert f'Surgery takes {ratio:.3f}× as long' in page
-    assert f', {verdict} the {bar:.2f} wanted' in page
+    assert f'This is {verdict} the {bar:.2f} that we wanted' in page
 
 
 @pytest.mark.parametrize(('ms', 'keeps'), [(1e6, 'keeps'), (1e-6, 'does not keep')])

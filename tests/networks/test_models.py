@@ -139,7 +139,7 @@ def convolve(images, kernel):
         window_strides=(1, 1),
         padding='VALID',
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        precision='max_over_processes',
+        precision='highest',
     )
 
 
