@@ -108,8 +108,11 @@ def make_plan(config: Config) -> Plan:
     dropout = 0.0 if config.pruned_dropout == 'dropped' else config.dropout
     reference = _make_phase(config, 'reference', 'reference_', make_no_pruner, config.dropout)
     surgery = _make_phase(config, 'surgery', '', pruner, dropout)
-    frozen = lambda params: divergence.frozen(pruner(params))  # noqa: E731
-    finetuning = _make_phase(config, 'finetuning', 'finetuning_', frozen, dropout)
+
+    def make_frozen(params):
+        return divergence.frozen(pruner(params))
+
+    finetuning = _make_phase(config, 'finetuning', 'finetuning_', make_frozen, dropout)
     surgery.make_optimizer(shapes)  # what does not fit the network is refused
     return Plan(config, pruning, reference, surgery, finetuning)
 
@@ -122,9 +125,11 @@ def _make_phase(
     rate_flag, decay_flag = f'{prefix}learning_rate', f'{prefix}weight_decay'
     # A phase without steps has a rate all the same.
     rate = named(rate_flag, parse_learning_rate, getattr(config, rate_flag), max(steps, 1))
-    biases = config.bias_scale, config.decay_biases
     decay = getattr(config, decay_flag)
-    solver = named(decay_flag, dns_jax.caffe_sgd, rate, config.momentum, decay, *biases)
+    if decay < 0:
+        raise ValueError(f'--{decay_flag}={decay} must be at least 0')
+    biases = config.bias_scale, config.decay_biases
+    solver = dns_jax.caffe_sgd(rate, config.momentum, decay, *biases)
     chain, scales = PRUNERS[config.pruner].chain, config.pruned_dropout == 'scaled'
     return Phase(name, steps, solver, make, chain, dropout, scales)
 

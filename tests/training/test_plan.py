@@ -185,8 +185,9 @@ def test_malformed_learning_rates_are_refused(text):
         ('--learning_rate=warp:9', "--learning_rate: 'warp:9' must begin with one of"),
         ('--finetuning_learning_rate=x', "--finetuning_learning_rate: 'x' must begin with one of"),
         ('--ramp_end=soon', "--ramp_end: 'soon' must be a step or a share"),
-        ('--reference_weight_decay=-1', '--reference_weight_decay: weight_decay must be'),
-        ('--finetuning_weight_decay=-1', '--finetuning_weight_decay: weight_decay must be'),
+        ('--reference_weight_decay=-1', '--reference_weight_decay=-1.0 must be at least 0'),
+        ('--momentum=1.5', 'momentum must be in [0, 1)'),
+        ('--finetuning_weight_decay=-1', '--finetuning_weight_decay=-1.0 must be at least 0'),
         ('--compression=1e9', '--compression or --density asks to keep 0 of 431080'),
     ],
 )
