@@ -73,22 +73,18 @@ def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Para
       OSError: if there is none, or it cannot be read.
     """
     check(path, flags)
-    read_it = _of_caffe if path.suffix == '.caffemodel' else _of_run
-    params = read_it(path, flags, like)
+    if path.suffix == '.caffemodel':
+        params = _of_caffe(path, flags['network'], like)
+    else:
+        with Checkpoints(_checkpoints(path)) as checkpoints:
+            params = checkpoints.restore(like, read_flags(path)['reference_steps'])[1].params
     # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
     # would be compiled once for the mixture and once for what it gives back.
     return jax.tree.map(jnp.asarray, meshes.to_host(params))
 
 
-def _of_run(folder: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
-    del flags
-    steps = read_flags(folder)['reference_steps']
-    with Checkpoints(_checkpoints(folder)) as checkpoints:
-        return checkpoints.restore(like, steps)[1].params
-
-
-def _of_caffe(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
-    network = caffe_names.read_caffemodel(path, flags['network'])
+def _of_caffe(path: Path, name: str, like: TrainState) -> dns_jax.Params:
+    network = caffe_names.read_caffemodel(path, name)
     found, wanted = (jax.tree.map(np.shape, params) for params in (network.params, like.params))
     if found != wanted:
         raise ValueError(f'--reference={path} holds the shapes {found}; wanted {wanted}')

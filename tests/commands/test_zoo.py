@@ -23,6 +23,15 @@ from experiments.zoo import ZooConfig
 ZOO = sorted((Path(__file__).parents[2] / 'zoo').glob('*.safetensors'))
 
 
+@pytest.fixture(scope='module')
+def mnist(tmp_path_factory):
+    """The published images, where they are at hand."""
+    folder = os.environ.get('DNS_JAX_MNIST')
+    if not folder:
+        pytest.skip('needs the published MNIST files in the folder DNS_JAX_MNIST')
+    return resident.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
+
+
 @pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
 def test_a_card_is_that_of_its_network(path):
     network = load_sparse(path)
@@ -47,14 +56,10 @@ def test_a_card_is_that_of_its_network(path):
 
 @pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
 @pytest.mark.slow
-def test_a_network_makes_the_errors_of_its_card(path, tmp_path_factory):
+def test_a_network_makes_the_errors_of_its_card(path, mnist):
     """The network runs as a user would run it: scaled images, masked weights, linen."""
-    folder = os.environ.get('DNS_JAX_MNIST')
-    if not folder:
-        pytest.skip('needs the published MNIST files in the folder DNS_JAX_MNIST')
     summary = json.loads(path.with_suffix('.json').read_text())
     network = load_sparse(path)
-    mnist = resident.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
     error = train.make_error(models.NETWORKS[network.metadata['network']](), models.MNIST_INPUT)
     assert error(network.params, mnist.test) == pytest.approx(summary['test_error'], abs=0.011)
 
@@ -78,13 +83,9 @@ def test_a_coded_network_is_that_of_the_zoo(path):
 
 @pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
 @pytest.mark.slow
-def test_a_coded_network_errs_little_more(path, tmp_path_factory):
-    folder = os.environ.get('DNS_JAX_MNIST')
-    if not folder:
-        pytest.skip('needs the published MNIST files in the folder DNS_JAX_MNIST')
+def test_a_coded_network_errs_little_more(path, mnist):
     summary = json.loads(path.with_suffix('.json').read_text())
     coded = load_coded(path.with_suffix('.dns'))
-    mnist = resident.load('mnist', tmp_path_factory.mktemp('mnist'), folder)
     error = train.make_error(models.NETWORKS[coded.metadata['network']](), models.MNIST_INPUT)
     assert error(expand(*coded[:3]), mnist.test) <= summary['test_error'] + 0.05 + 0.001
 

@@ -68,7 +68,10 @@ def test_the_commands_are_accepted(module, flags):
     config_type = vars(command)[max(re.findall(r'\w*Config\b', ' '.join(vars(command))), key=len)]
     defaults, values = getattr(command, 'DEFAULTS', {}), absl_flags.FlagValues()
     define(config_type, defaults, values)
-    to_config(config_type, defaults, values, values(['program', *flags]))
+    assert to_config(config_type, defaults, values, values(['program', *flags]))
+    for name, _, value in (flag.removeprefix('--').partition('=') for flag in flags):
+        if name in values:  # but for --flagfile and the --no of a switch
+            assert str(values[name].value) in (value or 'True', f'{value}.0')
 
 
 def test_the_manifests_fit_each_other():

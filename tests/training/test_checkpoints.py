@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from saved_checkpoints import assert_identical, like, save_steps
 
 from experiments.training.checkpoints import Checkpoints
 
@@ -70,32 +71,6 @@ def train_step(state):
     updates, opt_state = optimizer().update(grads, state['opt_state'], state['params'])
     params = optax.apply_updates(state['params'], updates)
     return {**state, 'params': params, 'opt_state': opt_state}
-
-
-def to_bytes(leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
-
-
-def assert_identical(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    for one, other in pairs:
-        assert isinstance(one, jax.Array)
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert one.sharding == other.sharding
-        assert to_bytes(one) == to_bytes(other)
-
-
-def save_steps(directory, steps, keep=2):
-    with Checkpoints(directory, keep) as checkpoints:
-        for step in steps:
-            checkpoints.save(step, {'w': jnp.full((50, 40), step, jnp.float32)})
-
-
-def like():
-    return {'w': jax.ShapeDtypeStruct((50, 40), jnp.float32)}
 
 
 @pytest.mark.parametrize('implementation', ['threefry2x32', 'rbg', 'unsafe_rbg'])
