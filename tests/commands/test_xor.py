@@ -7,37 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xor_course
 from PIL import Image
+from xor_course import KEY, make_surgery
 
 import dns_jax
 from experiments import xor
 from experiments.networks.models import Xor
 from experiments.xor import XorConfig
 
-KEY = jax.random.key(3)
-
-
 pytestmark = pytest.mark.usefixtures('promotion')
 
 
-@pytest.fixture(scope='module')
-def points():
-    return xor.make_points(KEY, 2_000, 0.1)
-
-
-@pytest.fixture(scope='module')
-def params(points):
-    init = jax.vmap(lambda key: Xor().init(key, points.places[:1])['params'])
-    return init(jax.random.split(KEY, 3))
-
-
-def make_surgery():
-    return xor.make_pruner('surgery', 0.5, 200)
-
-
-@pytest.fixture(scope='module')
-def course(params, points):
-    return xor.train_networks(make_surgery(), params, jax.random.split(KEY, 3), points, 200)
+points = pytest.fixture(scope='module')(xor_course.make_points)
+params = pytest.fixture(scope='module')(xor_course.make_params)
+course = pytest.fixture(scope='module')(xor_course.train)
 
 
 def test_points_lie_around_the_corners(points):

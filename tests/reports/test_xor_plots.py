@@ -5,37 +5,14 @@ import io
 import jax
 import numpy as np
 import pytest
+import xor_course
 from matplotlib.colors import to_hex
 from PIL import Image
 
 from experiments import xor
-from experiments.networks.models import Xor
 from experiments.reports import xor_plots
 
-KEY = jax.random.key(3)
-
-
 pytestmark = pytest.mark.usefixtures('promotion')
-
-
-@pytest.fixture(scope='module')
-def points():
-    return xor.make_points(KEY, 2_000, 0.1)
-
-
-@pytest.fixture(scope='module')
-def params(points):
-    init = jax.vmap(lambda key: Xor().init(key, points.places[:1])['params'])
-    return init(jax.random.split(KEY, 3))
-
-
-def make_surgery():
-    return xor.make_pruner('surgery', 0.5, 200)
-
-
-@pytest.fixture(scope='module')
-def course(params, points):
-    return xor.train_networks(make_surgery(), params, jax.random.split(KEY, 3), points, 200)
 
 
 def test_the_figure_is_the_share_of_networks_so_small():
@@ -46,7 +23,8 @@ def test_the_figure_is_the_share_of_networks_so_small():
     assert not np.any(other.get_ydata())
 
 
-def test_pictures_tell_kept_from_pruned_and_returned(course):
+def test_pictures_tell_kept_from_pruned_and_returned():
+    course = xor_course.train()
     own = jax.tree.map(lambda leaf: np.array(leaf[0]), course)
     figure = xor_plots.course_figure(own, 200)
     masks = np.concatenate([leaf.reshape(101, -1) for leaf in jax.tree.leaves(own.masks)], 1)
