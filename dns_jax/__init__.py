@@ -31,6 +31,7 @@ from dns_jax.schedules import (
     update_probability,
 )
 from dns_jax.stacking import unstack
+from dns_jax.structures import Blocks, NofM, Structure, Units
 from dns_jax.thresholds import Statistics, magnitude_statistics, mean_std
 from dns_jax.transformation import SurgeryState, freeze, get_masks, masked_value_and_grad, surgery
 from dns_jax.typing import (
@@ -48,20 +49,24 @@ from dns_jax.typing import (
 __version__ = '0.1.0'
 
 __all__ = [
+    'Blocks',
     'Events',
     'Importance',
     'LayerOf',
     'Masks',
+    'NofM',
     'Params',
     'Rule',
     'Schedule',
     'Size',
     'Sizes',
     'Statistics',
+    'Structure',
     'SurgeryState',
     'TakesPart',
     'ThresholdRule',
     'Thresholds',
+    'Units',
     'apply_masks',
     'caffe_exp',
     'caffe_inv',

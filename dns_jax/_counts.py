@@ -133,6 +133,20 @@ def add(counts: Sequence[Count]) -> Count:
     )
 
 
+def times(count: Count, number: int) -> Count:
+    """Multiplies a count by a number that is known, at least 0.
+
+    Example:
+      >>> to_int(times(from_int(70_000), 70_000))
+      4900000000
+    """
+    product = from_int(0)
+    for digit in number.to_bytes(4, 'big'):  # to the base of 256, so that no product overflows
+        shifted = _carry(product.high << 8, product.low << 8)
+        product = _carry(shifted.high + count.high * digit, shifted.low + count.low * digit)
+    return product
+
+
 def maximum(count: Count, other: Count) -> Count:
     """Takes the larger of two counts.
 

@@ -1,9 +1,9 @@
 """Rules at work: which layers follow them, and when they are asked for thresholds.
 
 Owns no state: `surgery` carries the thresholds from step to step. Below, a `rule` is one that
-`complete_rule` gave; `weights` is what its thresholds are compared with and `masks` theirs, both
-lists of arrays by layer; `count` is that of steps, an int32 scalar; `bands` are the thresholds by
-layer.
+`complete_rule` gave; `layers` are those under it, as h_k sees them; `count` is that of steps, an
+int32 scalar; `bands` are the thresholds by layer. Rules work on groups: `group_masks` has the mask
+of each, by the path of its leaf.
 """
 
 import functools
@@ -17,18 +17,18 @@ import jax.numpy as jnp
 
 from dns_jax._checks import abridge, check_step
 from dns_jax._following import DensityRule
+from dns_jax._sharing import Layer, Layers
 from dns_jax.importance import magnitude
 from dns_jax.layers import has_axes, map_leaves, match_patterns, named_leaves
-from dns_jax.masks import discriminate, throw_coins
+from dns_jax.masks import throw_coins
 from dns_jax.stacking import slice_paths
+from dns_jax.structures import SINGLE_WEIGHTS, NofM, Structure
 from dns_jax.typing import (
     Importance,
-    LayerArrays,
     LayerOf,
     Params,
     Rule,
     TakesPart,
-    ThresholdRule,
     Thresholds,
 )
 
@@ -44,7 +44,8 @@ class LayersByRule:
       may_be_empty: whether no leaf need take part.
 
     Raises:
-      ValueError: if a pattern matches no layer, or no leaf takes part and one must.
+      ValueError: if a pattern matches no layer, no leaf takes part and one must, or groups do not
+        divide a leaf.
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class LayersByRule:
         may_be_empty: bool,
     ):
         paths: dict[str, list[str]] = {}
-        seen: set[str] = set()
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path, leaf in named_leaves(weights):
-            if path in seen:
+            if path in self.shapes:
                 raise ValueError(f'two leaves of params have the path {path!r}')
-            seen.add(path)
+            self.shapes[path] = jnp.shape(leaf)
             if 0 not in jnp.shape(leaf) and takes_part(path, leaf):
                 paths.setdefault(layer_of(path), []).append(path)
         if table and not paths and not may_be_empty:
@@ -78,15 +79,48 @@ class LayersByRule:
         # Of the leaves under a rule, the layer of each.
         self.paths = {path: layer for layer in matches for path in self.layers[layer]}
 
-    def arrays(self, weights, masks) -> Iterator[tuple[Rule, LayerArrays, LayerArrays]]:
-        """Gives each rule with the weights and the masks of its layers."""
-        weights, masks = dict(named_leaves(weights)), dict(named_leaves(masks))
-        for rule, layers in self.rules:
-            yield (
-                rule,
-                {layer: [weights[path] for path in self.layers[layer]] for layer in layers},
-                {layer: [masks[path] for path in self.layers[layer]] for layer in layers},
-            )
+        self.structures = {
+            path: rule.structure if len(self.shapes[path]) > 1 else SINGLE_WEIGHTS
+            for rule, names in self.rules
+            for layer in names
+            for path in self.layers[layer]
+        }
+        for path, structure in self.structures.items():
+            structure.check(path, self.shapes[path])
+
+    def score_groups(self, weights) -> dict[str, jax.Array]:
+        """Says how much each group of weights matters."""
+        return {path: own.score(leaf) for path, own, leaf in self._under_rules(weights)}
+
+    def gather_groups(self, masks) -> dict[str, jax.Array]:
+        """Gives the masks of groups."""
+        return {path: own.gather(mask) for path, own, mask in self._under_rules(masks)}
+
+    def spread_groups(self, group_masks, masks):
+        """Gives all weights the masks of their groups; what is under no rule stays."""
+        own = self.structures
+
+        def spread(path, mask):
+            return own[path].spread(group_masks[path], mask) if path in own else mask
+
+        return map_leaves(spread, masks)
+
+    def _under_rules(self, tree) -> Iterator[tuple[str, Structure, jax.Array]]:
+        for path, leaf in named_leaves(tree):
+            if path in self.structures:
+                yield path, self.structures[path], leaf
+
+    def by_rule(self, scores, group_masks) -> Iterator[tuple[Rule, Layers]]:
+        """Gives each rule with its layers."""
+
+        def make_layer(paths):
+            weights, masks = ([tree[path] for path in paths] for tree in (scores, group_masks))
+            own = zip((self.structures[path] for path in paths), weights, masks, strict=True)
+            limits = [structure.limit(leaf, mask) for structure, leaf, mask in own]
+            return Layer(weights, masks, limits, tuple(self.shapes[path] for path in paths))
+
+        for rule, names in self.rules:
+            yield rule, {layer: make_layer(self.layers[layer]) for layer in names}
 
     def check_state(self, masks, thresholds, stacked) -> None:
         """Refuses a state that was made under other rules, another `takes_part` or `layer_of`."""
@@ -111,10 +145,10 @@ class LayersByRule:
     def start(self, weights, masks, count) -> dict[str, Thresholds]:
         """Asks all rules for thresholds; a followed density begins anew in the first update."""
         bands = {}
-        for rule, seen, kept in self.arrays(weights, masks):
+        for rule, layers in self.by_rule(self.score_groups(weights), self.gather_groups(masks)):
             compute = start_unknown if is_followed(rule) else compute_thresholds
             # What is jitted compiles in one.
-            bands |= jax.jit(functools.partial(compute, rule.thresholds))(seen, kept, count)
+            bands |= jax.jit(functools.partial(compute, rule.thresholds))(layers, count)
         return bands
 
     def is_due(self, count) -> jax.Array:
@@ -124,32 +158,34 @@ class LayersByRule:
 
     def operate(self, weights, key, count, masks, bands, splicing):
         """Updates thresholds and masks: an iteration of Algorithm 1 up to its optimizer."""
-        for rule, seen, kept in self.arrays(weights, masks):
-            bands = bands | ask(rule, seen, kept, count, _of(seen, bands))
-        masks = self._update(weights, key, count, masks, bands, splicing)
+        scores, groups = self.score_groups(weights), self.gather_groups(masks)
+        for rule, layers in self.by_rule(scores, groups):
+            bands = bands | ask(rule, layers, count, _of(layers, bands))
+        groups = self._update(scores, key, count, groups, bands, splicing)
         if not any(is_followed(rule) for rule, _ in self.rules):
-            return masks, bands
+            return self.spread_groups(groups, masks), bands
         judged = [
-            follow(rule, seen, kept, count, _of(seen, bands))
-            for rule, seen, kept in self.arrays(weights, masks)
+            follow(rule, layers, count, _of(layers, bands))
+            for rule, layers in self.by_rule(scores, groups)
         ]
 
         def correct_and_update(turn, carry):
-            masks, following = carry
-            corrected, rules = dict(bands), self.arrays(weights, masks)
-            for (wrong, _), (rule, seen, kept) in zip(judged, rules, strict=True):
-                own = correct(wrong, rule, seen, kept, count + turn, _of(seen, bands))
+            groups, following = carry
+            corrected, rules = dict(bands), self.by_rule(scores, groups)
+            for (wrong, _), (rule, layers) in zip(judged, rules, strict=True):
+                own = correct(wrong, rule, layers, count + turn, _of(layers, bands))
                 corrected |= own
                 choose = functools.partial(jnp.where, wrong)
-                following = following | jax.tree.map(choose, own, _of(seen, following))
-            masks = self._update(weights, key, count + turn, masks, corrected, splicing)
-            return masks, following
+                following = following | jax.tree.map(choose, own, _of(layers, following))
+            groups = self._update(scores, key, count + turn, groups, corrected, splicing)
+            return groups, following
 
         moved = functools.reduce(operator.or_, (own for _, own in judged))
         any_wrong = functools.reduce(jnp.logical_or, (wrong for wrong, _ in judged))
-        return once_if(any_wrong, correct_and_update, (masks, moved))[1]
+        groups, bands = once_if(any_wrong, correct_and_update, (groups, moved))[1]
+        return self.spread_groups(groups, masks), bands
 
-    def _update(self, weights, key, count, masks, bands, splicing):
+    def _update(self, scores, key, count, group_masks, bands, splicing):
         """Applies h_k to the layers that have a threshold and whose coin says so."""
         chances, known = {}, {}
         for rule, layers in self.rules:
@@ -158,18 +194,15 @@ class LayersByRule:
                 known |= {layer: bands[layer].high >= 0 for layer in layers}
         coins = throw_coins(jax.random.fold_in(key, count), chances)
         coins |= {layer: coins[layer] & is_known for layer, is_known in known.items()}
-        weights = dict(named_leaves(weights))
-
-        def of_leaf(path, mask):
-            if path not in self.paths:
-                return mask
-            layer = self.paths[path]
-            new = discriminate(weights[path], mask, bands[layer])
-            if not splicing:  # a threshold of 0 would let zeros in again
-                new &= mask
-            return jnp.where(coins[layer], new, mask)
-
-        return map_leaves(of_leaf, masks)
+        updated = {}
+        for _, layers in self.by_rule(scores, group_masks):
+            for name, layer in layers.items():
+                for path, kept in zip(self.layers[name], layer.keep(bands[name]), strict=True):
+                    mask = group_masks[path]
+                    if not splicing:  # a threshold of 0 would let zeros in again
+                        kept &= mask
+                    updated[path] = jnp.where(coins[name], kept, mask)
+        return updated
 
 
 def once_if(
@@ -214,6 +247,12 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
     if not isinstance(rule, Rule):
         raise TypeError(f'the rule of {pattern!r} must be a dns_jax.Rule, but is {rule!r}')
     sigma, every = rule.update_probability, rule.refresh_every
+    if not isinstance(rule.structure, Structure):
+        raise TypeError(
+            f'structure of {pattern!r} must be one of dns_jax.structures, but is {rule.structure!r}'
+        )
+    if rule.thresholds is None and isinstance(rule.structure, NofM):
+        rule = rule._replace(thresholds=_no_thresholds)
     if not callable(rule.thresholds):
         raise TypeError(
             f'thresholds of {pattern!r} must be a rule, as dns_jax.mean_std(c_rate) makes one, but '
@@ -227,20 +266,22 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
                 f'is {sigma!r}'
             )
         rule = rule._replace(update_probability=lambda step, number=float(sigma): number)
-    by_density = isinstance(rule.thresholds, DensityRule)
+    thresholds: Any = rule.thresholds
+    by_density = isinstance(thresholds, DensityRule)
     if every is None and not by_density:
         every = 0
     if every is None and not splicing:
         every = 1  # what a threshold prunes too much would not come back
     if every is not None:
         check_step(f'refresh_every of {pattern!r}', every)
-    if every == 0 and by_density and rule.thresholds.changes:
+    if every == 0 and by_density and thresholds.changes:
         raise ValueError(
             f'refresh_every of {pattern!r} is 0, so its density would be read once, at init, and '
             'stay at the first value of its schedule; leave refresh_every out to follow the '
             'schedule'
         )
-    if every == 0 and importance is not magnitude:
+    by_order = rule.thresholds is _no_thresholds
+    if every == 0 and importance is not magnitude and not by_order:
         raise ValueError(
             f'refresh_every of {pattern!r} must be at least 1 for thresholds by '
             f'importance={importance!r}, which is not known at the start, but is 0'
@@ -267,17 +308,17 @@ def is_followed(rule: Rule) -> bool:
     return rule.refresh_every is None
 
 
-def ask(rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
+def ask(rule: Rule, layers: Layers, count, bands) -> dict[str, Thresholds]:
     """Asks a rule for thresholds, where it is not followed and that is due."""
     if not rule.refresh_every:
         return bands
     sigma, last = sigma_at(rule, count)
     due = last | ((count % rule.refresh_every == 0) & (sigma > 0))
-    compute = functools.partial(compute_thresholds, rule.thresholds, weights, masks, count)
+    compute = functools.partial(compute_thresholds, rule.thresholds, layers, count)
     return jax.lax.cond(due, compute, lambda: bands)
 
 
-def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
+def follow(rule: Rule, layers: Layers, count, bands) -> tuple[jax.Array, dict[str, Thresholds]]:
     """Judges thresholds by the masks that they made, and moves them for the next step.
 
     Returns:
@@ -288,7 +329,7 @@ def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[st
         return jnp.array(False), bands
     density: Any = rule.thresholds
     (sigma, last), (following, _) = (sigma_at(rule, when) for when in (count, count + 1))
-    near, moved = density.follow(weights, masks, count, bands, last)
+    near, moved = density.follow(layers, count, bands, last)
     unknown = _unknown(bands)
     # Where a coin fails, what is kept says nothing of the thresholds.
     stay = unknown | (sigma < 1) | (following < 1)
@@ -296,13 +337,13 @@ def follow(rule: Rule, weights, masks, count, bands) -> tuple[jax.Array, dict[st
     return (sigma > 0) & (unknown | ~near), bands
 
 
-def correct(wrong, rule: Rule, weights, masks, count, bands) -> dict[str, Thresholds]:
+def correct(wrong, rule: Rule, layers: Layers, count, bands) -> dict[str, Thresholds]:
     """Corrects the thresholds of a rule where `follow` said that they must be."""
     if not is_followed(rule):
         return bands
     density: Any = rule.thresholds
     exactly = sigma_at(rule, count)[1] | _unknown(bands)
-    solve = functools.partial(density.solve, weights, masks, count, bands, exactly)
+    solve = functools.partial(density.solve, layers, count, bands, exactly)
     return jax.lax.cond(wrong, solve, lambda: bands)
 
 
@@ -314,16 +355,22 @@ def _of(layers, bands) -> dict[str, Thresholds]:
     return {layer: bands[layer] for layer in layers}
 
 
-def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
+def compute_thresholds(rule: Any, layers: Layers, count) -> dict[str, Thresholds]:
     """Computes the bands of a rule's layers, and holds it to their names and type.
 
     Raises:
       ValueError: if the rule names other layers.
     """
+    if isinstance(rule, DensityRule):
+        return rule.find(layers, count)
+    weights, masks = (
+        {name: getattr(layer, field) for name, layer in layers.items()}
+        for field in ('weights', 'masks')
+    )
     bands = rule(weights, masks, count)
-    if sorted(bands) != sorted(weights):
+    if sorted(bands) != sorted(layers):
         raise ValueError(
-            f'thresholds must name the layers {abridge(weights)}, but name {abridge(bands)}'
+            f'thresholds must name the layers {abridge(layers)}, but name {abridge(bands)}'
         )
     return {
         layer: Thresholds(jnp.float32(band.low), jnp.float32(band.high))
@@ -331,7 +378,13 @@ def compute_thresholds(rule: ThresholdRule, weights, masks, count) -> dict[str, 
     }
 
 
-def start_unknown(rule: ThresholdRule, weights, masks, count) -> dict[str, Thresholds]:
+def start_unknown(rule: DensityRule, layers: Layers, count) -> dict[str, Thresholds]:
     """Starts a density at −1, no threshold yet, and lets it refuse what it cannot keep."""
-    shapes = jax.eval_shape(rule, weights, masks, count)
+    shapes = jax.eval_shape(rule.find, layers, count)
     return jax.tree.map(lambda bound: jnp.full(bound.shape, -1, bound.dtype), shapes)
+
+
+def _no_thresholds(layers, masks, step) -> dict[str, Thresholds]:
+    """Keeps all that a structure lets be kept."""
+    del masks, step
+    return {layer: Thresholds(jnp.float32(0), jnp.float32(0)) for layer in layers}

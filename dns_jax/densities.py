@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from dns_jax import _counts
 from dns_jax._checks import check_density, check_hysteresis
-from dns_jax._following import DensityRule, share_by_axes, share_by_layer, share_by_units
+from dns_jax._following import DensityRule
+from dns_jax._sharing import share_by_axes, share_by_layer, share_by_units
 from dns_jax.typing import Schedule, ThresholdRule
 
 

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from dns_jax import _counts
 from dns_jax._checks import check_density, check_step
-from dns_jax._following import DensityRule, share_by_units
+from dns_jax._following import DensityRule
+from dns_jax._sharing import share_by_units
 from dns_jax.importance import magnitude
 from dns_jax.layers import is_kernel, named_leaves, parent_path
 from dns_jax.schedules import check_finite, update_probability
+from dns_jax.structures import SINGLE_WEIGHTS, Structure
 from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart
 
@@ -38,6 +40,7 @@ def prune_to(
     importance: Importance = magnitude,
     masks: Masks | None = None,
     stacked: Mapping[str, int] | None = None,
+    structure: Structure = SINGLE_WEIGHTS,
 ) -> Surgery:
     r"""Makes a network as small as asked for, while any optimizer trains it.
 
@@ -67,6 +70,8 @@ def prune_to(
       importance: as for `surgery`.
       masks: as for `surgery`.
       stacked: as for `surgery`; needed where layers are scanned or vmapped.
+      structure: what is pruned and spliced together (`dns_jax.structures`). By groups the number in
+        the end is that asked for or more, by less than one group.
 
     Returns:
       A transformation as of `surgery`.
@@ -119,7 +124,9 @@ def prune_to(
             at_end = functools.partial(jnp.where, step >= start + ramp_steps)
             return jax.tree.map(at_end, _counts.from_int(final), falling)
 
-        rule = Rule(DensityRule(share_by_units(wanted), _HYSTERESIS, changes=True), sigma)
+        rule = Rule(
+            DensityRule(share_by_units(wanted), _HYSTERESIS, changes=True), sigma, None, structure
+        )
         return surgery(
             rule,
             jax.random.key(0) if key is None else key,

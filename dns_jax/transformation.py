@@ -133,6 +133,8 @@ def surgery(
         else:
             start = check_parallel(params, masks)
             own = unstack(stacked, params, start)[1] if stacked else start
+            own = layers.spread_groups(layers.gather_groups(own), own)
+            start = restack(stacked, params, own) if stacked else own
         count = jnp.zeros((), jnp.int32)
         thresholds = layers.start(weights, own, count)
         # Copies: the first state may be donated, and init called again.

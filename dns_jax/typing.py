@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
+from dns_jax.structures import SINGLE_WEIGHTS, Structure
+
 Params = Any
 """Any pytree of floating-point arrays, the dense weights W."""
 
@@ -56,9 +58,11 @@ for what h_k keeps within a band depends on them.
 class Rule(NamedTuple):
     """How the layers of one group are operated on."""
 
-    thresholds: ThresholdRule  #: gives the band of each layer
+    #: gives the band of each layer; None, where a structure decides alone (`NofM`)
+    thresholds: ThresholdRule | None = None
     #: σ(iter), the chance of an update, one draw for each layer: a number in [0, 1] or a schedule
     update_probability: float | Schedule = 1.0
     #: steps from one asking of the thresholds to the next; 0 asks once, at init. By default
     #: densities are followed at every step, and all other rules asked once.
     refresh_every: int | None = None
+    structure: Structure = SINGLE_WEIGHTS  #: what is pruned and spliced together

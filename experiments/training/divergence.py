@@ -145,9 +145,10 @@ def find_emptied_layers(
         layer: pattern for layer, (pattern, _) in dns_jax.match_patterns(rules, layers).items()
     }
     for pattern, rule in rules.items():
+        thresholds: Any = rule.thresholds
         weights = {layer: layers[layer] for layer in layers if patterns.get(layer) == pattern}
         masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), weights)
-        for layer, (low, _) in rule.thresholds(weights, masks, jnp.int32(0)).items():
+        for layer, (low, _) in thresholds(weights, masks, jnp.int32(0)).items():
             largest = max(float(jnp.abs(leaf).max()) for leaf in weights[layer])
             if largest < float(low):
                 found.append(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dns_jax
-from dns_jax import Rule, _counts, count_events, count_kept, surgery
+from dns_jax import Rule, _counts, _sharing, count_events, count_kept, surgery
 from dns_jax._counts import count_true
 
 COMPAT_TABLE = 'field'
@@ -155,12 +155,13 @@ def test_pruners_of_nine_billion_weights_can_be_traced(name):
 @pytest.mark.parametrize('density', [1e-8, 0.05, 1 / 3, 1.0])
 def test_what_is_wanted_of_nine_billion(density):
     weights = np.broadcast_to(np.float32(1), (60_000, 50_000))  # that takes no memory
-    layers = {name: [weights] for name in LARGE}
-    (division,) = dns_jax.layer_density(density).divide(layers, layers, [jnp.int32(0)])
+    leaves = {name: [weights] for name in LARGE}
+    layers = _sharing.single_weights(leaves, leaves)
+    (division,) = dns_jax.layer_density(density).divide(layers, [jnp.int32(0)])
     for share in division.shares:
         assert abs(_counts.to_int(share.wanted) / (density * 3e9) - 1) < 2e-7
     rule = dns_jax.global_density(density, 'erk')
-    (division,) = rule.divide(layers, layers, [jnp.int32(0)])
+    (division,) = rule.divide(layers, [jnp.int32(0)])
     total = sum(_counts.to_int(share.wanted) for share in division.shares)
     assert abs(total / (density * 9e9) - 1) < 1e-5
 

@@ -7,6 +7,7 @@ import pytest
 from density_layers import draw, kept_by, searches_and_passes
 
 import dns_jax
+from dns_jax._sharing import single_weights
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ def test_a_search_from_anywhere_finds_what_bisection_finds(number):
     def both(density, away):
         anew = rule(layers, masks, density)
         near = jax.tree.map(lambda bound: bound * away, anew)  # units stay by what the last were
-        return anew, rule.solve(layers, masks, density, near, jnp.array(True))
+        return anew, rule.solve(single_weights(layers, masks), density, near, jnp.array(True))
 
     for _ in range(8):
         density = jnp.float32(random.uniform(0.01, 1))
@@ -43,7 +44,7 @@ def test_a_search_from_near_takes_few_passes(monkeypatch):
     @jax.jit
     def solve(density, away):
         near = jax.tree.map(lambda bound: bound * away, rule(layers, masks, density))
-        return rule.solve(layers, masks, density, near, jnp.array(False))
+        return rule.solve(single_weights(layers, masks), density, near, jnp.array(False))
 
     for density in (0.02, 0.1, 0.5):
         for away in (0.97, 1.01):
