@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dns_jax._checks import abridge, check_step
+from dns_jax._checks import abridge, as_table, check_step
 from dns_jax._following import DensityRule
 from dns_jax._sharing import Layer, Layers
 from dns_jax.importance import magnitude
@@ -79,14 +79,13 @@ class LayersByRule:
         # Of the leaves under a rule, the layer of each.
         self.paths = {path: layer for layer in matches for path in self.layers[layer]}
 
-        self.structures = {
-            path: rule.structure if len(self.shapes[path]) > 1 else SINGLE_WEIGHTS
-            for rule, names in self.rules
-            for layer in names
-            for path in self.layers[layer]
-        }
-        for path, structure in self.structures.items():
-            structure.check(path, self.shapes[path])
+        self.structures = dict.fromkeys(self.paths, SINGLE_WEIGHTS)
+        for rule, names in self.rules:
+            chosen = match_patterns(as_table(rule.structure), self.layers)
+            for path in [path for name in names if name in chosen for path in self.layers[name]]:
+                if len(self.shapes[path]) > 1:
+                    self.structures[path] = chosen[self.paths[path]][1]
+                    self.structures[path].check(path, self.shapes[path])
 
     def score_groups(self, weights) -> dict[str, jax.Array]:
         """Says how much each group of weights matters."""
@@ -247,11 +246,13 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
     if not isinstance(rule, Rule):
         raise TypeError(f'the rule of {pattern!r} must be a dns_jax.Rule, but is {rule!r}')
     sigma, every = rule.update_probability, rule.refresh_every
-    if not isinstance(rule.structure, Structure):
+    structures = list(as_table(rule.structure).values())
+    if not all(isinstance(structure, Structure) for structure in structures):
         raise TypeError(
-            f'structure of {pattern!r} must be one of dns_jax.structures, but is {rule.structure!r}'
+            f'structure of {pattern!r} must be one of dns_jax.structures, or a table of them, but '
+            f'is {rule.structure!r}'
         )
-    if rule.thresholds is None and isinstance(rule.structure, NofM):
+    if rule.thresholds is None and all(isinstance(own, NofM) for own in structures):
         rule = rule._replace(thresholds=_no_thresholds)
     if not callable(rule.thresholds):
         raise TypeError(

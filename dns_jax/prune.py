@@ -40,7 +40,7 @@ def prune_to(
     importance: Importance = magnitude,
     masks: Masks | None = None,
     stacked: Mapping[str, int] | None = None,
-    structure: Structure = SINGLE_WEIGHTS,
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
 ) -> Surgery:
     r"""Makes a network as small as asked for, while any optimizer trains it.
 
@@ -70,8 +70,8 @@ def prune_to(
       importance: as for `surgery`.
       masks: as for `surgery`.
       stacked: as for `surgery`; needed where layers are scanned or vmapped.
-      structure: what is pruned and spliced together (`dns_jax.structures`). By groups the number in
-        the end is that asked for or more, by less than one group.
+      structure: what is pruned and spliced together, as in a `Rule`. By groups the number in the
+        end is that asked for or more, by less than one group.
 
     Returns:
       A transformation as of `surgery`.

@@ -20,7 +20,16 @@ from dns_jax.importance import magnitude
 from dns_jax.layers import has_axes, is_kernel, named_leaves, parent_path
 from dns_jax.masks import apply_masks, init_masks
 from dns_jax.stacking import restack, slice_paths, unstack
-from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart, Thresholds
+from dns_jax.typing import (
+    Importance,
+    LayerOf,
+    Masks,
+    PackedMask,
+    Params,
+    Rule,
+    TakesPart,
+    Thresholds,
+)
 
 
 class SurgeryState(NamedTuple):
@@ -28,7 +37,7 @@ class SurgeryState(NamedTuple):
 
     count: jax.Array  #: shape=(), dtype=jnp.int32: updates done
     key: jax.Array  #: shape=(), typed PRNG key: never changes, each step folds its count in
-    masks: Masks  #: parallel to the params, dtype=bool
+    masks: Masks  #: parallel to the params, dtype=bool; or packed (`dns_jax.packing`)
     thresholds: dict[str, Thresholds]  #: by layer name
 
 
@@ -210,9 +219,32 @@ def get_masks(state: Any) -> Masks:
     """
     for is_state in (_is_surgery_state, _has_field_masks):
         nodes = jax.tree.leaves(state, is_leaf=is_state)
-        if found := [node.masks for node in nodes if is_state(node)]:
+        if found := [unpack_masks(node.masks) for node in nodes if is_state(node)]:
             return found[0] if len(found) == 1 else _merge(found)
     raise ValueError(f'the state has no masks: {type(state).__name__} without a SurgeryState')
+
+
+def unpack_masks(masks: Masks) -> Masks:
+    """Gives masks as bool arrays, those that are packed and those that are not.
+
+    Args:
+      masks: of a state, in which a `PackedMask` may stand for a mask (`dns_jax.packing`).
+
+    Returns:
+      The masks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> unpack_masks(PackedMask(jnp.array([128 + 64], jnp.uint8), 3))
+      Array([ True,  True, False], dtype=bool)
+    """
+
+    def unpack(mask):
+        if not _is_packed(mask):
+            return mask
+        return jnp.unpackbits(mask.bits, axis=-1, count=mask.length).astype(bool)
+
+    return jax.tree.map(unpack, masks, is_leaf=_is_packed)
 
 
 def masked_value_and_grad(
@@ -325,6 +357,10 @@ def _after(first: Any, value: jax.Array, count: jax.Array) -> jax.Array:
 
 def _is_surgery_state(node: Any) -> bool:
     return isinstance(node, SurgeryState)
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, PackedMask)
 
 
 def _has_field_masks(node: Any) -> bool:

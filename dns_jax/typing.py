@@ -1,5 +1,6 @@
 """The types that the modules of `dns_jax` share. Owns no behaviour."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,16 @@ Masks = Any
 A leaf that takes no part in surgery has a mask of shape `()`, always True, whatever the
 shape of its weights: it broadcasts, and costs one byte.
 """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMask:
+    """A mask of one bit a weight: 8 along the last axis in each byte, the first the highest."""
+
+    bits: jax.Array  #: shape=(…, ceil(length / 8)), dtype=jnp.uint8
+    length: int = dataclasses.field(metadata={'static': True})  #: of the last axis of the mask
+
 
 Schedule = optax.Schedule
 """Maps a step count, an int32 scalar that may be traced, to a scalar."""
@@ -65,4 +76,6 @@ class Rule(NamedTuple):
     #: steps from one asking of the thresholds to the next; 0 asks once, at init. By default
     #: densities are followed at every step, and all other rules asked once.
     refresh_every: int | None = None
-    structure: Structure = SINGLE_WEIGHTS  #: what is pruned and spliced together
+    #: what is pruned and spliced together, in all layers or as `{pattern: structure}`; where no
+    #: pattern matches, single weights
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS

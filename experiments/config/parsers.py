@@ -8,7 +8,7 @@ import optax
 import dns_jax
 from dns_jax.schedules import check_finite
 
-T = TypeVar('T', int, float)
+T = TypeVar('T')
 
 
 def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
@@ -16,7 +16,7 @@ def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
 
     Args:
       text: `PATTERN:NUMBER` entries with commas between; the first that matches a layer counts.
-      number: reads a number, `float` or `int`.
+      number: reads a number, as `float` does, or what else stands there.
 
     Returns:
       `{pattern: number}` in the order of the text.
@@ -36,6 +36,26 @@ def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
         except ValueError as error:
             raise ValueError(f'{entry!r} in {text!r} is not PATTERN:NUMBER') from error
     return table
+
+
+def parse_structure(text: str) -> dns_jax.Structure:
+    """Reads what is pruned together: `units`, `inputs`, a block as `4x4`, or N of M as `2of4`.
+
+    Args:
+      text: the structure; −1 in a block is all of an axis.
+
+    Returns:
+      The structure.
+
+    Raises:
+      ValueError: if it is none of them, or has sizes that cannot be.
+    """
+    if text in ('units', 'inputs'):
+        return dns_jax.Units(-1 if text == 'units' else -2)
+    if 'of' in text:
+        n, m = text.split('of')
+        return dns_jax.NofM(int(n), int(m))
+    return dns_jax.Blocks(tuple(map(int, text.split('x'))))
 
 
 def parse_step(text: str, steps: int) -> int:

@@ -192,6 +192,12 @@ class Config:
         'Power of the update probability (1 + γ·step)^−power; with 0, masks are updated at every '
         'step.',
     )
+    structure: str = flag(
+        '',
+        'What is pruned and spliced together: units (outputs of a layer), inputs, blocks as 4x4, '
+        'or 2of4 along the inputs; one for all layers, or LAYER:STRUCTURE,…, where conv* is a '
+        'LAYER too. Layers left out, and all biases, are pruned weight by weight.',
+    )
     prune_biases: bool = flag(True, 'Whether biases take part in surgery.')
 
     pruner: str = flag(

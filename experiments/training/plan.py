@@ -14,7 +14,7 @@ import optax
 
 import dns_jax
 from dns_jax import sparse_training
-from experiments.config.parsers import parse_learning_rate, parse_step, parse_table
+from experiments.config.parsers import parse_learning_rate, parse_step, parse_structure, parse_table
 from experiments.networks import models
 from experiments.reports.records import PHASES
 from experiments.training import divergence
@@ -184,6 +184,7 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         rounds=config.rounds,
         drop=config.drop,
         importance=IMPORTANCES[config.importance],
+        structures=_by_layer(config, 'structure', layers, parse_structure),
         prune_biases=config.prune_biases,
         cut=config.cut,
         cut_at=cut_at,

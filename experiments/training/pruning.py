@@ -49,6 +49,7 @@ class Pruning:
     rounds: int
     drop: float  # share of the kept connections that are exchanged in a round
     importance: Importance
+    structures: Mapping[str, dns_jax.Structure]  # of each layer; others are pruned by weights
     prune_biases: bool
     cut: float  # share of the kept connections that is cut at random, once
     cut_at: int  # the step
@@ -62,7 +63,11 @@ class Pruning:
     @property
     def options(self) -> dict[str, Any]:
         """What every pruner that orders connections by importance takes."""
-        return {'takes_part': self.takes_part, 'importance': self.importance}
+        return {
+            'takes_part': self.takes_part,
+            'importance': self.importance,
+            'structure': self.structures,
+        }
 
     def kept_share(self, params: dns_jax.Params) -> float:
         """Says what of the leaves that take part is to be kept, so that the network is as small.
@@ -153,7 +158,7 @@ def make_rules(pruning: Pruning, params: dns_jax.Params) -> dict[str, dns_jax.Ru
         probability = dns_jax.update_probability(
             pruning.update_gamma, pruning.update_power, stop, start
         )
-        rules[layer] = dns_jax.Rule(thresholds[layer], probability, every)
+        rules[layer] = dns_jax.Rule(thresholds[layer], probability, every, pruning.structures)
     return rules
 
 
@@ -179,8 +184,13 @@ def _rounds(pruning: Pruning) -> list[int]:
 
 
 def _make_surgery(pruning, params, key):
-    rules = make_rules(pruning, params)
-    return dns_jax.surgery(rules, key, splicing=pruning.splicing, **pruning.options)
+    return dns_jax.surgery(
+        make_rules(pruning, params),
+        key,
+        takes_part=pruning.takes_part,
+        importance=pruning.importance,
+        splicing=pruning.splicing,
+    )
 
 
 def _make_han(pruning, params, key):
