@@ -114,14 +114,6 @@ def test_the_zoo_is_written_as_it_was(path, file):
     assert path.read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize('shape', [(0,), (0, 7), (7, 0), (2, 0, 3)], ids=str)
-@pytest.mark.parametrize('takes_part', [True, False])
-def test_empty_leaves(path, shape, takes_part):
-    params = {'a': np.zeros(shape, np.float32), 'b': np.ones(2, np.float32)}
-    masks = {'a': np.ones(shape if takes_part else (), bool), 'b': np.array([True, False])}
-    assert_comes_back(path, share(params, masks, 2))
-
-
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_few_distinct_weights_are_kept_as_they_are(path, dtype):
     values = jnp.array([0.5, -3.0, 0.5, 7.0, jnp.nan], dtype)
