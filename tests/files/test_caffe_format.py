@@ -1,10 +1,9 @@
 """Tests of files._caffe_format: bytes that are no network are refused, whatever they are."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 from caffe_nets import BIAS, DATA_LAYER, NET, PRODUCT, with_blob
+from memory import takes_less_than
 from wire import blob, delimited, floats, integer, layer, shape
 
 from dns_jax.files.caffe import read_caffemodel
@@ -86,18 +85,14 @@ HOSTILE = {
 @pytest.mark.parametrize('kind', [*HOSTILE, 'sound'])
 def test_memory_is_that_of_the_file_and_its_arrays(read, kind):
     content = small_pieces() if kind == 'sound' else HOSTILE[kind]()
-    tracemalloc.start()
-    try:
+    # The file, its arrays, and some hundred bytes for each of at most 4,096 fields.
+    with takes_less_than(2 * len(content) + 1.5 * 2**20):
         if kind == 'sound':
             assert read(content)['ip'].blobs[0].shape == (4_000, 64)
         else:
             with pytest.raises(ValueError, match='cannot read') as refusal:
                 read(content)
             assert len(str(refusal.value)) < 1_000
-        # The file, its arrays, and some hundred bytes for each of at most 4,096 fields.
-        assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 1.5 * 2**20
-    finally:
-        tracemalloc.stop()
 
 
 def test_many_fields_are_read_up_to_a_limit(read):

@@ -1,7 +1,5 @@
 """Tests of files.caffe_writer: files byte by byte, and networks there and back."""
 
-import tracemalloc
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
+from memory import takes_less_than
 from wire import blob, delimited, layer, message, shape
 
 from dns_jax.files.caffe import CaffeLayer, read_caffemodel, to_linen
@@ -266,10 +265,6 @@ def test_the_limit_of_protobuf(tmp_path):
 def test_memory_is_twice_that_of_the_network(tmp_path):
     params = {f'{n}': {'kernel': random(512, 512)} for n in range(8)}
     size = 8 * 4 * 512**2
-    tracemalloc.start()
-    try:
+    # Once in Caffe's layout, once as a file; a little to look for what is not finite.
+    with takes_less_than(2.1 * size):
         write_caffemodel(tmp_path / 'net', from_linen(params))
-        # Once in Caffe's layout, once as a file; a little to look for what is not finite.
-        assert tracemalloc.get_traced_memory()[1] < 2.1 * size
-    finally:
-        tracemalloc.stop()

@@ -1,12 +1,12 @@
 """Tests of files.codec: damaged files are refused, in little memory."""
 
 import struct
-import tracemalloc
 import zlib
 
 import jax
 import numpy as np
 import pytest
+from memory import takes_less_than
 
 from dns_jax.files._entropy import Encoder
 from dns_jax.files._header import encode_number, encode_text
@@ -185,27 +185,19 @@ COMBINED = {
 @pytest.mark.parametrize(('content', 'message'), COMBINED.values(), ids=COMBINED)
 def test_layers_times_names_take_little_memory(path, content, message):
     path.write_bytes(sealed(content))
-    tracemalloc.start()
-    try:
+    paths_at_most = 4 * 2**20  # a wide character takes four bytes
+    with takes_less_than(20 * len(content) + paths_at_most):
         assert_refused(path, message)
-        paths_at_most = 4 * 2**20  # a wide character takes four bytes
-        assert tracemalloc.get_traced_memory()[1] < 20 * len(content) + paths_at_most
-    finally:
-        tracemalloc.stop()
 
 
 def test_decoding_takes_twelve_bytes_a_parameter(path):
     """A file of 36 bytes: all of a layer is kept but one weight."""
-    mask = np.ones((4096, 4096), bool)
+    mask = np.ones((2048, 2048), bool)
     mask[7, 7] = False
     save_coded(path, SharedNetwork({'': np.float32([1])}, np.zeros(mask.shape, int), mask, {}))
     assert path.stat().st_size < 50
-    tracemalloc.start()
-    try:
+    with takes_less_than(12 * mask.size):
         loaded = load_coded(path)
-        assert tracemalloc.get_traced_memory()[1] < 12 * mask.size
-    finally:
-        tracemalloc.stop()
     np.testing.assert_array_equal(loaded.masks, mask)
 
 
@@ -218,12 +210,8 @@ def test_damaged_gaps_take_as_little(path):
     encoder.symbols(np.full(kept, 2), 4)
     content = form(layer(leaves=[(0, (side, side), kept)])) + encoder.getvalue()
     path.write_bytes(sealed(content))
-    tracemalloc.start()
-    try:
+    with takes_less_than(12 * side**2):
         assert_refused(path, 'outside of it|damaged')
-        assert tracemalloc.get_traced_memory()[1] < 12 * side**2
-    finally:
-        tracemalloc.stop()
 
 
 HUGE = [(2**28 + 1,), (2**14, 2**14 + 1), (0, *(2**62,) * 63)]
@@ -232,9 +220,5 @@ HUGE = [(2**28 + 1,), (2**14, 2**14 + 1), (0, *(2**62,) * 63)]
 @pytest.mark.parametrize('shape', HUGE, ids=str)
 def test_huge_networks_are_refused_before_memory_is_taken(path, shape):
     path.write_bytes(sealed(form(layer(leaves=[(0, shape, 0)]))))
-    tracemalloc.start()
-    try:
+    with takes_less_than(10**6):
         assert_refused(path, 'max_parameters is 268435456')
-        assert tracemalloc.get_traced_memory()[1] < 10**6
-    finally:
-        tracemalloc.stop()

@@ -27,7 +27,7 @@ def masks_like(params, value=True):
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(networks())
 def test_outputs_are_those_of_the_masked_network(network):
     chain, params, masks, shape = network
@@ -58,8 +58,8 @@ def test_outputs_are_those_of_the_masked_network(network):
 def test_networks_of_the_zoo(name, chain, tmp_path):
     network = load_sparse(FOLDER / f'{name}.safetensors')
     small = compact(chain, network.params, network.masks, (28, 28, 1))
-    digits = resident.load('digits', tmp_path).test.images[:2] * MNIST_INPUT.scale
-    for image in [*np.random.default_rng(0).random((2, 28, 28, 1)), *digits]:
+    digits = resident.load('digits', tmp_path).test.images[:1] * MNIST_INPUT.scale
+    for image in [np.random.default_rng(0).random((28, 28, 1)), *digits]:
         np.testing.assert_allclose(
             forward(small.chain, small.params, image),
             forward(chain, network.params, image),

@@ -67,5 +67,9 @@ def test_convolution_of_too_many_weights(make_runner, side, match):
     shape = (side, side, MAX_KEPT_WEIGHTS + 1)
     with pytest.raises(Unsuitable, match=match):
         make_runner((Convolution('a'),), MANY, shape, {'a': 'sparse'})
-    choice = choose_kinds(make_runner, ['sparse'], (Convolution('a'),), MANY, shape, 1, turns=1)
+
+
+def test_what_a_layer_is_not_for_is_not_chosen():
+    chain, shape = (Convolution('a'),), (1, 1, MAX_KEPT_WEIGHTS + 1)
+    choice = choose_kinds(jax_runner, ['sparse'], chain, MANY, shape, 1, turns=1)
     assert choice.kinds == {'a': 'dense'}
