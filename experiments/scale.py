@@ -127,9 +127,6 @@ _MACHINES = {
 def measure(config: ScaleConfig) -> dict[str, Any]:
     """Measures everything, writes it down and prints the page.
 
-    Args:
-      config: what to measure, and where to write it.
-
     Returns:
       What was measured, as `experiments.measurements.scale_report` wants it.
 

@@ -103,12 +103,6 @@ def prepare(
 def naming_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Names a prepared folder in whatever goes wrong while it is read.
 
-    Args:
-      folder: what the enclosed block reads.
-
-    Yields:
-      Nothing.
-
     Raises:
       ValueError: something went wrong.
     """

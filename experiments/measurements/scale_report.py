@@ -49,9 +49,6 @@ def page(result: Result, name: str) -> str:
     Args:
       result: as `experiments.scale.measure` returns it.
       name: of the files beside the page, without their endings.
-
-    Returns:
-      Markdown.
     """
     machine = result['machine']
     parts = [
@@ -243,14 +240,7 @@ def _input(result: Result) -> list[str]:
 
 
 def figure(result: Result) -> Figure:
-    """Draws the time of a fully connected network's step against weights, below it the ratio.
-
-    Args:
-      result: as `experiments.scale.measure` returns it.
-
-    Returns:
-      The picture.
-    """
+    """Draws the time of a fully connected network's step against weights, below it the ratio."""
     timed = [row for row in result['sizes'] if 'ms' in row]
     picture = Figure(figsize=(9, 6), dpi=100, layout='constrained')
     times, ratios = picture.subplots(2, sharex=True, height_ratios=(2, 1))

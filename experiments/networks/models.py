@@ -224,22 +224,13 @@ CHAINS = {
 
 
 def shapes(network: nn.Module, image_shape: Sequence[int]) -> Any:
-    """Returns the shapes of a network's parameters, by layer, without making them.
-
-    Args:
-      network: a linen module.
-      image_shape: height, width and channels of one example.
-    """
+    """Returns the shapes of a network's parameters, by layer, without making them."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(network.init, jax.random.key(0), images)['params']
 
 
 def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
     """Counts at how many places of one example each layer applies its kernel.
-
-    Args:
-      network: a linen module.
-      image_shape: height, width and channels of one example.
 
     Returns:
       `{layer name: height · width of the layer's output}` for the convolutions.

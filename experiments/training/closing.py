@@ -32,9 +32,6 @@ def finish(
       seconds: that it took, for the summary.
       returns: what was counted of connections that return, if anything.
 
-    Returns:
-      The summary.
-
     Raises:
       OSError: if the folder cannot be written.
     """
