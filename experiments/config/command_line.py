@@ -124,12 +124,6 @@ def to_config(
 ) -> C:
     """Turns parsed flags into the configuration.
 
-    Args:
-      config_type: as for `define`.
-      defaults: as for `define`.
-      flag_values: the parsed flags.
-      arguments: what the parser left over, the program's name first.
-
     Raises:
       ValueError: if an argument is no flag, or flags contradict each other.
     """
