@@ -178,10 +178,7 @@ def _environment() -> list[str]:
 def _measure_step(config: ScaleConfig, machine: Machine) -> dict[str, Any]:
     """Measures the step of the network for ImageNet, all kinds."""
     task = scale_programs.image_task(
-        config.network,
-        config.width,
-        config.compute_dtype,
-        config.batch_size or machine.batch_size,
+        config.network, config.width, config.compute_dtype, config.batch_size or machine.batch_size
     )
     plans = {kind: plan(task, kind, config.options()) for kind in timing.RULES}
     row = {

@@ -42,9 +42,7 @@ _DOWNLOAD_FAILURES = (OSError, tfds.download.DownloadError, NonMatchingChecksumE
 
 
 def prepare(
-    name: str,
-    data_dir: str | os.PathLike[str],
-    manual_dir: str | os.PathLike[str] | None = None,
+    name: str, data_dir: str | os.PathLike[str], manual_dir: str | os.PathLike[str] | None = None
 ) -> Any:
     """Prepares a set of labelled images, unless that has been done, and checks its folder.
 

@@ -20,10 +20,7 @@ _KINDS = {
 }
 # Bytes per weight that a step must at least move: float32 weights, momenta and gradients, masks of
 # one byte.
-_UPDATE_BYTES = {
-    'gradient, momentum and weight read': 12,
-    'momentum and weight written': 8,
-}
+_UPDATE_BYTES = {'gradient, momentum and weight read': 12, 'momentum and weight written': 8}
 _SURGERY_BYTES = {
     'weight and mask read for W⊙T': 5,
     'W⊙T written': 4,

@@ -158,9 +158,7 @@ def make_run_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
     return run_chunk
 
 
-def make_run_chunks(
-    step: TrainStep,
-) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
+def make_run_chunks(step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
     """Makes the compiled call that runs many steps of several networks, each on its own batches.
 
     Returns:
