@@ -16,7 +16,6 @@ from PIL import Image
 
 from experiments.data import builders, resident, streams
 
-BILINEAR = Image.Resampling.BILINEAR
 SYNSETS = ['n01440764', 'n01443537', 'n01484850']  # the first classes of ImageNet
 
 

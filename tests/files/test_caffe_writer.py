@@ -75,13 +75,6 @@ def test_settings_are_written_as_they_were_read(tmp_path):
     assert content.startswith(delimited(100, first))
 
 
-def test_a_transposed_product_comes_back(tmp_path):
-    layers = {'ip': CaffeLayer('InnerProduct', (random(3, 4),), {'transpose': 1})}
-    write(tmp_path, layers)
-    found = to_linen(read_caffemodel(tmp_path / 'net.caffemodel')).params['ip']['kernel']
-    np.testing.assert_array_equal(found, layers['ip'].blobs[0])
-
-
 def test_a_layer_without_a_bias_says_so():
     """Else one weight with its mask may be taken for one with a bias."""
     one, yes = np.ones((1, 1, 1, 1), np.float32), np.ones((1, 1, 1, 1), bool)
@@ -152,18 +145,6 @@ def test_there_and_back(scratch, network):
     found = to_linen(read_caffemodel(scratch / 'net.caffemodel'))
     check_same(found.params, params)
     assert not any(mask.ndim for mask in jax.tree.leaves(found.masks))
-
-
-def test_layout_is_that_of_caffe():
-    """(output, input, height, width), and maps flattened with the channel first."""
-    convolution, product, last = random(2, 3, 4, 5), random(2 * 2 * 5, 6), random(6, 7)
-    layers = from_linen(
-        {'a': {'kernel': convolution}, 'b': {'kernel': product}, 'c': {'kernel': last}}
-    )
-    assert layers['a'].blobs[0][4, 3, 1, 2] == convolution[1, 2, 3, 4]
-    # Channel 4, row 1, column 0 of maps of two by two.
-    assert layers['b'].blobs[0][3, 4 * 4 + 2] == product[(1 * 2 + 0) * 5 + 4, 3]
-    assert layers['c'].blobs[0][6, 5] == last[5, 6]
 
 
 def test_masks_make_layers_of_the_authors_types():

@@ -14,12 +14,6 @@ from dns_jax.files.codec import load_coded, save_coded
 from dns_jax.files.sharing import SharedNetwork
 from dns_jax.files.sharing import share_weights as share
 
-
-@pytest.fixture(scope='module')
-def path(tmp_path_factory):
-    return tmp_path_factory.mktemp('codec') / 'network.dns'
-
-
 ONES = np.ones((2, 3), np.float32)
 
 

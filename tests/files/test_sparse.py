@@ -30,11 +30,6 @@ from sparse_golden import (
 from dns_jax.files.sparse import load_sparse, save_sparse
 
 
-@pytest.fixture(scope='module')
-def path(tmp_path_factory):
-    return tmp_path_factory.mktemp('sparse') / 'network.safetensors'
-
-
 def assert_loads(path, params, masks, metadata=None):
     """What is in the file, made dense, is these trees to the bit."""
     loaded = load_sparse(path)

@@ -24,11 +24,6 @@ from dns_jax._trees import check_parallel
 from dns_jax.files.sparse import load_sparse, save_sparse
 
 
-@pytest.fixture(scope='module')
-def path(tmp_path_factory):
-    return tmp_path_factory.mktemp('sparse') / 'network.safetensors'
-
-
 def assert_refused(path, message, **arguments):
     """A ValueError that names the file and what is wrong."""
     with pytest.raises(ValueError, match=message) as caught:
@@ -155,14 +150,7 @@ def test_max_parameters(path):
         assert_refused(path, f'it has 16 .* max_parameters is {limit}', max_parameters=limit)
 
 
-HUGE = [
-    ['[1073741825]'],
-    ['[32768, 32769]'],
-    ['[1000000000]', '[1000000000]'],
-    ['[1, 0, 999999999999999999]'],
-    ['[' + ', '.join(['999999999999999999'] * 64) + ']'],
-    ['[0' + ', 999999999999999999' * 63 + ']'],
-]
+HUGE = [['[32768, 32769]'], ['[1000000000]'] * 2, ['[0' + ', 999999999999999999' * 63 + ']']]
 
 
 @pytest.mark.parametrize('shapes', HUGE)
@@ -197,10 +185,6 @@ RAW = {
     'header not UTF-8': (raw(b'{"\xff": 1}'), 'UTF-8'),
     'nothing in it': (raw({}), 'at least one leaf'),
     'metadata alone': (raw({'__metadata__': {'network': 'tiny'}}), 'at least one leaf'),
-    'tensors overlap': (
-        of_two(tensor('F32', [2], 0, 8), tensor('U32', [2], 0, 8), size=8),
-        'header',
-    ),
     'type that NumPy lacks': (
         of_two(tensor('BF16', [2], 0, 4), tensor('U32', [2], 4, 12), size=12),
         "'a:values' must be F32 .* is BF16",

@@ -4,17 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import SMALL_CHAIN as CHAIN
+from networks import SMALL_PARAMS as PARAMS
 from networks import forward
 
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select
 from dns_jax.inference.kernels import MAX_KEPT_WEIGHTS, Unsuitable
 from dns_jax.inference.runners import choose_kinds, jax_runner, scipy_runner
-
-CHAIN = (Convolution('a'), Relu(), Flatten(), Dense('b'))
-PARAMS = {
-    'a': {'kernel': np.eye(3, dtype=np.float32)[..., None, None], 'bias': np.ones(1, np.float32)},
-    'b': {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)},
-}
 
 
 @pytest.mark.parametrize('batch', [1, 3])

@@ -29,10 +29,6 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def steps_of(records):
-    return [(record['phase'][0], record['step']) for record in records]
-
-
 # Tables.
 
 
