@@ -135,21 +135,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_damaged_image_is_named(damage, images, tmp_path):
-    train, validation = images
-    name = f'{SYNSETS[1]}_2.JPEG'
-    train[SYNSETS[1]][name] = DAMAGES[damage](train[SYNSETS[1]][name])
-    with pytest.raises(ValueError, match=rf'{TRAIN_TAR}: {name} is no whole image'):
-        prepare(tmp_path, train, validation)
-    assert is_clean(tmp_path)
-
-
-def test_damaged_validation_image_leaves_no_train_split(images, tmp_path):
-    train, validation = images
-    name = sorted(validation)[-1]
-    validation[name] = validation[name][:-40]
-    with pytest.raises(ValueError, match=rf'{VALIDATION_TAR}: {name} is no whole image'):
-        prepare(tmp_path, train, validation)
+@pytest.mark.parametrize('file', [TRAIN_TAR, VALIDATION_TAR])
+def test_damaged_image_is_named(file, damage, images, tmp_path):
+    """And leaves nothing, not even a split that was whole."""
+    own = images[0][SYNSETS[1]] if file == TRAIN_TAR else images[1]
+    name = sorted(own)[-1]
+    own[name] = DAMAGES[damage](own[name])
+    with pytest.raises(ValueError, match=rf'{file}: {name} is no whole image'):
+        prepare(tmp_path, *images)
     assert is_clean(tmp_path)
 
 
@@ -188,22 +181,16 @@ def test_class_archive_cut_short(images, tmp_path, monkeypatch):
     assert is_clean(tmp_path)
 
 
-def test_missing_class(images, tmp_path):
+def test_missing_and_unknown_classes(images, tmp_path):
     train, validation = images
     del train[SYNSETS[1]]
+    for number in range(5):
+        train[f'n9999999{number}'] = {'a.JPEG': b''}
     message = rf"{TRAIN_TAR} holds 2 of 3 class archives; 1 are missing, as \['{SYNSETS[1]}.tar'\]"
+    message += r".*5 are unknown, as \['n99999990.tar', .*, 'n99999992.tar'\]"
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path, train, validation)
     assert is_clean(tmp_path)
-
-
-def test_unknown_classes(images, tmp_path):
-    train, validation = images
-    for number in range(5):
-        train[f'n9999999{number}'] = {'a.JPEG': b''}
-    message = r"holds 3 of 3 class.*5 are unknown, as \['n99999990.tar', .*, 'n99999992.tar'\]"
-    with pytest.raises(ValueError, match=message):
-        prepare(tmp_path, train, validation)
 
 
 @pytest.mark.parametrize('split', ['train', 'validation'])

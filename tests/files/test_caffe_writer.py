@@ -217,7 +217,7 @@ BAD_LAYERS = {
     'other settings': (
         {'a': CaffeLayer('Convolution', (random(2),), {'transpose': 1, 'group': 1})},
         ValueError,
-        r"layer 'a': it is 'Convolution' with the settings \['transpose'\]; known are \['num_o",
+        r"it is 'Convolution' with the settings \['transpose'\]; known are \['num_o",
     ),
     'settings of another type': (
         {'a': CaffeLayer('BatchNorm', (random(2),), {'axis': 1})},

@@ -145,8 +145,7 @@ def test_max_parameters(path):
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     save_sparse(path, params, masks)
     load_sparse(path, max_parameters=16)
-    load_sparse(path, 16)
-    for limit in (15, 6, 0):
+    for limit in (15, 0):
         assert_refused(path, f'it has 16 .* max_parameters is {limit}', max_parameters=limit)
 
 

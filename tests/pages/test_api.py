@@ -190,13 +190,10 @@ def test_examples_can_be_copied(module):
 
 @pytest.mark.parametrize('name', CLASSES)
 def test_classes_are_documented(name):
+    """And arrays of states have a shape and a dtype."""
     summary, *rest = CLASSES[name].text.splitlines()
     assert summary.endswith('.')
     assert not rest or rest[0] == ''
-
-
-@pytest.mark.parametrize('name', CLASSES)
-def test_arrays_of_states_have_a_shape_and_a_dtype(name):
     module = name.rpartition('.')[0].replace('.', '/')
     lines = (ROOT / 'dns_jax' / f'{module}.py').read_text(encoding='utf-8').splitlines()
     for field in CLASSES[name].node.body:
