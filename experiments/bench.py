@@ -84,9 +84,6 @@ def compile_call(name: str, kind: str) -> TimedCall:
     Args:
       name: of the network.
       kind: of `timing.RULES`; thresholds by density are refreshed once in the call.
-
-    Returns:
-      The call.
     """
     network, steps = models.NETWORKS[name](), _STEPS_PER_CALL[name]
     optimizer = timing.make_timed_optimizer(kind, refresh_every=steps)
@@ -113,9 +110,6 @@ def compile_call(name: str, kind: str) -> TimedCall:
 
 def measure(config: BenchConfig) -> dict[str, Any]:
     """Times all programs, and the peer between them.
-
-    Args:
-      config: how often, and which peer.
 
     Returns:
       `{network: {dense_ms, surgery_ms, ratio, refresh_ms, steps_per_s, dense_mib, surgery_mib},
@@ -166,11 +160,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
 
 def measure_large_layer() -> dict[str, float]:
-    """Times the threshold of one large layer, beside a sort of its weights: one call of each.
-
-    Returns:
-      `{weights, refresh_ms, sort_ms}`.
-    """
+    """Times the threshold of one large layer, beside a sort of its weights: one call of each."""
     weights = jax.random.normal(jax.random.key(0), _LARGE_LAYER)
     masks = jnp.ones(_LARGE_LAYER, bool)
     rule, step = dns_jax.layer_density(0.05), jnp.int32(0)

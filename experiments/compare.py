@@ -29,9 +29,6 @@ COLUMNS = (
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Does every run, writes `compare.csv`, `.md`, `.png` and `.html`, and prints the table.
 
-    Args:
-      config: from the command line.
-
     Returns:
       One row for each run, of the columns of `compare.csv`.
 
@@ -68,9 +65,6 @@ def _to_rows(
 
 def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
     """Says after how many steps of pruning and fine-tuning a run was where it ended.
-
-    Args:
-      records: of the run.
 
     Returns:
       The steps of the first record from which on its validation error is never more than a tenth

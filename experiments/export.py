@@ -104,9 +104,6 @@ class ExportConfig:
 def export(config: ExportConfig) -> dict[str, Any]:
     """Writes the file, and prints its size, for programs as JSON.
 
-    Args:
-      config: which network and what format.
-
     Returns:
       `{model, format, path, bytes, dense_bytes, ratio}`, for `coded` also the errors in percent
       before and after, on test and, unless these are trained on, validation images.

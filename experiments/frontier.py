@@ -26,9 +26,6 @@ COLUMNS = (
 def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
     """Does every run, writes `frontier.csv`, `.md`, `.png` and `.html`, and prints the table.
 
-    Args:
-      config: from the command line.
-
     Returns:
       One row for each run, of the columns of `frontier.csv`.
 

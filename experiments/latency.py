@@ -78,9 +78,6 @@ class LatencyConfig:
 def measure(config: LatencyConfig) -> dict[str, Any]:
     """Times every way to run a network, and prints the tables, for programs as JSON.
 
-    Args:
-      config: which network and what batches.
-
     Returns:
       What was measured, as `experiments.measurements.latency_report` wants it.
 

@@ -16,9 +16,6 @@ from experiments.own_loops.runs import OwnLoopConfig
 def compare(config: OwnLoopConfig) -> None:
     """Does every run that is missing, and prints the table of all.
 
-    Args:
-      config: from the command line.
-
     Raises:
       As `experiments.own_loops.runs.run_all` does.
     """

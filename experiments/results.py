@@ -67,9 +67,6 @@ def read_frontiers(folder: Path = FOLDER, kind: str = 'frontier') -> list[dict[s
 def read_comparison(path: Path) -> list[dict[str, Any]]:
     """Reads a table of `experiments.compare`.
 
-    Args:
-      path: of the CSV.
-
     Returns:
       Its rows, what is a number as one, without the columns that a row leaves empty.
 

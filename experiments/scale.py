@@ -127,9 +127,6 @@ _MACHINES = {
 def measure(config: ScaleConfig) -> dict[str, Any]:
     """Measures everything, writes it down and prints the page.
 
-    Args:
-      config: what to measure, and where to write it.
-
     Returns:
       What was measured, as `experiments.measurements.scale_report` wants it.
 
@@ -181,10 +178,7 @@ def _environment() -> list[str]:
 def _measure_step(config: ScaleConfig, machine: Machine) -> dict[str, Any]:
     """Measures the step of the network for ImageNet, all kinds."""
     task = scale_programs.image_task(
-        config.network,
-        config.width,
-        config.compute_dtype,
-        config.batch_size or machine.batch_size,
+        config.network, config.width, config.compute_dtype, config.batch_size or machine.batch_size
     )
     plans = {kind: plan(task, kind, config.options()) for kind in timing.RULES}
     row = {

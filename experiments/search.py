@@ -20,9 +20,6 @@ from experiments.training.plan import make_plan
 def search(config: SearchConfig) -> dict[str, Any]:
     """Takes part in a study until it has all its trials, then writes and prints what it found.
 
-    Args:
-      config: from the command line.
-
     Returns:
       The best trial. The folder then holds `best.flags`, `importance.png` and `pareto.png`.
 

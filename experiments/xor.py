@@ -89,9 +89,6 @@ def make_points(key: jax.Array, count: int, noise: float) -> Points:
       key: a typed PRNG key.
       count: how many.
       noise: the standard deviation around the corners, whose sides are 1 long.
-
-    Returns:
-      The points.
     """
     corners_key, noise_key = jax.random.split(key)
     corners = jax.random.bernoulli(corners_key, shape=(count, 2)).astype(jnp.float32)
@@ -184,9 +181,6 @@ def _sum_leaves(masks: dns_jax.Masks) -> np.ndarray:
 
 def solve(config: XorConfig) -> dict[str, Any]:
     """Does all networks, writes the tables and pictures, and prints the result.
-
-    Args:
-      config: from the command line.
 
     Returns:
       What is printed for programs, as JSON.

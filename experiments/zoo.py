@@ -36,9 +36,6 @@ class ZooConfig:
 def publish(config: ZooConfig) -> list[Path]:
     """Writes `NAME.safetensors`, `NAME.json`, the run's summary, and `NAME.md`, its card.
 
-    Args:
-      config: from the command line.
-
     Returns:
       The paths of the three.
 

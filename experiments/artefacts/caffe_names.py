@@ -16,10 +16,6 @@ _COLOUR_LAYERS = {'alexnet': 'conv1', 'vgg16': 'conv1_1'}
 def read_caffemodel(path: str | os.PathLike[str], network: str) -> caffe.CaffeNetwork:
     """Reads a network of Caffe as ours.
 
-    Args:
-      path: of the file.
-      network: a name of `experiments.networks.models.NETWORKS`.
-
     Returns:
       Its weights and masks, with our names of layers and colours in red, green and blue.
 

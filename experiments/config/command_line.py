@@ -25,9 +25,6 @@ def flag(default: Any, text: str, decides: bool = True, part: str = '', **option
       decides: whether a run's numbers depend on it, as they do not on places and switches.
       part: of what the flag is about, for `names_of`.
       **options: `choices`, or options of absl's definition.
-
-    Returns:
-      The field of a configuration.
     """
     metadata = {'help': text, 'decides': decides, 'part': part, 'options': options}
     return dataclasses.field(default=default, metadata=metadata)
@@ -74,9 +71,6 @@ def make(config_type: type[C], **values: Any) -> C:
     Args:
       config_type: a frozen dataclass.
       **values: of its fields and flags; those left out have their defaults.
-
-    Returns:
-      The configuration.
 
     Raises:
       TypeError: if a value is for no flag.
@@ -129,15 +123,6 @@ def to_config(
     arguments: Sequence[str],
 ) -> C:
     """Turns parsed flags into the configuration.
-
-    Args:
-      config_type: as for `define`.
-      defaults: as for `define`.
-      flag_values: the parsed flags.
-      arguments: what the parser left over, the program's name first.
-
-    Returns:
-      The configuration.
 
     Raises:
       ValueError: if an argument is no flag, or flags contradict each other.
@@ -202,9 +187,6 @@ def print_result(result: Any) -> None:
 def identify(config: Any) -> dict[str, Any]:
     """Returns the fields of a configuration that decide its numbers: all but places and switches.
 
-    Args:
-      config: a dataclass of flags.
-
     Returns:
       `{name: value}`, with those of configurations that it holds.
     """
@@ -226,9 +208,6 @@ def _decides(field: dataclasses.Field) -> bool:
 
 def check_finite(config: Any) -> None:
     """Refuses numbers that float32 cannot compute with: no bound of a flag keeps nan out.
-
-    Args:
-      config: a dataclass of flags.
 
     Raises:
       ValueError: if one of them is.

@@ -61,10 +61,6 @@ def parse_structure(text: str) -> dns_jax.Structure:
 def parse_step(text: str, steps: int) -> int:
     """Reads a step, such as `12000`, or a share of all steps, such as `80%`.
 
-    Args:
-      text: the step or the share.
-      steps: all steps.
-
     Returns:
       The step, rounded to a whole one.
 
@@ -93,9 +89,6 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
       text: `POLICY:NUMBERS`; the numbers are base, gamma and power, as far as the policy has them.
       steps: the length of the phase, at whose end `poly` reaches 0.
 
-    Returns:
-      The schedule.
-
     Raises:
       ValueError: if the policy is unknown or its numbers are not as wanted.
     """
@@ -122,13 +115,6 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
 
 def scale_learning_rate(text: str, factor: float) -> str:
     """Multiplies the base of a learning-rate policy, and rounds it to four digits.
-
-    Args:
-      text: for `parse_learning_rate`.
-      factor: of the base.
-
-    Returns:
-      The same policy with another base.
 
     Raises:
       ValueError: as `parse_learning_rate` does.

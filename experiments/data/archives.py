@@ -25,9 +25,6 @@ _DAMAGE_ERRORS = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 def read_idx(path: os.PathLike[str]) -> np.ndarray:
     """Reads a gzipped IDX file of bytes: 0, 0, 8, the rank, the shape as >i4, then the values.
 
-    Args:
-      path: the file.
-
     Returns:
       The array, uint8, of one axis or three.
 
@@ -117,12 +114,6 @@ def _open_tar(path: str | os.PathLike[str], mode: Any = 'r:') -> Iterator[tarfil
 def list_files(path: pathlib.Path) -> list[str]:
     """Lists the files in a tar.
 
-    Args:
-      path: the tar.
-
-    Returns:
-      Their names, in its order.
-
     Raises:
       ValueError: it is damaged or no tar.
     """
@@ -132,10 +123,6 @@ def list_files(path: pathlib.Path) -> list[str]:
 
 def iterate_images(path: pathlib.Path, labels: dict[str, str]) -> Iterator[tuple[str, bytes, str]]:
     """Reads ImageNet's validation images one by one.
-
-    Args:
-      path: the tar.
-      labels: the class of each, by its name.
 
     Yields:
       Name, bytes and class.
@@ -150,9 +137,6 @@ def iterate_images(path: pathlib.Path, labels: dict[str, str]) -> Iterator[tuple
 
 def iterate_classes(path: pathlib.Path) -> Iterator[tuple[str, bytes, str]]:
     """Reads ImageNet's training images one by one.
-
-    Args:
-      path: the tar of a tar for each class.
 
     Yields:
       Name, bytes and class.

@@ -42,9 +42,7 @@ _DOWNLOAD_FAILURES = (OSError, tfds.download.DownloadError, NonMatchingChecksumE
 
 
 def prepare(
-    name: str,
-    data_dir: str | os.PathLike[str],
-    manual_dir: str | os.PathLike[str] | None = None,
+    name: str, data_dir: str | os.PathLike[str], manual_dir: str | os.PathLike[str] | None = None
 ) -> Any:
     """Prepares a set of labelled images, unless that has been done, and checks its folder.
 
@@ -102,12 +100,6 @@ def prepare(
 @contextlib.contextmanager
 def naming_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Names a prepared folder in whatever goes wrong while it is read.
-
-    Args:
-      folder: what the enclosed block reads.
-
-    Yields:
-      Nothing.
 
     Raises:
       ValueError: something went wrong.

@@ -18,9 +18,6 @@ def open_image(content: bytes) -> Image.Image:
     Args:
       content: a BMP, GIF, JPEG or PNG file.
 
-    Returns:
-      The image.
-
     Raises:
       ValueError: it has more than 89,478,485 pixels.
       OSError: the file is damaged or another; Pillow raises other types besides.

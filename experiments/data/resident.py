@@ -117,14 +117,6 @@ def resolve_folders(
 ) -> tuple[pathlib.Path, pathlib.Path | None]:
     """Resolves and checks the folders that every set is read from.
 
-    Args:
-      data_dir: local folder of the prepared sets; by default that of TFDS, `TFDS_DATA_DIR` or
-        `~/tensorflow_datasets`. It need not exist.
-      manual_dir: folder with files downloaded by hand, which must exist, or None.
-
-    Returns:
-      Both, with `~` expanded.
-
     Raises:
       ValueError: `manual_dir` does not exist, or `data_dir` is not local.
     """

@@ -122,10 +122,7 @@ class StreamedSplit:
         return self._read(rows.stop - rows.start, indices, [None] * len(indices))
 
     def _read(
-        self,
-        count: int,
-        indices: np.ndarray,
-        generators: Sequence[np.random.Generator | None],
+        self, count: int, indices: np.ndarray, generators: Sequence[np.random.Generator | None]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Reads `count` rows; those that have no index stay zeros, labelled -1."""
         images = np.zeros((count, self.image_size, self.image_size, 3), np.uint8)

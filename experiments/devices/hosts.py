@@ -53,9 +53,6 @@ def parse_distributed(text: str) -> dict[str, Any]:
 def with_processes(action: Callable[[Any], R]) -> Callable[[Any], R]:
     """Lets an action be done by many processes together, where its configuration says so.
 
-    Args:
-      action: of a configuration with the field `distributed`.
-
     Returns:
       The action. It raises RuntimeError where the others do not answer.
     """
@@ -89,9 +86,6 @@ def is_first() -> bool:
 
 def on_first(action: Callable[[], Any]) -> None:
     """Does something in the first process alone; where it fails there, all fail.
-
-    Args:
-      action: what to do.
 
     Raises:
       Exception: as the action did, in the first process.

@@ -90,9 +90,6 @@ def shardings(mesh: Mesh, params: dns_jax.Params, tree: Any) -> Any:
       mesh: from `make_mesh`.
       params: the weights, or their shapes; kernels of two axes are those of such layers.
       tree: any tree of arrays or shapes.
-
-    Returns:
-      A tree of the same structure, of shardings.
     """
     parts = mesh.shape['model']
     split = {
@@ -162,9 +159,6 @@ def to_host(tree: Any) -> Any:
 
     Args:
       tree: of arrays; every process must ask for the same ones.
-
-    Returns:
-      The same tree of NumPy arrays.
     """
     arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
     spread = [array for array in arrays if not array.is_fully_addressable]

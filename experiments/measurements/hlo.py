@@ -107,15 +107,7 @@ def parse(text: str) -> CompiledText:
 
 
 def masks_as_floats(program: CompiledText, shapes: Iterable[Sequence[int]]) -> list[str]:
-    """Finds float arrays of a mask's size that are the mask converted, and held in memory.
-
-    Args:
-      program: from `parse`.
-      shapes: of the masks.
-
-    Returns:
-      The names of the instructions.
-    """
+    """Finds float arrays of a mask's size that are the mask converted, and held in memory."""
     sizes = set(map(math.prod, shapes))
     return [
         line.name
@@ -126,15 +118,7 @@ def masks_as_floats(program: CompiledText, shapes: Iterable[Sequence[int]]) -> l
 
 
 def masked_weights(program: CompiledText, shapes: Iterable[Sequence[int]]) -> list[Instruction]:
-    """Finds the copies W⊙T: float arrays of a mask's size computed from a mask and held in memory.
-
-    Args:
-      program: from `parse`.
-      shapes: of the masks.
-
-    Returns:
-      The instructions.
-    """
+    """Finds the copies W⊙T: held float arrays of a mask's size, computed from a mask."""
     sizes = set(map(math.prod, shapes))
     return [
         line
@@ -148,9 +132,6 @@ def masked_weights(program: CompiledText, shapes: Iterable[Sequence[int]]) -> li
 
 def copied_parameters(program: CompiledText) -> dict[str, int]:
     """Counts what a program copies of its own arguments, because it writes over them.
-
-    Args:
-      program: from `parse`.
 
     Returns:
       `{dtype: bytes}`.

@@ -38,9 +38,6 @@ class Loop(NamedTuple):
 def make_pruner(kind: str) -> optax.GradientTransformation:
     """Makes what surgery does in a loop that is timed.
 
-    Args:
-      kind: of `KINDS`.
-
     Returns:
       Surgery that follows a density for ever, or is over after one step.
     """
@@ -53,11 +50,6 @@ def make_pruner(kind: str) -> optax.GradientTransformation:
 
 def make_loop(loop: str, optimizer_name: str, kind: str) -> tuple[Loop, tuple[Any, Any]]:
     """Makes a loop as a user would write it.
-
-    Args:
-      loop: of `LOOPS`.
-      optimizer_name: of `OPTIMIZERS`.
-      kind: of `KINDS`.
 
     Returns:
       The loop, and the params and the state to begin with.
@@ -133,14 +125,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def format_rows(medians: dict[str, Any]) -> list[str]:
-    """Writes what was measured.
-
-    Args:
-      medians: from `measure`.
-
-    Returns:
-      A line for each loop and optimizer.
-    """
+    """Writes what was measured."""
     return [
         f'{_NETWORK}, {loop} step, {name}: dense {row["dense_ms"]:.3f} ms; while masks move '
         f'×{row["moving"]:.3f}, after surgery ×{row["after"]:.3f}'

@@ -101,15 +101,7 @@ def _endless(train: streams.StreamedSplit) -> Generator[Any]:
 
 
 def make_photograph(random: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """Makes a smooth colour image with grain as of a photograph.
-
-    Args:
-      random: what it is drawn from.
-      size: width and height, pixels.
-
-    Returns:
-      The image, RGB.
-    """
+    """Makes a smooth colour image with grain as of a photograph."""
     width, height = size
     coarse = random.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))

@@ -57,9 +57,6 @@ def image_task(name: str, width: float, dtype: str, batch_size: int) -> Task:
       width: channels and hidden units / those of the paper.
       dtype: what it computes in.
       batch_size: images per step.
-
-    Returns:
-      The task.
     """
     network = models.NETWORKS[name](width=width, dtype=jnp.dtype(dtype))
     return Task(network, models.INPUTS[name], network.classes, batch_size)
@@ -72,9 +69,6 @@ def sized_task(weights: float, dtype: str, batch_size: int) -> Task:
       weights: wanted, biases included.
       dtype: what it computes in.
       batch_size: images per step.
-
-    Returns:
-      The task.
     """
     beside = _INPUT.size**2 + 10 + 2  # weights and biases that go with one unit, but for the square
     units = max(1, round((math.sqrt(beside**2 + 4 * weights) - beside) / 2))
@@ -97,9 +91,6 @@ def plan(task: Task, kind: str, options: Mapping[str, Any] | None = None) -> Com
       task: the network and its batches.
       kind: of `timing.RULES`; thresholds by density are refreshed at every step.
       options: of XLA.
-
-    Returns:
-      The step.
     """
     optimizer = timing.make_timed_optimizer(kind, refresh_every=1)
 
@@ -130,12 +121,6 @@ class RunningStep:
 
     def seconds(self, steps: int = 1) -> float:
         """Takes some steps.
-
-        Args:
-          steps: how many.
-
-        Returns:
-          The time of one, in seconds.
 
         Raises:
           FloatingPointError: if the loss is no longer finite.
@@ -177,9 +162,6 @@ def count_flop(task: Task) -> dict[str, int]:
 def describe_memory(planned: CompiledStep) -> dict[str, Any]:
     """Says what memory a step needs, as XLA plans it.
 
-    Args:
-      planned: the step.
-
     Returns:
       Bytes: `arguments`, `outputs`, of these `aliased`, `temporaries`; `planned`, all together;
       XLA's `peak`, which need not count temporaries; and in the text of the program: `masks`,
@@ -213,9 +195,6 @@ def describe_memory(planned: CompiledStep) -> dict[str, Any]:
 
 def count_by_xla(planned: CompiledStep) -> dict[str, float]:
     """Returns XLA's own counts, `{flop, bytes}`: all operations, and all that they read and write.
-
-    Args:
-      planned: the step.
 
     Returns:
       The counts; 0 where XLA gives none.

@@ -20,10 +20,7 @@ _KINDS = {
 }
 # Bytes per weight that a step must at least move: float32 weights, momenta and gradients, masks of
 # one byte.
-_UPDATE_BYTES = {
-    'gradient, momentum and weight read': 12,
-    'momentum and weight written': 8,
-}
+_UPDATE_BYTES = {'gradient, momentum and weight read': 12, 'momentum and weight written': 8}
 _SURGERY_BYTES = {
     'weight and mask read for W⊙T': 5,
     'W⊙T written': 4,
@@ -49,9 +46,6 @@ def page(result: Result, name: str) -> str:
     Args:
       result: as `experiments.scale.measure` returns it.
       name: of the files beside the page, without their endings.
-
-    Returns:
-      Markdown.
     """
     machine = result['machine']
     parts = [
@@ -243,14 +237,7 @@ def _input(result: Result) -> list[str]:
 
 
 def figure(result: Result) -> Figure:
-    """Draws the time of a fully connected network's step against weights, below it the ratio.
-
-    Args:
-      result: as `experiments.scale.measure` returns it.
-
-    Returns:
-      The picture.
-    """
+    """Draws the time of a fully connected network's step against weights, below it the ratio."""
     timed = [row for row in result['sizes'] if 'ms' in row]
     picture = Figure(figsize=(9, 6), dpi=100, layout='constrained')
     times, ratios = picture.subplots(2, sharex=True, height_ratios=(2, 1))

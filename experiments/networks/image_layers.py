@@ -53,12 +53,6 @@ def normalize_across_channels(images: jax.Array) -> jax.Array:
     At the first and last channels the sum has fewer terms; it is divided by 5 all the same, and
     α = 1e-4, all as in Caffe's layer LRN. It is computed in float32.
 
-    Args:
-      images: floating-point.
-
-    Returns:
-      An array of the same shape and dtype.
-
     Reference:
       Krizhevsky, Sutskever and Hinton, ImageNet classification with deep convolutional neural
       networks, 2012, section 3.3; Caffe, `lrn_layer.cpp`.

@@ -22,13 +22,8 @@ from experiments.networks.image_layers import (
 # Caffe's filler `xavier` is uniform in ±√(3 / fan-in).
 _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 
-_VGG_BLOCKS = (
-    (2, 64),
-    (2, 128),
-    (3, 256),
-    (3, 512),
-    (3, 512),
-)  # convolutions, and features of each
+# Convolutions, and features of each.
+_VGG_BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 
 _FEWEST_COLUMNS = 32  # of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
 
@@ -153,12 +148,7 @@ class VGG16(nn.Module):
     def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, height, width, 3), 224 pixels a side or any number, to logits.
 
-        Args:
-          images: from 0 to 255 less the mean of `INPUTS`, floating-point.
-          dropout: the rates behind `fc6` and `fc7`.
-
-        Returns:
-          (batch, classes) float32.
+        All else is as of `AlexNet`.
 
         Raises:
           ValueError: if the images have no pixels, or the network has no width or classes.
@@ -224,22 +214,13 @@ CHAINS = {
 
 
 def shapes(network: nn.Module, image_shape: Sequence[int]) -> Any:
-    """Returns the shapes of a network's parameters, by layer, without making them.
-
-    Args:
-      network: a linen module.
-      image_shape: height, width and channels of one example.
-    """
+    """Returns the shapes of a network's parameters, by layer, without making them."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(network.init, jax.random.key(0), images)['params']
 
 
 def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
     """Counts at how many places of one example each layer applies its kernel.
-
-    Args:
-      network: a linen module.
-      image_shape: height, width and channels of one example.
 
     Returns:
       `{layer name: height · width of the layer's output}` for the convolutions.

@@ -44,11 +44,7 @@ class Cnn(nnx.Module):
     """Three convolutions, each under BatchNorm, and a dense head."""
 
     def __init__(self, rngs: nnx.Rngs):
-        """Makes its weights.
-
-        Args:
-          rngs: the source of the kernels.
-        """
+        """Makes its weights."""
         channels = list(zip((1, *_WIDTHS), _WIDTHS, strict=False))
         self.convs = nnx.List(
             [nnx.Conv(*pair, (3, 3), use_bias=False, rngs=rngs) for pair in channels]
@@ -69,11 +65,7 @@ class Block(nnx.Module):
     """Causal attention and two dense layers, each behind a norm and beside a shortcut."""
 
     def __init__(self, rngs: nnx.Rngs):
-        """Makes its weights.
-
-        Args:
-          rngs: the source of the kernels.
-        """
+        """Makes its weights."""
         self.norm1, self.norm2 = (nnx.LayerNorm(_WIDTH, rngs=rngs) for _ in range(2))
         self.attend = nnx.Linear(_WIDTH, 3 * _WIDTH, rngs=rngs)
         self.project = nnx.Linear(_WIDTH, _WIDTH, rngs=rngs)
@@ -93,12 +85,7 @@ class Gpt(nnx.Module):
     """A language model of characters."""
 
     def __init__(self, characters: int, rngs: nnx.Rngs):
-        """Makes its weights.
-
-        Args:
-          characters: how many there are to tell apart.
-          rngs: the source of the kernels and embeddings.
-        """
+        """Makes its weights."""
         self.tokens = nnx.Embed(characters, _WIDTH, rngs=rngs)
         self.positions = nnx.Embed(_CONTEXT, _WIDTH, rngs=rngs)
         self.blocks = nnx.List([Block(rngs) for _ in range(_BLOCKS)])

@@ -126,9 +126,6 @@ def make_pruner(run: Run, params: dns_jax.Params) -> optax.GradientTransformatio
     Args:
       run: whose method and target count, met before the end of its steps.
       params: of the network.
-
-    Returns:
-      The transformation.
     """
     if run.method == 'surgery':
         how_small: dict[str, Any] = {_TARGETS[run.network]: run.target}
@@ -196,9 +193,6 @@ def measure(task: Task, network: Network, masks: dns_jax.Masks, split: str) -> f
 def run_all(config: OwnLoopConfig) -> list[Row]:
     """Does every run whose row is not there yet.
 
-    Args:
-      config: from the command line.
-
     Returns:
       The rows of the configuration, of the columns `COLUMNS`; the file may have others.
 
@@ -225,9 +219,6 @@ def run_all(config: OwnLoopConfig) -> list[Row]:
 
 def read_rows(path: Path) -> list[Row]:
     """Reads the rows of a file; none where there is no file.
-
-    Args:
-      path: of the file.
 
     Returns:
       The rows, with numbers where `COLUMNS` says so, and None where a network has no test split.

@@ -68,13 +68,7 @@ def binned_counts(records: Records, event: str, width: int = 1000) -> tuple[np.n
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Writes a figure as PNG.
-
-    Args:
-      figure: what is drawn.
-      path: of the file.
-      **options: of `Figure.savefig`.
-    """
+    """Writes a figure as PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, format='png', **options)
     write_whole(path, picture.getvalue())

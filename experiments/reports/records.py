@@ -13,9 +13,6 @@ PHASES = ('reference', 'surgery', 'finetuning')
 def read_records(folder: str | Path) -> list[dict[str, Any]]:
     """Reads the records of a run.
 
-    Args:
-      folder: of the run.
-
     Returns:
       The records in the order written. A last line without its end, as a killed writer leaves
       it, is no record.

@@ -48,9 +48,6 @@ _COURSE_TEXT = (
 def published_tables(summary: Summary) -> list[Table]:
     """What each layer keeps, beside what it keeps in papers: table 4 of Guo et al.
 
-    Args:
-      summary: the run's summary.
-
     Returns:
       One table; none where no paper tells of the network's layers.
     """
@@ -75,9 +72,6 @@ def published_tables(summary: Summary) -> list[Table]:
 def format_table(summary: Summary) -> str:
     """The result and the layers for the terminal: aligned tables, an empty line between them.
 
-    Args:
-      summary: the run's summary.
-
     Raises:
       ValueError: the summary lacks a key.
     """
@@ -87,9 +81,6 @@ def format_table(summary: Summary) -> str:
 
 def card(summary: Summary) -> str:
     """What is to be told of a published network, in Markdown.
-
-    Args:
-      summary: of the run that made it.
 
     Raises:
       ValueError: the summary lacks a key.
@@ -117,13 +108,6 @@ def card(summary: Summary) -> str:
 
 def page(summary: Summary, figures: Sequence[Figure] = ()) -> str:
     """A run's report as a page: result, sizes, layers, course, flags and environment.
-
-    Args:
-      summary: the run's summary.
-      figures: of the course of the run.
-
-    Returns:
-      HTML.
 
     Raises:
       ValueError: the summary lacks a key.

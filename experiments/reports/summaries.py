@@ -33,9 +33,6 @@ _LARGEST = 1e100  # so that no sum, percentage or ratio leaves what a float can 
 def read_summary(path: Path) -> dict[str, Any]:
     """Reads a `summary.json`.
 
-    Args:
-      path: of the file.
-
     Returns:
       What it holds, whatever that is; `check_summary` says whether it is whole.
 
@@ -55,12 +52,6 @@ def read_summary(path: Path) -> dict[str, Any]:
 def read_whole_summary(path: Path) -> dict[str, Any]:
     """Reads a `summary.json` that must hold all that a report shows.
 
-    Args:
-      path: of the file.
-
-    Returns:
-      What it holds.
-
     Raises:
       ValueError: if it is damaged, or `check_summary` finds something.
       OSError: if it is missing or cannot be read.
@@ -75,9 +66,6 @@ def read_whole_summary(path: Path) -> dict[str, Any]:
 
 def check_summary(summary: Summary) -> None:
     """Checks that a summary holds all that a report shows.
-
-    Args:
-      summary: of a run.
 
     Raises:
       ValueError: if it, or one of its layers, lacks a key, or has another value than a finite

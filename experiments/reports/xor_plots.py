@@ -61,15 +61,7 @@ def course_figure(course: Any, steps: int) -> Figure:
 
 
 def animate(course: Any, steps: int) -> bytes:
-    """The same as an animated GIF, one picture for each record.
-
-    Args:
-      course: as for `course_figure`.
-      steps: of the surgery.
-
-    Returns:
-      The file.
-    """
+    """The same as an animated GIF, one picture for each record."""
     pictures = []
     records = len(course.masks['fc1']['kernel']) - 1
     moments = range(0, records + 1, 2)

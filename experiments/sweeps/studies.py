@@ -30,9 +30,6 @@ _FEWEST_COMPLETED = 5  # completed trials before any is given up
 def check_storage(url: str) -> None:
     """Connects to a database once.
 
-    Args:
-      url: of `--storage`.
-
     Raises:
       ValueError: if it is no URL of a database that can be used here.
       OSError: if the database cannot be reached.
@@ -53,11 +50,7 @@ def check_storage(url: str) -> None:
 
 @contextlib.contextmanager
 def named_errors(url: str) -> Iterator[None]:
-    """Turns what a database raises into an `OSError` that names it.
-
-    Args:
-      url: of the database.
-    """
+    """Turns what a database raises into an `OSError` that names it."""
     try:
         yield
     except Exception as error:
@@ -85,13 +78,6 @@ def _hide_password(url: str) -> str:
 
 def open_study(url: str, config: SearchConfig) -> optuna.Study:
     """Joins the study of a search, or founds it.
-
-    Args:
-      url: of its database.
-      config: of the search.
-
-    Returns:
-      The study.
 
     Raises:
       ValueError: if it has trials with other flags.

@@ -31,9 +31,6 @@ def page(
       figure: of the rows.
       flags: of the sweep, name to value.
       left_out: runs that did not come to their end, folder to reason.
-
-    Returns:
-      HTML.
     """
     network, dataset = rows[0]['network'], rows[0]['dataset']
     sections = [Section('Result', tables=tables, figures=[figure])]

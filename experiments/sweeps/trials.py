@@ -38,12 +38,6 @@ _WATCHED = (0.4, 0.8)
 def take_part(config: SearchConfig) -> dict[str, Any]:
     """Takes part in a study until it has all its trials, then writes and prints what it found.
 
-    Args:
-      config: of the search.
-
-    Returns:
-      The best trial. The folder then holds `best.flags`, `importance.png` and `pareto.png`.
-
     Raises:
       As `experiments.search.search` does.
     """

@@ -32,9 +32,6 @@ def finish(
       seconds: that it took, for the summary.
       returns: what was counted of connections that return, if anything.
 
-    Returns:
-      The summary.
-
     Raises:
       OSError: if the folder cannot be written.
     """
@@ -103,10 +100,7 @@ def _measure_returns(
     measured['others_removed'] = sum(int(np.sum(event.pruned)) for event in removed)
     task = run.task
     loss = steps.make_loss(task.network, task.inputs)
-    for name, masks in (
-        *(('', final.masks), ('_without', without)),
-        ('_without_others', others),
-    ):
+    for name, masks in (*(('', final.masks), ('_without', without)), ('_without_others', others)):
         pruned = dns_jax.apply_masks(final.params, masks)
         measured[f'loss{name}'] = loss(pruned, task.dataset.train)
         measured[f'test_error{name}'] = task.error(pruned, task.dataset.test)

@@ -111,14 +111,7 @@ def after_setbacks(
 
 
 def frozen(pruner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Makes a transformation with the state of a pruner that leaves it as it is.
-
-    Args:
-      pruner: holds the masks in its state.
-
-    Returns:
-      A transformation whose masks stay those of the state.
-    """
+    """Makes a transformation with the state of a pruner that leaves it as it is."""
     return optax.GradientTransformation(
         pruner.init, lambda updates, state, params=None: (updates, state)
     )
@@ -135,9 +128,6 @@ def find_emptied_layers(
       rules: by pattern, of the weights' magnitude.
       params: the weights that surgery begins with.
       takes_part: which leaves take part.
-
-    Returns:
-      A sentence for each such layer.
     """
     found = []
     layers = dns_jax.group_by_layer(params, takes_part=takes_part)

@@ -55,9 +55,6 @@ def open_feed(config: Config) -> Feed:
     Args:
       config: an `ImageConfig` for streamed images.
 
-    Returns:
-      The feed.
-
     Raises:
       ValueError: if the data, the network and the mesh do not fit the flags, or data are damaged.
       OSError: if data cannot be read or written.

@@ -96,8 +96,7 @@ class Config:
         part='task',
     )
     learning_rate: str = flag(
-        'inv:0.01,1e-4,0.75',
-        'Learning rate of surgery, in the form of --reference_learning_rate.',
+        'inv:0.01,1e-4,0.75', 'Learning rate of surgery, in the form of --reference_learning_rate.'
     )
     finetuning_learning_rate: str = flag(
         'poly:0.05,1', 'Learning rate of fine-tuning, in the form of --reference_learning_rate.'

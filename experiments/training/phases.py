@@ -135,9 +135,6 @@ def train_side_by_side(
       states: of each, at the start of the phase; they are donated.
       stopping: from `stop_on_signals`.
 
-    Returns:
-      The states at the end of the phase.
-
     Raises:
       Diverged: if training breaks down.
       Stopped: after a signal.

@@ -92,9 +92,6 @@ class Plan:
 def make_plan(config: Config) -> Plan:
     """Reads the flags of a run.
 
-    Args:
-      config: from the command line.
-
     Returns:
       The plan. No data is opened for it, and no weight is made.
 

@@ -20,9 +20,6 @@ def cut(
       pruner: what to do it to, with a `dns_jax.SurgeryState`.
       share: of the kept connections, in [0, 1).
       step: when, after the masks of that step are updated.
-
-    Returns:
-      The pruner with the cut.
     """
 
     def update_fn(updates, state, params: Any = None):
@@ -55,9 +52,6 @@ class ReturnsState(NamedTuple):
 def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Remembers which connections were pruned and which of them returned.
 
-    Args:
-      pruner: what to watch.
-
     Returns:
       The pruner with a `ReturnsState` around its state.
     """
@@ -85,9 +79,6 @@ def count_returns(pruner: optax.GradientTransformation) -> optax.GradientTransfo
 
 def find_returns(opt_state: optax.OptState) -> ReturnsState | None:
     """Finds what `count_returns` remembers.
-
-    Args:
-      opt_state: of an optimizer.
 
     Returns:
       Its state, None where nothing was counted.

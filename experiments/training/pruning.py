@@ -72,12 +72,6 @@ class Pruning:
     def kept_share(self, params: dns_jax.Params) -> float:
         """Says what of the leaves that take part is to be kept, so that the network is as small.
 
-        Args:
-          params: the weights, or their shapes.
-
-        Returns:
-          The density of what takes part.
-
         Raises:
           ValueError: if what takes no part is more than is to be kept.
         """

@@ -13,9 +13,6 @@ from experiments.training.workdir import check_claim
 def run(config: Config) -> dict[str, Any]:
     """Does all that a configuration asks for and prints the result.
 
-    Args:
-      config: from the command line.
-
     Returns:
       The summary, as written to `summary.json`; where standard output is no terminal, its last
       line is the same as one JSON object.

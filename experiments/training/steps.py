@@ -141,9 +141,6 @@ def _in_parts(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[.
 def make_run_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
     """Makes the compiled call that runs many steps; it donates the state.
 
-    Args:
-      step: from `make_step`.
-
     Returns:
       A jitted function of the state, all images, all labels and the indices (steps, batch) of
       each step's batch that returns the new state and a `Chunk`.
@@ -161,13 +158,8 @@ def make_run_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
     return run_chunk
 
 
-def make_run_chunks(
-    step: TrainStep,
-) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
+def make_run_chunks(step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
     """Makes the compiled call that runs many steps of several networks, each on its own batches.
-
-    Args:
-      step: from `make_step`.
 
     Returns:
       As `make_run_chunk` does, but for tuples of states and of indices; the result is a tuple of
@@ -242,10 +234,6 @@ def make_error(
 ) -> Callable[[dns_jax.Params, Images], float]:
     """Makes the function that measures the classification error.
 
-    Args:
-      network: maps images to logits.
-      inputs: what it takes.
-
     Returns:
       A function of the weights to compute with (W⊙T) and a split that returns the share of
       images it gets wrong, in percent.
@@ -266,10 +254,6 @@ def make_loss(
     network: nn.Module, inputs: models.Input
 ) -> Callable[[dns_jax.Params, Images], float]:
     """Makes the function that measures the cross-entropy.
-
-    Args:
-      network: maps images to logits.
-      inputs: what it takes.
 
     Returns:
       A function of the weights to compute with (W⊙T) and a split that returns the mean over its

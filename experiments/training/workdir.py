@@ -166,12 +166,6 @@ def _open_events(folder: Path):
 def read_flags(folder: Path) -> Mapping[str, Any]:
     """Reads what decided the numbers of a run.
 
-    Args:
-      folder: of the run.
-
-    Returns:
-      As `claim` wrote it.
-
     Raises:
       ValueError: if the file is damaged, or of another program.
       OSError: if it is missing or cannot be read.

@@ -48,9 +48,18 @@ def shared(params):
     return share_weights(params, masks, 5, {'network': 'small'})
 
 
-def test_codebooks_learn_and_nothing_else_changes(split, params, shared):
-    tuned = tune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
-    loss = make_loss(Small(), MNIST_INPUT)
+@pytest.fixture(scope='module')
+def loss():
+    return make_loss(Small(), MNIST_INPUT)
+
+
+@pytest.fixture(scope='module')
+def tuned(split, params, shared):
+    with jax.numpy_dtype_promotion('standard'):
+        return tune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
+
+
+def test_codebooks_learn_and_nothing_else_changes(split, shared, tuned, loss):
     before, after = (loss(expand(*network[:3]), split) for network in (shared, tuned))
     assert after < 0.9 * before
     jax.tree.map(np.testing.assert_array_equal, tuned.assignments, shared.assignments)
@@ -70,11 +79,9 @@ def test_one_step_of_adam_moves_each_centroid_by_the_rate(split, params, shared)
         assert (moved > 0).sum() > len(book) / 2  # those that no image reaches stay
 
 
-def test_weights_that_choose_do_better(split, params, shared):
-    loss = make_loss(Small(), MNIST_INPUT)
-    alone = tune(Small(), params, shared, split, tuned='codebooks', **OPTIONS)
+def test_weights_that_choose_do_better(split, params, shared, tuned, loss):
     chosen = tune(Small(), params, shared, split, tuned='weights', **OPTIONS)
-    assert loss(expand(*chosen[:3]), split) < loss(expand(*alone[:3]), split)
+    assert loss(expand(*chosen[:3]), split) < loss(expand(*tuned[:3]), split)
     jax.tree.map(np.testing.assert_array_equal, chosen.masks, shared.masks)
     changed = jax.tree.map(
         lambda new, old, mask: (new != old)[mask].any(),

@@ -21,10 +21,13 @@ def gradient(width, height):
     return Image.fromarray(pixels)
 
 
+def as_png(image):
+    """A file that changes no pixel."""
+    return archives.encode(image, 'PNG', compress_level=1)
+
+
 def crop(image, size, kind, generator=None):
-    """Crops an image by way of a PNG, which changes no pixel."""
-    content = archives.encode(image, 'PNG', compress_level=1)
-    return crops.crop_image(content, size, kind, generator)
+    return crops.crop_image(as_png(image), size, kind, generator)
 
 
 def difference(left, right):
@@ -49,12 +52,12 @@ def test_caffe_evaluation(shape):
 
 def test_caffe_training():
     image, size, found = archives.photograph(90, 60), 45, []
-    square = caffe_square(image, size)
+    content, square = as_png(image), caffe_square(image, size)
     margin = len(square) - size
     assert margin == 6
     places = list(itertools.product((False, True), range(margin + 1), range(margin + 1)))
     for seed in range(150):
-        pixels = crop(image, size, 'caffe', np.random.default_rng(seed))
+        pixels = crops.crop_image(content, size, 'caffe', np.random.default_rng(seed))
         candidates = [square[y : y + size, x : x + size] for _, y, x in places]
         candidates = [c[:, ::-1] if p[0] else c for p, c in zip(places, candidates, strict=True)]
         matching = [
@@ -79,9 +82,9 @@ def extent(pixels, length, channel):
 
 def test_random_resized_training():
     width, height, shares, ratios, turns = 640, 480, [], [], []
-    image = gradient(width, height)
+    content = as_png(gradient(width, height))
     for seed in range(300):
-        pixels = crop(image, 32, 'random_resized', np.random.default_rng(seed))
+        pixels = crops.crop_image(content, 32, 'random_resized', np.random.default_rng(seed))
         left, right, mirrored = extent(pixels, width, 0)
         top, bottom, upside_down = extent(pixels, height, 1)
         assert not upside_down

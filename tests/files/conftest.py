@@ -1,8 +1,13 @@
-"""What the tests of Caffe's files read by."""
+"""A file for the tests of a module to write over and over, and what Caffe's are read by."""
 
 import pytest
 
 from dns_jax.files.caffe import read_caffemodel
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp('files') / 'network'
 
 
 @pytest.fixture

@@ -16,10 +16,8 @@ import onnx
 import onnxruntime
 import pytest
 from networks import LENET5
-from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from dns_jax import apply_masks
 from dns_jax.files.export import save_dense, save_onnx, save_stablehlo
 from dns_jax.files.sparse import load_sparse
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, run_chain
@@ -28,17 +26,12 @@ ZOO = Path(__file__).parents[2] / 'zoo'
 IMAGE = (11, 10, 3)
 # Name: the layers, the shapes of their kernels, and that of the inputs.
 CHAINS = {
-    'valid': ((Convolution('a'),), {'a': (4, 3, 3, 5)}, IMAGE),
-    'same': ((Convolution('a', 'SAME'),), {'a': (3, 3, 3, 5)}, IMAGE),
     'same, even kernel': ((Convolution('a', 'SAME'),), {'a': (4, 2, 3, 5)}, IMAGE),
-    'pool 2': ((MaxPool(2),), {}, IMAGE),
     'pool 3, rows and columns left over': ((MaxPool(3),), {}, IMAGE),
     'pool 1': ((MaxPool(1),), {}, IMAGE),
     'pool all': ((MaxPool(4), Flatten()), {}, (4, 4, 2)),
-    'relu of images': ((Relu(),), {}, IMAGE),
     'flatten images': ((Flatten(), Dense('a')), {'a': (330, 4)}, IMAGE),
     'flatten vectors': ((Flatten(),), {}, (4,)),
-    'select channels': ((Select((0, 2)),), {}, IMAGE),
     'select elements': ((Select((1, 2, 6)), Dense('a')), {'a': (3, 4)}, (7,)),
     'vectors': ((Dense('a'), Relu(), Dense('b')), {'a': (7, 5), 'b': (5, 1)}, (7,)),
     'all of them': (
@@ -104,18 +97,9 @@ def test_round_trip(tmp_path, save, chain, kernels, input_shape):
     assert_same(RUNS[save](tmp_path / 'network'), chain, params, input_shape)
 
 
-@pytest.fixture(scope='module')
-def lenet5():
-    return load_sparse(ZOO / 'lenet5.safetensors').params
-
-
-def test_round_trip_of_lenet5(tmp_path, save, lenet5):
-    save(tmp_path / 'lenet5', LENET5, lenet5, (28, 28, 1))
-    assert_same(RUNS[save](tmp_path / 'lenet5'), LENET5, lenet5, (28, 28, 1))
-
-
-def test_onnx_model(tmp_path, lenet5):
+def test_onnx_model(tmp_path):
     """Nodes that runtimes have kernels for: no windows taken apart, no sizes computed."""
+    lenet5 = load_sparse(ZOO / 'lenet5.safetensors').params
     save_onnx(tmp_path / 'lenet5', LENET5, lenet5, (28, 28, 1))
     model = onnx.load(tmp_path / 'lenet5')
     onnx.checker.check_model(model, full_check=True)
@@ -194,7 +178,7 @@ def test_same_bytes_in_other_processes(tmp_path):
         assert (tmp_path / kind).read_bytes() == (tmp_path / f'network.{kind}').read_bytes()
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_narrow_weights_become_float32(tmp_path, save, dtype):
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights({'a': (7, 5)}))
     chain = (Dense('a'), Relu())
@@ -255,20 +239,6 @@ def test_dense_golden_bytes(tmp_path):
     np.testing.assert_array_equal(load_file(tmp_path / 'network')['fc.kernel'], kernel)
 
 
-def test_dense_lenet5(tmp_path, lenet5):
-    loaded = load_sparse(ZOO / 'lenet5.safetensors')
-    trained = jax.tree.map(lambda leaf, mask: np.where(mask, leaf, 7), loaded.params, loaded.masks)
-    masked = apply_masks(jax.tree.map(jnp.float32, trained), loaded.masks)
-    save_dense(tmp_path / 'lenet5', masked, loaded.metadata)
-    with safe_open(tmp_path / 'lenet5', 'numpy') as file:
-        assert file.metadata() == loaded.metadata
-    tensors = load_file(tmp_path / 'lenet5')
-    assert len(tensors) == 8
-    for name, layer in lenet5.items():
-        for part, leaf in layer.items():
-            np.testing.assert_array_equal(tensors[f'{name}.{part}'], leaf, strict=True)
-
-
 def test_dense_trees(tmp_path):
     save_dense(tmp_path / 'network', [jnp.zeros((2, 0)), {'b': (jnp.float32(3),)}])
     assert {name: leaf.shape for name, leaf in load_file(tmp_path / 'network').items()} == {
@@ -288,9 +258,7 @@ W = np.ones(2, np.float32)
         ({'__metadata__': W}, None, ValueError, "'__metadata__' is taken"),
         ({'a': np.array([1, np.inf], np.float32)}, None, ValueError, "'a'.* not finite"),
         ({'a': np.ones(2)}, None, TypeError, "'a'.* not float64"),
-        ({'a': np.ones(2, np.int32)}, None, TypeError, "'a'.* not int32"),
         ({'a': W}, {'a': 1}, TypeError, 'metadata'),
-        ({'a': W}, {1: 'a'}, TypeError, 'metadata'),
         ({'a': W}, {'a': '\ud800'}, ValueError, 'surrogates'),
     ],
 )
@@ -300,19 +268,14 @@ def test_what_cannot_be_saved_dense_leaves_no_trace(tmp_path, params, metadata, 
     assert not list(tmp_path.iterdir())
 
 
-def save_tiny_dense(path):
-    save_dense(path, {'a': W})
+TINY = {
+    'dense': lambda path: save_dense(path, {'a': W}),
+    'ONNX': lambda path: save_onnx(path, (Relu(),), {}, (2,)),
+    'StableHLO': lambda path: save_stablehlo(path, (Relu(),), {}, (2,)),
+}
 
 
-def save_tiny_onnx(path):
-    save_onnx(path, (Relu(),), {}, (2,))
-
-
-def save_tiny_stablehlo(path):
-    save_stablehlo(path, (Relu(),), {}, (2,))
-
-
-@pytest.mark.parametrize('save_tiny', [save_tiny_dense, save_tiny_onnx, save_tiny_stablehlo])
+@pytest.mark.parametrize('save_tiny', TINY.values(), ids=TINY)
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, save_tiny):
     path = tmp_path / 'network'
     path.write_bytes(b'before')

@@ -148,10 +148,8 @@ def test_expand_refuses():
     ('params', 'masks', 'clusters', 'error', 'message'),
     [
         ({'a': W}, {'b': T}, 2, ValueError, 'masks must have the leaves of params'),
-        ({'a': W}, {'a': T[:1]}, 2, ValueError, r"masks\['a'\] has shape"),
         ({'a': W}, {'a': W}, 2, TypeError, r"masks\['a'\] must be boolean"),
         ({'a': np.ones(2)}, {'a': T}, 2, TypeError, r"params\['a'\].*float64"),
-        ({'a': np.ones(2, int)}, {'a': T}, 2, TypeError, r"params\['a'\].*int64"),
         ({'a': W * np.nan}, {'a': T}, 2, ValueError, r"params\['a'\].*not finite"),
         ({'a': W * np.inf}, {'a': np.array(True)}, 2, ValueError, r"params\['a'\].*not finite"),
         ({'a': W}, {'a': T}, 0, ValueError, r"clusters=0: wanted 1 to 65536 for the layers \[''\]"),

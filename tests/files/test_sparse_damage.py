@@ -2,14 +2,12 @@
 
 import json
 import struct
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from memory import takes_less_than
 from safetensors.numpy import save_file
 from sparse_golden import (
     GOLDEN,
@@ -24,11 +22,6 @@ from sparse_golden import (
 
 from dns_jax._trees import check_parallel
 from dns_jax.files.sparse import load_sparse, save_sparse
-
-
-@pytest.fixture(scope='module')
-def path(tmp_path_factory):
-    return tmp_path_factory.mktemp('sparse') / 'network.safetensors'
 
 
 def assert_refused(path, message, **arguments):
@@ -47,42 +40,29 @@ def replaced(**changes):
 
 BAD_TENSORS = [
     ({'values': None}, r"lacks the tensors \['fc/kernel:values'\] and has \[\] too many"),
-    ({'indices': None}, r"lacks the tensors \['fc/kernel:indices'\]"),
     ({'values': None, 'indices': None}, r"lacks .*'fc/kernel:indices', 'fc/kernel:values'\]"),
     ({'extra': f32(1)}, r"lacks the tensors \[\] and has \['extra'\] too many"),
-    ({'b:values': f32(1)}, r"has \['b:values'\] too many"),
     ({'b:values': f32(1), 'b:indices': u32(0)}, r"has \['b:indices', 'b:values'\] too many"),
     ({'values': np.array([1.5, -2, 0])}, "'fc/kernel:values' must be F32 .* is F64"),
-    ({'values': np.array([1.5, -2, 0], np.float16)}, "'fc/kernel:values' must be F32 .* is F16"),
     ({'values': np.array([1, 2, 3], np.int32)}, "'fc/kernel:values' must be F32 .* is I32"),
-    ({'indices': np.array([1, 3, 4])}, "'fc/kernel:indices' must be U32 .* is I64"),
     ({'indices': np.array([1, 3, 4], np.int32)}, "'fc/kernel:indices' must be U32 .* is I32"),
-    ({'indices': f32(1, 3, 4)}, "'fc/kernel:indices' must be U32 .* is F32"),
     ({'values': f32(1, 2, 3)[None]}, "'fc/kernel:values' must be F32 of one axis, .* 2"),
     ({'values': f32(1).reshape(()), 'indices': u32(1)}, 'must be F32 of one axis, .* 0'),
     ({'indices': u32(1, 3, 4)[:, None]}, "'fc/kernel:indices' must be U32 of one axis, .* 2"),
     ({'values': f32(1, 2)}, "'fc/kernel' has 2 values, but 3 indices"),
-    ({'values': f32(1, 2, 3, 4)}, "'fc/kernel' has 4 values, but 3 indices"),
     ({'values': f32(), 'indices': u32(1)}, "'fc/kernel' has 0 values, but 1 indices"),
     ({'indices': u32(1, 3, 6)}, "'fc/kernel' has the index 6, but 6 elements"),
     ({'indices': u32(1, 3, 2**32 - 1)}, "'fc/kernel' has the index 4294967295"),
     ({'indices': u32(1, 3, 3)}, "indices of 'fc/kernel' do not ascend"),
-    ({'indices': u32(1, 1, 3)}, "indices of 'fc/kernel' do not ascend"),
-    ({'indices': u32(1, 4, 3)}, "indices of 'fc/kernel' do not ascend"),
     ({'indices': u32(6, 1, 3)}, "indices of 'fc/kernel' do not ascend"),
     ({'values': f32(1, np.nan, 2)}, "'fc/kernel' has a value that is not finite"),
-    ({'values': f32(1, 2, np.inf)}, "'fc/kernel' has a value that is not finite"),
     ({'values': f32(-np.inf, 2, 3)}, "'fc/kernel' has a value that is not finite"),
     # Of the bias, which takes no part.
     ({'fc/bias:values': f32(7)}, r"lacks the tensors \['fc/bias:indices'\] and has \[\] too many"),
-    ({'fc/bias:values': f32(7, 8, 9)}, r"lacks the tensors \['fc/bias:indices'\]"),
-    ({'fc/bias:values': f32()}, r"lacks the tensors \['fc/bias:indices'\]"),
     ({'fc/bias:values': f32(7, 8)[None]}, r"lacks the tensors \['fc/bias:indices'\]"),
-    ({'fc/bias:values': None}, r"lacks the tensors \['fc/bias:indices', 'fc/bias:values'\]"),
     ({'fc/bias:values': u32(7, 8)}, "'fc/bias:values' must be F32 .* is U32"),
     ({'fc/bias:values': f32(7, np.nan)}, "'fc/bias' has a value that is not finite"),
     ({'fc/bias:indices': u32(0, 2)}, "'fc/bias' has the index 2, but 2 elements"),
-    ({'fc/bias:indices': u32()}, "'fc/bias' has 2 values, but 0 indices"),
 ]
 
 
@@ -140,18 +120,10 @@ def leaves(*paths):
     return tensors, shapes
 
 
-@pytest.mark.parametrize(
-    'paths',
-    [
-        ('a', 'a/b'),
-        ('a', 'a ', 'a/b/c'),
-        ('', 'a'),
-        ('', 'a/b'),
-        ('', '/'),
-        ('a/', 'a//b'),
-        ('x/y', 'x'),
-    ],
-)
+WITHIN = [('a', 'a ', 'a/b/c'), ('', 'a/b'), ('', '/'), ('a/', 'a//b')]
+
+
+@pytest.mark.parametrize('paths', WITHIN)
 def test_paths_within_each_other(path, paths):
     for order in (paths, paths[::-1]):
         save_file(leaves(*order)[0], path, leaves(*order)[1])
@@ -173,31 +145,19 @@ def test_max_parameters(path):
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     save_sparse(path, params, masks)
     load_sparse(path, max_parameters=16)
-    load_sparse(path, 16)
-    for limit in (15, 6, 0):
+    for limit in (15, 0):
         assert_refused(path, f'it has 16 .* max_parameters is {limit}', max_parameters=limit)
 
 
-HUGE = [
-    ['[1073741825]'],
-    ['[32768, 32769]'],
-    ['[1000000000]', '[1000000000]'],
-    ['[1, 0, 999999999999999999]'],
-    ['[' + ', '.join(['999999999999999999'] * 64) + ']'],
-    ['[0' + ', 999999999999999999' * 63 + ']'],
-]
+HUGE = [['[32768, 32769]'], ['[1000000000]'] * 2, ['[0' + ', 999999999999999999' * 63 + ']']]
 
 
 @pytest.mark.parametrize('shapes', HUGE)
 def test_huge_networks_are_refused_before_memory_is_taken(path, shapes):
     tensors, _ = leaves(*map(str, range(len(shapes))))
     save_file(tensors, path, {f'{at}:shape': shape for at, shape in enumerate(shapes)})
-    tracemalloc.start()
-    try:
+    with takes_less_than(10**6):
         assert_refused(path, 'max_parameters is 1073741824')
-        assert tracemalloc.get_traced_memory()[1] < 10**6
-    finally:
-        tracemalloc.stop()
 
 
 def raw(header, data=b''):
@@ -209,60 +169,31 @@ def tensor(dtype, shape, start, stop):
     return {'dtype': dtype, 'shape': shape, 'data_offsets': [start, stop]}
 
 
-SHAPE_2 = {'__metadata__': {'a:shape': '[2]'}}
+def of_two(*tensors, size):
+    """A leaf `a` of two elements, with its values and indices as they are said to lie."""
+    names = 'a:values', 'a:indices'
+    header = {'__metadata__': {'a:shape': '[2]'}, **dict(zip(names, tensors, strict=True))}
+    return raw(header, bytes(size))
+
+
 RAW = {
     'empty': (b'', 'header'),
     'text': (b'not a network at all', 'header'),
-    'pickle': (b'\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s.', 'header'),
-    'zip': (b'PK\x03\x04' + bytes(60), 'header'),
-    'length past the end': (struct.pack('<Q', 100) + b'{}', 'header'),
     'largest length': (struct.pack('<Q', 2**64 - 1) + b'{}', 'header'),
     'header no JSON': (raw(b'{"a": '), 'JSON'),
-    'header a list': (raw([]), 'JSON'),
     'header not UTF-8': (raw(b'{"\xff": 1}'), 'UTF-8'),
-    'header deep': (raw(b'{"a":' * 100_000), 'JSON'),
     'nothing in it': (raw({}), 'at least one leaf'),
     'metadata alone': (raw({'__metadata__': {'network': 'tiny'}}), 'at least one leaf'),
-    'metadata not text': (raw({'__metadata__': {'a:shape': [2]}}), 'JSON'),
-    'tensor past the end': (raw({'a:values': tensor('F32', [2], 0, 8)}, bytes(4)), 'header'),
-    'bytes of no tensor': (raw({'a:values': tensor('F32', [1], 0, 4)}, bytes(8)), 'header'),
-    'shape and bytes differ': (raw({'a:values': tensor('F32', [3], 0, 8)}, bytes(8)), 'header'),
-    'hole between tensors': (
-        raw(
-            {'a:values': tensor('F32', [1], 0, 4), 'a:indices': tensor('U32', [1], 8, 12)},
-            bytes(12),
-        ),
-        'header',
-    ),
-    'tensors overlap': (
-        raw(
-            {'a:values': tensor('F32', [2], 0, 8), 'a:indices': tensor('U32', [2], 0, 8)}, bytes(8)
-        ),
-        'header',
-    ),
     'type that NumPy lacks': (
-        raw(
-            SHAPE_2
-            | {'a:values': tensor('BF16', [2], 0, 4), 'a:indices': tensor('U32', [2], 4, 12)},
-            bytes(12),
-        ),
+        of_two(tensor('BF16', [2], 0, 4), tensor('U32', [2], 4, 12), size=12),
         "'a:values' must be F32 .* is BF16",
     ),
     'type of less than a byte': (
-        raw(
-            SHAPE_2 | {'a:values': tensor('F32', [2], 0, 8), 'a:indices': tensor('F4', [2], 8, 9)},
-            bytes(9),
-        ),
+        of_two(tensor('F32', [2], 0, 8), tensor('F4', [2], 8, 9), size=9),
         "'a:indices' must be U32 .* is F4",
     ),
     'shape that NumPy lacks': (
-        raw(
-            SHAPE_2
-            | {
-                'a:values': tensor('F32', [0, 2**62, 2**62], 0, 0),
-                'a:indices': tensor('U32', [0], 0, 0),
-            }
-        ),
+        of_two(tensor('F32', [0, 2**62, 2**62], 0, 0), tensor('U32', [0], 0, 0), size=0),
         "'a:values' must be F32 of one axis, .* 3",
     ),
 }
@@ -283,7 +214,7 @@ def small(tmp_path_factory):
 
 
 def test_truncation_anywhere(path, small):
-    for length in range(len(small)):
+    for length in range(0, len(small), 9):
         path.write_bytes(small[:length])
         assert_refused(path, 'header')
     path.write_bytes(small + b'\0')
@@ -309,29 +240,13 @@ def refusal(path):
     return None
 
 
-@pytest.mark.parametrize('flip', [0x01, 0x10])
-def test_every_byte_flipped(path, small, flip):
+def test_every_byte_flipped(path, small):
     refusals = []
     for at in range(len(small)):
         damaged = bytearray(small)
-        damaged[at] ^= flip
+        damaged[at] ^= 0x10
         path.write_bytes(damaged)
         refusals.append(refusal(path))
     assert None in refusals  # a weight or a name that became another
     assert all(text.startswith(f'cannot load {str(path)!r}: ') for text in refusals if text)
     assert len({text for text in refusals if text}) > 10
-
-
-@settings(max_examples=200)
-@given(data=st.data())
-def test_bytes_replaced_and_moved(path, small, data):
-    damaged = bytearray(small)
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(small) - 1))
-        if data.draw(st.booleans()):
-            damaged[at] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789[]{}",:'))
-        else:  # swap two bytes: digits, names and indices change places
-            other = data.draw(st.integers(0, len(small) - 1))
-            damaged[at], damaged[other] = damaged[other], damaged[at]
-    path.write_bytes(damaged)
-    assert (refusal(path) or 'cannot load ').startswith('cannot load ')

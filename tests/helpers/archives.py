@@ -44,15 +44,7 @@ def write_imagenet(folder, train, validation):
 
 
 def make_imagenet_archives(folder, synsets, train_per_class, validation, size=(500, 375), seed=0):
-    """Makes ImageNet's two archives with made-up JPEGs.
-
-    Args:
-      folder: where to write both tars; made where there is none.
-      synsets: names of the classes.
-      train_per_class: number of training images of each class.
-      validation: number of validation images.
-      size: (width, height) of every image, pixels.
-      seed: of the images.
+    """Makes ImageNet's two archives with made-up JPEGs of a size (width, height).
 
     Returns:
       {synset: {file name: bytes}} of the training images, {file name: bytes} of the others.
@@ -74,13 +66,7 @@ def make_imagenet_archives(folder, synsets, train_per_class, validation, size=(5
 
 
 def make_cifar10_archive(folder, train_per_batch, test, seed=0):
-    """Makes cifar-10-binary.tar.gz with made-up images.
-
-    Args:
-      folder: where to write it; made where there is none.
-      train_per_batch: number of images of each of the five training files.
-      test: number of test images.
-      seed: of images and labels.
+    """Makes cifar-10-binary.tar.gz with made-up images, so many in each of five training files.
 
     Returns:
       The file, {'train', 'test'} of images (count, 32, 32, 3) and labels (count,), uint8.

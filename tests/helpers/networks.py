@@ -1,4 +1,4 @@
-"""Random small chains with masks, and what they give by loops in NumPy, from the definitions."""
+"""Random small chains with masks, and what they give in NumPy, from the definitions."""
 
 import jax
 import numpy as np
@@ -11,6 +11,11 @@ LENET5 = (
     *(Flatten(), Dense('fc1'), Relu(), Dense('fc2')),
 )
 LENET300 = (Flatten(), Dense('fc1'), Relu(), Dense('fc2'), Relu(), Dense('fc3'))
+SMALL_CHAIN = (Convolution('a'), Relu(), Flatten(), Dense('b'))
+SMALL_PARAMS = {
+    'a': {'kernel': np.eye(3, dtype=np.float32)[..., None, None], 'bias': np.ones(1, np.float32)},
+    'b': {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)},
+}
 
 
 def forward(chain, params, example):
@@ -23,34 +28,18 @@ def forward(chain, params, example):
             )
         match layer:
             case Dense():
-                x = np.array([sum(x * column) for column in kernel.T]) + bias
+                x = x @ kernel + bias
             case Convolution():
                 rows, columns = kernel.shape[:2]
                 if layer.padding == 'SAME':  # the odd one out goes to the end
                     above, left = (rows - 1) // 2, (columns - 1) // 2
                     x = np.pad(x, ((above, rows - 1 - above), (left, columns - 1 - left), (0, 0)))
-                height, width = x.shape[0] - rows + 1, x.shape[1] - columns + 1
-                x = np.array(
-                    [
-                        [
-                            (x[i : i + rows, j : j + columns, :, None] * kernel).sum((0, 1, 2))
-                            for j in range(width)
-                        ]
-                        for i in range(height)
-                    ]
-                )
-                x = x + bias
+                windows = np.lib.stride_tricks.sliding_window_view(x, (rows, columns), (0, 1))
+                x = np.einsum('yxcij,ijcf->yxf', windows, kernel) + bias
             case MaxPool(size):
                 height, width = x.shape[0] // size, x.shape[1] // size
-                x = np.array(
-                    [
-                        [
-                            x[i * size : (i + 1) * size, j * size : (j + 1) * size].max((0, 1))
-                            for j in range(width)
-                        ]
-                        for i in range(height)
-                    ]
-                )
+                windows = x[: height * size, : width * size]
+                x = windows.reshape(height, size, width, size, -1).max((1, 3))
             case Relu():
                 x = np.where(x > 0, x, 0)
             case Flatten():

@@ -142,15 +142,7 @@ def coded_contents(folder):
         inner.read(b'DNS\x01' + struct.pack('<I', zlib.crc32(data)) + data)
 
     # One leaf of 2**30 weights, none of them kept.
-    head = (
-        encode_number(0)
-        + encode_number(1)
-        + encode_text('w')
-        + encode_number(1)
-        + encode_text('')
-        + encode_number(0)
-        + encode_number(1)
-    )
+    head = b'\0\1' + encode_text('w') + b'\1' + encode_text('') + b'\0\1'
     attack = head + b''.join(map(encode_number, (0, 1, 2**30, 0)))
     return inner._replace(
         seeds=tuple(seed[8:] for seed in inner.seeds), read=read, attacks=(attack,)

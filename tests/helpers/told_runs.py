@@ -19,24 +19,13 @@ SUMMARY = {
     'jax': '0.10.2',
     'per_layer': {
         'conv1': {
-            'parameters': 520,
-            'kept': 0,
-            'density': 0.0,
-            'compression': math.inf,
-            'multiply_adds': 288000,
-            'kept_multiply_adds': 0,
-            'bytes': 2080,
-            'kept_bytes': 0,
+            **{'parameters': 520, 'kept': 0, 'density': 0.0, 'compression': math.inf},
+            **{'multiply_adds': 288000, 'kept_multiply_adds': 0, 'bytes': 2080, 'kept_bytes': 0},
         },
         'ip1': {
-            'parameters': 430560,
-            'kept': 3986,
-            'density': 3986 / 430560,
-            'compression': 430560 / 3986,
-            'multiply_adds': 400000,
-            'kept_multiply_adds': 3950,
-            'bytes': 1722240,
-            'kept_bytes': 23916,
+            **{'parameters': 430560, 'kept': 3986, 'density': 3986 / 430560},
+            **{'compression': 430560 / 3986, 'multiply_adds': 400000, 'kept_multiply_adds': 3950},
+            **{'bytes': 1722240, 'kept_bytes': 23916},
         },
     },
 }
@@ -55,30 +44,16 @@ LAYER_TABLE = """\
 """.rstrip()  # noqa: E501
 
 
+def reference_record(step, **more):
+    own = {'phase': 'reference', 'step': step, 'loss': 0.3}
+    return {**own, 'learning_rate': 0.01, 'validation_error': 1.2, **more}
+
+
 def surgery_record(step, pruned=0, spliced=0, **more):
     """A record of surgery with the counts in the second layer, and one of each in the first."""
-    return {
-        'phase': 'surgery',
-        'step': step,
-        'loss': 0.3,
-        'learning_rate': 0.01,
-        'validation_error': 1.2,
-        'kept': {'conv1': 0, 'ip1': 4000},
-        'pruned': {'conv1': 1, 'ip1': pruned - 1},
-        'spliced': {'conv1': 1, 'ip1': spliced - 1},
-        **more,
-    }
-
-
-def reference_record(step, **more):
-    return {
-        'phase': 'reference',
-        'step': step,
-        'loss': 0.3,
-        'learning_rate': 0.01,
-        'validation_error': 1.2,
-        **more,
-    }
+    counts = {'kept': {'conv1': 0, 'ip1': 4000}, 'pruned': {'conv1': 1, 'ip1': pruned - 1}}
+    counts['spliced'] = {'conv1': 1, 'ip1': spliced - 1}
+    return {**reference_record(step), 'phase': 'surgery', **counts, **more}
 
 
 RECORDS = [

@@ -103,7 +103,6 @@ def weights(*shape):
         ((Convolution('a'),), {'a': weights(1, 1, 1, 1)}, (4,), 'needs inputs of 3 axes'),
         ((MaxPool(5),), {}, (4, 6, 1), 'does not fit'),
         ((MaxPool(0),), {}, (4, 6, 1), 'does not fit'),
-        ((MaxPool(2),), {}, (4,), 'needs inputs of 3 axes'),
         ((Select(()),), {}, (4,), 'ascending'),
         ((Select((1, 1)),), {}, (4,), 'ascending'),
         ((Select((-1,)),), {}, (4,), 'ascending'),

@@ -11,8 +11,6 @@ from dns_jax import apply_masks
 from dns_jax.files.sparse import load_sparse
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, trace_shapes
 from dns_jax.inference.compact import Shrunk, compact
-from experiments.data import resident
-from experiments.networks.models import MNIST_INPUT
 from experiments.zoo import FOLDER
 
 
@@ -27,7 +25,7 @@ def masks_like(params, value=True):
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(networks())
 def test_outputs_are_those_of_the_masked_network(network):
     chain, params, masks, shape = network
@@ -55,11 +53,10 @@ def test_outputs_are_those_of_the_masked_network(network):
 
 
 @pytest.mark.parametrize(('name', 'chain'), [('lenet5', LENET5), ('lenet300', LENET300)])
-def test_networks_of_the_zoo(name, chain, tmp_path):
+def test_networks_of_the_zoo(name, chain):
     network = load_sparse(FOLDER / f'{name}.safetensors')
     small = compact(chain, network.params, network.masks, (28, 28, 1))
-    digits = resident.load('digits', tmp_path).test.images[:2] * MNIST_INPUT.scale
-    for image in [*np.random.default_rng(0).random((2, 28, 28, 1)), *digits]:
+    for image in np.random.default_rng(0).random((2, 28, 28, 1)):
         np.testing.assert_allclose(
             forward(small.chain, small.params, image),
             forward(chain, network.params, image),
@@ -130,22 +127,6 @@ def test_inputs_that_nothing_reads_are_not_selected():
     masks['a']['kernel'][[0, 3, 11]] = False
     small = compact((Flatten(), Dense('a')), params, masks, (2, 2, 3))
     assert small.chain == (Flatten(), Select((1, 2, 4, 5, 6, 7, 8, 9, 10)), Dense('a'))
-
-
-@pytest.mark.parametrize('leaf', ['kernel', 'bias'])
-def test_network_of_which_nothing_is_left(leaf):
-    chain = (Convolution('a'), Relu(), Flatten(), Dense('b'))
-    params = {'a': ones(3, 3, 2, 4), 'b': ones(4 * 4, 5)}
-    masks = masks_like(params, False)
-    masks['b'][leaf][:] = True
-    small = compact(chain, params, masks, (4, 4, 2))
-    for image in np.random.default_rng(0).normal(size=(2, 4, 4, 2)):
-        np.testing.assert_allclose(
-            forward(small.chain, small.params, image),
-            forward(chain, apply_masks(params, masks), image),
-            atol=1e-6,
-        )
-    assert small.params['a']['kernel'].shape == (3, 3, 1, 1)
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, np.float16, np.float32, np.float64])

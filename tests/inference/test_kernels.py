@@ -4,17 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import SMALL_CHAIN as CHAIN
+from networks import SMALL_PARAMS as PARAMS
 from networks import forward
 
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select
 from dns_jax.inference.kernels import MAX_KEPT_WEIGHTS, Unsuitable
 from dns_jax.inference.runners import choose_kinds, jax_runner, scipy_runner
-
-CHAIN = (Convolution('a'), Relu(), Flatten(), Dense('b'))
-PARAMS = {
-    'a': {'kernel': np.eye(3, dtype=np.float32)[..., None, None], 'bias': np.ones(1, np.float32)},
-    'b': {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)},
-}
 
 
 @pytest.mark.parametrize('batch', [1, 3])
@@ -56,16 +52,18 @@ def test_scipy_runner_calls_no_jax(monkeypatch):
 MANY = {'a': {'kernel': np.ones((1, 1, MAX_KEPT_WEIGHTS + 1, 1)), 'bias': np.ones(1)}}
 
 
-@pytest.mark.parametrize(
-    ('make_runner', 'side', 'match'),
-    [
-        (jax_runner, 1, f'keeps {MAX_KEPT_WEIGHTS + 1} weights'),
-        (scipy_runner, 64, 'makes 16781312'),
-    ],
-)
+TOO_MANY = [(jax_runner, 1, f'keeps {MAX_KEPT_WEIGHTS + 1} weights')]
+TOO_MANY += [(scipy_runner, 64, 'makes 16781312')]
+
+
+@pytest.mark.parametrize(('make_runner', 'side', 'match'), TOO_MANY)
 def test_convolution_of_too_many_weights(make_runner, side, match):
     shape = (side, side, MAX_KEPT_WEIGHTS + 1)
     with pytest.raises(Unsuitable, match=match):
         make_runner((Convolution('a'),), MANY, shape, {'a': 'sparse'})
-    choice = choose_kinds(make_runner, ['sparse'], (Convolution('a'),), MANY, shape, 1, turns=1)
+
+
+def test_what_a_layer_is_not_for_is_not_chosen():
+    chain, shape = (Convolution('a'),), (1, 1, MAX_KEPT_WEIGHTS + 1)
+    choice = choose_kinds(jax_runner, ['sparse'], chain, MANY, shape, 1, turns=1)
     assert choice.kinds == {'a': 'dense'}

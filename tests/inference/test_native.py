@@ -1,8 +1,5 @@
 """Tests of inference.native: the kernel's sums, and that it touches nothing beyond its inputs."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +27,7 @@ def expected(inputs, taps, biases, rows, stride, width):
 
 
 @needs_kernel
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 64, 65, 100]),
@@ -68,7 +65,6 @@ GOOD |= {'rows': 1, 'stride': 1, 'width': 2}
         ({'biases': jnp.zeros(2, int)}, TypeError, 'biases must be float32'),
         ({'rows': 2}, ValueError, '2 rows of width 2 with a stride of 1'),
         ({'rows': 0}, ValueError, '0 rows'),
-        ({'width': 3}, ValueError, 'width 3'),
         ({'width': 0}, ValueError, 'width 0'),
         ({'stride': -1}, ValueError, 'stride of -1'),
         ({'taps': TAPS._replace(positions=np.int32([-1, 3]))}, ValueError, 'do not lie within'),
@@ -97,25 +93,14 @@ def test_under_jit():
 @pytest.mark.parametrize(
     ('compiler', 'reason'), [('no-such-compiler', 'No such file'), ('false -x', "['false', '-x']")]
 )
-def test_without_a_compiler(compiler, reason):
-    script = (
-        'import dns_jax.inference.native as native, jax.numpy as jnp\n'
-        'reason = native.build_failure()\n'
-        'print(reason)\n'
-        'try: native.sum_weighted_slices(jnp.ones((1, 1)), None, None, 1, 1, 1)\n'
-        'except RuntimeError as error: assert str(error) == reason\n'
-        'else: raise SystemExit(3)\n'
-    )
-    answer = subprocess.run(
-        [sys.executable, '-c', script],
-        env={'CXX': compiler, 'JAX_PLATFORMS': 'cpu', 'PATH': '/usr/bin:/bin'},
-        cwd=native._SOURCE.parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert 'cannot be built by' in answer.stdout
-    assert reason in answer.stdout
+def test_without_a_compiler(monkeypatch, compiler, reason):
+    monkeypatch.setenv('CXX', compiler)
+    failure = native.build_failure.__wrapped__()
+    assert 'cannot be built by' in failure
+    assert reason in failure
+    monkeypatch.setattr(native, 'build_failure', lambda: failure)
+    with pytest.raises(RuntimeError, match='cannot be built by'):
+        sum_weighted_slices(**GOOD)
 
 
 def test_kernel_is_for_cpu(monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import LENET5, LENET300, forward, networks
+from networks import SMALL_CHAIN as CHAIN
+from networks import SMALL_PARAMS as PARAMS
 
 from dns_jax import apply_masks
 from dns_jax.files.sparse import load_sparse
@@ -99,13 +101,6 @@ def test_networks_of_the_zoo(make_runner, kind, name, chain):
     kinds = dict.fromkeys(weighted(chain), kind)
     found = run(make_runner, small.chain, small.params, inputs, kinds)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-CHAIN = (Convolution('a'), Relu(), Flatten(), Dense('b'))
-PARAMS = {
-    'a': {'kernel': np.eye(3, dtype=np.float32)[..., None, None], 'bias': np.ones(1, np.float32)},
-    'b': {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)},
-}
 
 
 @pytest.mark.parametrize(('make_runner', 'kind'), WAYS)

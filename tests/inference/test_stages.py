@@ -1,16 +1,10 @@
 """Tests of inference.stages: chains and kinds that do not fit, and layers at the ends of chains."""
 
-import numpy as np
 import pytest
+from networks import SMALL_CHAIN as CHAIN
+from networks import SMALL_PARAMS as PARAMS
 
-from dns_jax.inference.chain import Convolution, Dense, Flatten, Relu
 from dns_jax.inference.runners import jax_runner, scipy_runner
-
-CHAIN = (Convolution('a'), Relu(), Flatten(), Dense('b'))
-PARAMS = {
-    'a': {'kernel': np.eye(3, dtype=np.float32)[..., None, None], 'bias': np.ones(1, np.float32)},
-    'b': {'kernel': np.eye(4, dtype=np.float32), 'bias': np.zeros(4, np.float32)},
-}
 
 
 @pytest.mark.parametrize('make_runner', [jax_runner, scipy_runner])
