@@ -95,6 +95,11 @@ class LayersByRule:
         """Gives the masks of groups."""
         return {path: own.gather(mask) for path, own, mask in self._under_rules(masks)}
 
+    def unify_groups(self, masks):
+        """Gives all members of a group one mask, where masks are given that do not."""
+        own = self.structures
+        return map_leaves(lambda path, mask: own[path].unify(mask) if path in own else mask, masks)
+
     def spread_groups(self, group_masks, masks):
         """Gives all weights the masks of their groups; what is under no rule stays."""
         own = self.structures

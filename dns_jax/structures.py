@@ -6,7 +6,10 @@ weight by weight whatever the structure: an axis of them is no matrix to be cut.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from dns_jax._checks import check_hysteresis
 from dns_jax._search import range_scale
 
-_PAIRWISE = 16  # up to this M, comparing all pairs is faster than sorting
+_PAIRWISE = 16  # up to this length, pairs are faster than a sort or a reduction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,22 @@ class Structure:
         """
         return leaf
 
-    def gather(self, mask: jax.Array) -> jax.Array:
-        """Gives the mask of each group: kept where any of its members is.
+    def unify(self, mask: jax.Array) -> jax.Array:
+        """Gives all members of a group one mask: it is kept where any of them is.
 
         Args:
           mask: of a leaf, bool.
+
+        Returns:
+          Another of the same shape.
+        """
+        return mask
+
+    def gather(self, mask: jax.Array) -> jax.Array:
+        """Gives the mask of each group.
+
+        Args:
+          mask: of a leaf, bool, the same in all members of a group.
 
         Returns:
           One bool for each group.
@@ -108,9 +122,16 @@ class _Groups(Structure):
         cut, within = self._cut(leaf.shape)
         return _POOLS[self.pool](leaf.reshape(cut), within) if within else leaf
 
+    def unify(self, mask):
+        cut, within = self._cut(mask.shape)
+        return self.spread(mask.reshape(cut).any(within, keepdims=True), mask)
+
     def gather(self, mask):
         cut, within = self._cut(mask.shape)
-        return mask.reshape(cut).any(within, keepdims=True)
+        groups = mask.reshape(cut)
+        for axis in within:
+            groups = jax.lax.slice_in_dim(groups, 0, 1, axis=axis)
+        return groups
 
     def spread(self, kept, mask):
         cut, _ = self._cut(mask.shape)
@@ -310,15 +331,28 @@ def _root_mean_square(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     # A square may leave the range of float32 where the weight does not.
     scale = range_scale([leaf])
     squares = jnp.square(leaf.astype(jnp.float32) / scale)
-    return scale * jnp.sqrt(squares.mean(axes, keepdims=True))
+    return scale * jnp.sqrt(_mean(squares, axes))
 
 
 def _mean(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.abs(leaf).astype(jnp.float32).mean(axes, keepdims=True)
+    members = math.prod(leaf.shape[axis] for axis in axes)
+    return _reduce(jnp.add, jnp.sum, leaf, axes) / float(members)
 
 
 def _max(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.abs(leaf).astype(jnp.float32).max(axes, keepdims=True)
+    return _reduce(jnp.maximum, jnp.max, leaf, axes)
+
+
+def _reduce(pair: Any, whole: Any, leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Reduces magnitudes along axes: short ones pair by pair, for XLA is slow along them."""
+    leaf = jnp.abs(leaf).astype(jnp.float32)
+    for axis in axes:
+        if (length := leaf.shape[axis]) > _PAIRWISE:
+            leaf = whole(leaf, axis, keepdims=True)
+        else:
+            entries = (jax.lax.slice_in_dim(leaf, at, at + 1, axis=axis) for at in range(length))
+            leaf = functools.reduce(pair, entries)
+    return leaf
 
 
 _POOLS: dict[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {

@@ -142,7 +142,7 @@ def surgery(
         else:
             start = check_parallel(params, masks)
             own = unstack(stacked, params, start)[1] if stacked else start
-            own = layers.spread_groups(layers.gather_groups(own), own)
+            own = layers.unify_groups(own)
             start = restack(stacked, params, own) if stacked else own
         count = jnp.zeros((), jnp.int32)
         thresholds = layers.start(weights, own, count)

@@ -1,11 +1,13 @@
 """What surgery costs in the loops that users write: one jitted step called from Python, or a scan.
 
-Times a dense step, one in which masks move, and one after surgery's last step, in turns.
+Times a dense step, steps in which masks move, under each structure, and one after surgery's last
+step, in turns.
 """
 
 import functools
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +16,23 @@ import numpy as np
 import optax
 
 import dns_jax
+from dns_jax import packing
+from dns_jax.transformation import Surgery
 from experiments.networks import models
 
 LOOPS = ('called', 'scanned')
 OPTIMIZERS = {'sgd': optax.sgd(0.01, momentum=0.9), 'adam': optax.adam(1e-3)}
-KINDS = ('dense', 'moving', 'after')
+_ALWAYS = dns_jax.update_probability(power=0, stop=2**31 - 1)
+_DENSITY = dns_jax.global_density(0.02)
+# What surgery does in a loop that is timed: it follows a density for ever, or is over.
+PRUNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    'moving': lambda: _surgery(dns_jax.Rule(_DENSITY, _ALWAYS)),
+    'units': lambda: _surgery(dns_jax.Rule(_DENSITY, _ALWAYS, structure=dns_jax.Units())),
+    'blocks': lambda: _surgery(dns_jax.Rule(_DENSITY, _ALWAYS, structure=dns_jax.Blocks((4, 2)))),
+    'two_of_four': lambda: _surgery(dns_jax.Rule(None, _ALWAYS, structure=dns_jax.NofM(2, 4))),
+    'packed': lambda: packing.pack(_surgery(dns_jax.Rule(_DENSITY, _ALWAYS))),
+    'after': lambda: dns_jax.prune_to(compression=50, steps=1),
+}
 _NETWORK, _BATCH_SIZE, _BATCHES = 'lenet300', 64, 50
 
 
@@ -35,16 +49,7 @@ class Loop(NamedTuple):
         return 1e3 * (time.perf_counter() - started) / _BATCHES, carry
 
 
-def make_pruner(kind: str) -> optax.GradientTransformation:
-    """Makes what surgery does in a loop that is timed.
-
-    Returns:
-      Surgery that follows a density for ever, or is over after one step.
-    """
-    if kind == 'after':
-        return dns_jax.prune_to(compression=50, steps=1)
-    sigma = dns_jax.update_probability(power=0, stop=2**31 - 1)
-    rule = dns_jax.Rule(dns_jax.global_density(0.02), sigma)
+def _surgery(rule: dns_jax.Rule) -> Surgery:
     return dns_jax.surgery(rule, jax.random.key(0))
 
 
@@ -61,7 +66,7 @@ def make_loop(loop: str, optimizer_name: str, kind: str) -> tuple[Loop, tuple[An
     params = network.init(jax.random.key(0), images[0])['params']
     optimizer = OPTIMIZERS[optimizer_name]
     if kind != 'dense':
-        optimizer = optax.chain(make_pruner(kind), optimizer)
+        optimizer = optax.chain(PRUNERS[kind](), optimizer)
 
     def loss_fn(params, images, labels):
         logits: Any = network.apply({'params': params}, images)
@@ -102,10 +107,11 @@ def measure(rounds: int) -> dict[str, Any]:
       rounds: how often, after two to warm up.
 
     Returns:
-      `{loop: {optimizer: {dense_ms, moving, after}}}`: the dense step in milliseconds, medians,
-      and what the others take of it, medians of the ratios within a round.
+      `{loop: {optimizer: {dense_ms, …}}}`: the dense step in milliseconds, medians, and what it
+      takes with each of `PRUNERS` of that, medians of the ratios within a round.
     """
-    keys = list(itertools.product(LOOPS, OPTIMIZERS, KINDS))
+    kinds = ('dense', *PRUNERS)
+    keys = list(itertools.product(LOOPS, OPTIMIZERS, kinds))
     made = {key: make_loop(*key) for key in keys}
     carries = {key: carry for key, (_, carry) in made.items()}
     times: dict[Any, list[float]] = {key: [] for key in keys}
@@ -115,11 +121,13 @@ def measure(rounds: int) -> dict[str, Any]:
             times[key].append(milliseconds)
     medians: dict[str, Any] = {}
     for loop, name in itertools.product(LOOPS, OPTIMIZERS):
-        dense, moving, after = (np.array(times[loop, name, kind][2:]) for kind in KINDS)
+        dense, *others = (np.array(times[loop, name, kind][2:]) for kind in kinds)
         medians.setdefault(loop, {})[name] = {
             'dense_ms': float(np.median(dense)),
-            'moving': float(np.median(moving / dense)),
-            'after': float(np.median(after / dense)),
+            **{
+                kind: float(np.median(own / dense))
+                for kind, own in zip(PRUNERS, others, strict=True)
+            },
         }
     return medians
 
@@ -128,7 +136,8 @@ def format_rows(medians: dict[str, Any]) -> list[str]:
     """Writes what was measured."""
     return [
         f'{_NETWORK}, {loop} step, {name}: dense {row["dense_ms"]:.3f} ms; while masks move '
-        f'×{row["moving"]:.3f}, after surgery ×{row["after"]:.3f}'
+        f'×{row["moving"]:.3f}, of units ×{row["units"]:.3f}, of blocks ×{row["blocks"]:.3f}, of 2:4 '
+        f'×{row["two_of_four"]:.3f}, packed ×{row["packed"]:.3f}; after surgery ×{row["after"]:.3f}'
         for loop, by_optimizer in medians.items()
         for name, row in by_optimizer.items()
     ]
