@@ -18,6 +18,7 @@ import pytest
 from optuna.trial import TrialState
 from PIL import Image
 from searches import REFERENCE_ERROR, SIZES, error_of, number_of, parse, trials_of
+from terminal import terminal
 
 from experiments import search
 from experiments.config.parsers import parse_table
@@ -91,9 +92,12 @@ def test_the_smallest_network_of_allowed_error_wins(make_played, capsys):
     assert [line for line in lines if line.startswith(f'trial {best}: kept {result["kept"]:,}, ')]
 
 
-def test_the_pictures_are_there(make_played):
+def test_a_bar_shows_trials_and_pictures_are_there(make_played, monkeypatch):
     config = make_played(trials=1, tolerance=1000.0)
-    search.search(config)
+    with terminal(monkeypatch) as seen:
+        search.search(config)
+    assert '0/1' in ''.join(seen)
+    assert 'best=0, kept=' in ''.join(seen)
     for name in ('importance', 'pareto'):
         with Image.open(Path(config.workdir, f'{name}.png')) as image:
             image.load()
