@@ -73,7 +73,8 @@ def calls(small, monkeypatch):
     return found
 
 
-def test_a_program_is_compiled_and_called(small):
+def test_a_program_is_compiled_and_called(small, monkeypatch):
+    monkeypatch.setattr(bench, '_EXAMPLES', 100)
     call = bench.compile_call('lenet300', 'density')
     assert call.milliseconds() > 0
     assert call.peak_mebibytes() > 3  # weights, momenta, masks

@@ -11,7 +11,6 @@ import short_sweep
 
 from experiments import compare
 from experiments.config.command_line import make
-from experiments.data import resident
 from experiments.reports import plots, sweep_tables
 from experiments.reports.tables import to_text
 from experiments.sweeps import sweep
@@ -26,11 +25,10 @@ VARIANTS = (
 
 
 @pytest.fixture(scope='module')
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('compare')
-    resident.load('digits', folder / 'tfds')
-    places = {'data_dir': str(folder / 'tfds'), 'workdir': str(folder / 'compare')}
-    return make(CompareConfig, **{**SHORT, 'compressions': '20'}, **places, variant=VARIANTS)
+def config(tmp_path_factory, data_dir):
+    workdir = str(tmp_path_factory.mktemp('compare') / 'compare')
+    fields = {**SHORT, 'compressions': '20', 'variant': VARIANTS}
+    return make(CompareConfig, **fields, data_dir=str(data_dir), workdir=workdir)
 
 
 @pytest.fixture(scope='module')

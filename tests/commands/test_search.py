@@ -8,13 +8,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 from searches import parse, trials_of
+from tiny_runs import wait_for_record
 
 from experiments import lenet300
 from experiments.data import resident
@@ -52,12 +52,8 @@ def workers(tmp_path_factory):
     def start():
         return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
-    killed, records = start(), folder / 'trials' / 'search-0' / 'metrics.jsonl'
-    deadline = time.monotonic() + 240
-    while killed.poll() is None and time.monotonic() < deadline:
-        if records.exists() and records.stat().st_size:
-            break
-        time.sleep(0.002)
+    killed = start()
+    wait_for_record(folder / 'trials' / 'search-0', lambda: killed.poll() is None, 'surgery')
     killed.kill()
     said = killed.communicate(timeout=60)
     storage = studies._open_storage(f'sqlite:///{folder}/study.db')

@@ -101,7 +101,7 @@ def test_without_a_terminal_items_are_counted(clock, capsys):
     ('verbosity', 'is_first', 'is_shown'),
     [(-3, True, False), (-2, True, False), (-1, True, True), (1, True, True), (0, False, False)],
 )
-def test_who_sees_bars(verbosity, is_first, is_shown, monkeypatch):
+def test_who_sees_bars_and_lines(verbosity, is_first, is_shown, clock, monkeypatch, capsys):
     monkeypatch.setattr(hosts, 'is_first', lambda: is_first)
     before = logging.get_verbosity()
     logging.set_verbosity(verbosity)
@@ -109,23 +109,10 @@ def test_who_sees_bars(verbosity, is_first, is_shown, monkeypatch):
         with terminal(monkeypatch) as seen, progress.bar(total=1, desc='work') as bar:
             bar.update()
             assert bar.n == is_shown
-    finally:
-        logging.set_verbosity(before)
-    assert bool(seen) == is_shown
-
-
-@pytest.mark.parametrize(
-    ('verbosity', 'is_first', 'is_shown'),
-    [(-2, True, False), (-1, True, True), (0, False, False)],
-)
-def test_who_sees_lines(verbosity, is_first, is_shown, clock, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, 'is_first', lambda: is_first)
-    before = logging.get_verbosity()
-    logging.set_verbosity(verbosity)
-    try:
         with progress.bar(total=1, desc='work') as bar:
             clock[0] = 60
             bar.update()
     finally:
         logging.set_verbosity(before)
+    assert bool(seen) == is_shown
     assert (lines_of(capsys) == ['work: 1 of 1']) == is_shown

@@ -8,7 +8,6 @@ import pytest
 
 import dns_jax
 from dns_jax import has_axes, is_kernel
-from experiments.training import divergence
 from experiments.training import steps as train
 from experiments.training.divergence import (
     Breakdown,
@@ -149,7 +148,3 @@ def test_after_setbacks_what_set_prunes_is_zero(setbacks):
         pruned = dns_jax.apply_masks(params, masks_of(state))
         jax.tree.map(np.testing.assert_array_equal, params, pruned)
     assert 0 < sum(jnp.count_nonzero(leaf) for leaf in jax.tree.leaves(params)) < 8
-
-
-def test_there_is_an_end_to_going_back():
-    assert divergence.MOST_SETBACKS == 3

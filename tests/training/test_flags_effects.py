@@ -1,6 +1,7 @@
 """Tests of what every flag of a run does to it."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -45,9 +46,8 @@ def plain(make_config):
 
 
 @pytest.fixture(scope='module')
-def plain_by_density(make_config):
-    config = make_config(**BY_DENSITY)
-    return config, outcome(config)
+def outcome_of(make_config):
+    return functools.cache(lambda *fields: outcome(make_config(**dict(fields))))
 
 
 def test_every_flag_is_tried():
@@ -55,26 +55,18 @@ def test_every_flag_is_tried():
     assert sorted(tried) == sorted(FIELDS)
 
 
-@pytest.mark.parametrize(('name', 'value'), EFFECTIVE.items())
+@pytest.mark.parametrize(
+    ('name', 'value', 'others'),
+    [
+        *((name, value, {}) for name, value in EFFECTIVE.items()),
+        *((name, value, BY_DENSITY) for name, value in EFFECTIVE_BY_DENSITY.items()),
+        *((name, *values) for name, values in EFFECTIVE_WITH.items()),
+    ],
+)
 @pytest.mark.slow
-def test_a_flag_has_an_effect(make_config, plain, name, value):
-    assert getattr(plain[0], name) != value
-    assert outcome(make_config(**{name: value})) != plain[1]
-
-
-@pytest.mark.parametrize(('name', 'value'), EFFECTIVE_BY_DENSITY.items())
-@pytest.mark.slow
-def test_a_flag_of_densities_has_an_effect(make_config, plain_by_density, name, value):
-    assert getattr(plain_by_density[0], name) != value
-    assert outcome(make_config(**{**BY_DENSITY, name: value})) != plain_by_density[1]
-
-
-@pytest.mark.parametrize(('name', 'value', 'others'), [(k, *v) for k, v in EFFECTIVE_WITH.items()])
-@pytest.mark.slow
-def test_a_flag_has_an_effect_beside_others(make_config, name, value, others):
-    config = make_config(**others)
-    assert getattr(config, name) != value
-    assert outcome(make_config(**{**others, name: value})) != outcome(config)
+def test_a_flag_has_an_effect(make_config, outcome_of, name, value, others):
+    assert getattr(make_config(**others), name) != value
+    assert outcome(make_config(**{**others, name: value})) != outcome_of(*others.items())
 
 
 @pytest.mark.slow

@@ -41,7 +41,9 @@ def masks_of_steps(config, params):
 def random_layers(**shapes):
     random = np.random.default_rng(0)
     draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    return {name: {'kernel': draw(*shape), 'bias': draw(shape[1])} for name, shape in shapes.items()}
+    return {
+        name: {'kernel': draw(*shape), 'bias': draw(shape[1])} for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""Tests of training.references; references of other runs are tested with the runs."""
+"""Tests of training.references; what is read of Caffe, and which runs are refused."""
 
 import functools
+import json
 from pathlib import Path
 
 import caffe_layers
 import jax
 import numpy as np
+import opened
 import pytest
 from wire import blob, layer, old_blob, old_layer
 
@@ -14,7 +16,7 @@ from dns_jax.files.caffe import read_caffemodel
 from experiments.artefacts import caffe_names
 from experiments.config.command_line import identify
 from experiments.networks import models
-from experiments.training import references, run
+from experiments.training import references, run, side_by_side
 from experiments.training.flags import Config
 from experiments.training.steps import TrainState
 
@@ -84,17 +86,43 @@ def test_a_caffemodel_may_have_seen_the_validation_images(like):
         read(make_config('some.caffemodel', train_on_all=False), like)
 
 
-def test_a_run_starts_from_it(tmp_path, capsys):
-    path = tmp_path / 'net.caffemodel'
-    path.write_bytes(lenet300()[0])
-    short = {'surgery_steps': 2, 'finetuning_steps': 0, 'record_every': 2, 'checkpoint_every': 2}
-    folders = {'data_dir': str(tmp_path / 'data'), 'workdir': str(tmp_path / 'run')}
-    config = make_config(path, dataset='digits', **short, **folders)
-    summary = run.run(config)
-    capsys.readouterr()
-    # Random weights know nothing of digits.
-    assert summary['reference_error'] > 70
+@pytest.fixture
+def digits_config(tmp_path, data_dir):
+    """Makes configurations of short runs on the digits."""
+    return functools.partial(
+        make_config, dataset='digits', data_dir=str(data_dir), workdir=str(tmp_path / 'run')
+    )
+
+
+def test_a_run_starts_from_it(tmp_path, digits_config):
+    content, weights = lenet300()
+    (tmp_path / 'net.caffemodel').write_bytes(content)
+    opened_run = opened.open_run(digits_config(tmp_path / 'net.caffemodel'))
+    (params,) = side_by_side.train_references([opened_run], [])
+    np.testing.assert_array_equal(params['fc1']['kernel'], weights[0][0].T)
     assert not (tmp_path / 'run' / 'checkpoints' / 'reference').exists()
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (None, r'--reference=.*other has no .*checkpoints/reference'),
+        ({}, r'reference holds steps \[\]; wanted the checkpoint of step 9'),
+        ({'network': 'lenet5'}, "is of a run with network 'lenet5'; wanted 'lenet300'"),
+        ({'dataset': 'mnist'}, "is of a run with dataset 'mnist'; wanted 'digits'"),
+        ({'train_on_all': False}, 'is of a run with train_on_all False; wanted True'),
+    ],
+)
+def test_a_run_that_is_no_reference_is_refused(tmp_path, digits_config, flags, message):
+    config, other = digits_config(tmp_path / 'other'), tmp_path / 'other'
+    if flags is not None:
+        (other / 'checkpoints' / 'reference').mkdir(parents=True)
+        own = {**identify(config), 'reference_steps': 9, **flags}
+        (other / 'flags.json').write_text(json.dumps(own))
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        run.run(config)
+    # What is misspelt leaves no run behind that would be in the way of the next attempt.
+    assert not (tmp_path / 'run').exists()
 
 
 SIZES = {'alexnet': 71, 'vgg16': 64}  # pixels a side, of which two by two maps are left
@@ -130,8 +158,7 @@ def caffe_blobs(name):
     return blobs
 
 
-@pytest.mark.parametrize('name', SIZES)
-@pytest.mark.parametrize('form', ['new', 'V1'])
+@pytest.mark.parametrize(('name', 'form'), [('alexnet', 'new'), ('vgg16', 'V1')])
 def test_networks_of_the_model_zoo_compute_what_they_do_in_caffe(tmp_path, name, form):
     """A picture as we show it, red first, gives the logits that Caffe gives it blue first."""
     network, params = small(name)

@@ -251,17 +251,6 @@ def test_write_whole_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, fail
     assert os.listdir(tmp_path) == ['file']
 
 
-def test_write_whole_shows_no_half_of_the_file(tmp_path, monkeypatch):
-    path = tmp_path / 'file'
-    path.write_text('old')
-    seen = []
-    fsync = os.fsync
-    monkeypatch.setattr(os, 'fsync', lambda number: (seen.append(path.read_text()), fsync(number)))
-    write_whole(path, 'new')
-    assert seen == ['old']
-    assert path.read_text() == 'new'
-
-
 def test_write_whole_into_a_missing_folder_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='missing/file'):
         write_whole(tmp_path / 'missing' / 'file', 'new')
@@ -275,18 +264,38 @@ def test_overwrite_leaves_the_flags_of_another_program(tmp_path):
     assert (tmp_path / 'flags.json').read_text() == '{"other": 1}'
 
 
-def test_a_folder_that_is_released_may_be_claimed_by_another_process(tmp_path):
+LOCK = (
+    'import os, sys; os.lockf(os.open(sys.argv[1], os.O_RDWR), os.F_TLOCK, 0); '
+    'print(flush=True); sys.stdin.read()'
+)
+
+
+def start_to_lock(folder):
+    """Another process that locks a folder, until its input ends."""
+    command, pipe = [sys.executable, '-c', LOCK, folder / LOCK_FILE], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def is_free(folder):
+    process = start_to_lock(folder)
+    process.communicate()
+    return process.returncode == 0
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, compat):
+    compat('faults', 'two runs in one folder at once', 'the second is refused, nothing lost')
     wanted = config(tmp_path / 'run', resume=True)
     folder = claim(wanted)
-    code = (
-        'import os, sys\n'
-        'file = os.open(sys.argv[1], os.O_RDWR)\n'
-        'try: os.lockf(file, os.F_TLOCK, 0)\n'
-        'except OSError: sys.exit(7)\n'
-    )
-    ask = [sys.executable, '-c', code, folder / LOCK_FILE]
-    assert subprocess.run(ask, check=False).returncode == 7
+    assert not is_free(folder)
     release(folder)
-    assert subprocess.run(ask, check=False).returncode == 0
-    assert claim(wanted) == folder
-    assert subprocess.run(ask, check=False).returncode == 7
+    assert is_free(folder)
+    with start_to_lock(folder) as other:
+        other.stdout.readline()
+        for switch in ('resume', 'overwrite'):
+            with pytest.raises(BlockingIOError, match=r'=.*run is in use by another process'):
+                claim(config(folder, **{switch: True}))
+        assert (folder / FLAGS_FILE).exists()
+        other.kill()
+    # The lock died with its holder; the same process may claim twice.
+    assert claim(wanted) == claim(wanted) == folder
+    assert not is_free(folder)
