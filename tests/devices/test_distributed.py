@@ -20,21 +20,10 @@ from experiments.devices import hosts
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds that a process of these tests may take
 FLAGS = {
-    'dataset': 'digits',
-    'image_size': 8,
-    'crop': 'whole',
-    'batch_size': 16,
-    'reference_steps': 40,
-    'surgery_steps': 120,
-    'finetuning_steps': 0,
-    'record_every': 10,
-    'checkpoint_every': 20,
-    'refresh_every': 5,
-    'compression': 5,
-    'dropout': 0.2,
-    'accumulate': 2,
-    'reference_learning_rate': 'fixed:0.1',
-    'learning_rate': 'fixed:0.1',
+    **{'dataset': 'digits', 'image_size': 8, 'crop': 'whole', 'batch_size': 16, 'accumulate': 2},
+    **{'reference_steps': 40, 'surgery_steps': 120, 'finetuning_steps': 0, 'dropout': 0.2},
+    **{'record_every': 10, 'checkpoint_every': 20, 'refresh_every': 5, 'compression': 5},
+    **{'reference_learning_rate': 'fixed:0.1', 'learning_rate': 'fixed:0.1'},
 }
 
 

@@ -3,12 +3,12 @@
 import itertools
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import Tiny
 
 import dns_jax
 from experiments.data import resident
@@ -17,15 +17,7 @@ from experiments.networks import models
 from experiments.training import steps as train
 
 EXAMPLES, BATCH, STEPS = 40, 8, 12
-
-
-class Small(nn.Module):
-    """784 pixels, one hidden layer: small enough to compile in no time."""
-
-    @nn.compact
-    def __call__(self, images):
-        hidden = nn.relu(nn.Dense(6, name='fc1')(images.reshape(images.shape[0], -1)))
-        return nn.Dense(10, name='fc2')(hidden)
+NETWORK = Tiny(width=0.375)  # six hidden units
 
 
 def random_split(examples, seed=0):
@@ -41,7 +33,7 @@ def split():
 
 @pytest.fixture(scope='module')
 def params():
-    return Small().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))['params']
+    return NETWORK.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))['params']
 
 
 def make_optimizer():
@@ -94,17 +86,14 @@ def test_batches_depend_on_the_seed_alone():
     resident.batch_indices((6,), EXAMPLES, BATCH, 0, 30)
     np.testing.assert_array_equal(resident.batch_indices((5,), EXAMPLES, BATCH, 3, 4), first)
     assert not np.array_equal(resident.batch_indices((6,), EXAMPLES, BATCH, 3, 4), first)
-
-
-def test_a_far_step_needs_only_its_own_epochs():
-    indices = resident.batch_indices((0,), 60_000, 64, 10**7, 2)
-    assert indices.shape == (2, 64)
+    # A far step needs only its own epochs.
+    assert resident.batch_indices((0,), 60_000, 64, 10**7, 2).shape == (2, 64)
 
 
 @pytest.fixture(scope='module')
 def stepwise(params, split):
     """The states before and after each of some steps, one compiled step at a time."""
-    step = jax.jit(train.make_step(Small(), make_optimizer(), models.MNIST_INPUT))
+    step = jax.jit(train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT))
     indices = resident.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
     states, losses = [initial_state(params)], []
     for batch in indices:
@@ -116,7 +105,7 @@ def stepwise(params, split):
 
 @pytest.fixture(scope='module')
 def run_chunk():
-    return train.make_run_chunk(train.make_step(Small(), make_optimizer(), models.MNIST_INPUT))
+    return train.make_run_chunk(train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT))
 
 
 def test_the_steps_change_all_there_is(stepwise):
@@ -179,7 +168,8 @@ def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
     masks = jax.tree.map(lambda leaf: jnp.abs(leaf) > jnp.abs(leaf).mean(), params)
     state = state._replace(opt_state=optax.tree.set(state.opt_state, masks=masks))
     images, labels = split.images[:BATCH], split.labels[:BATCH]
-    new, loss = train.make_step(Small(), optimizer, models.MNIST_INPUT)(state, images, labels)
+    step = jax.jit(train.make_step(NETWORK, optimizer, models.MNIST_INPUT))
+    new, loss = step(state, images, labels)
 
     dense = jax.tree.map(np.asarray, params)
     masked = jax.tree.map(lambda leaf, mask: leaf * np.asarray(mask), dense, masks)
@@ -202,7 +192,7 @@ def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
 
 def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
     """Each has weights, coins and batches of its own, and all the same number of steps done."""
-    step = train.make_step(Small(), make_optimizer(), models.MNIST_INPUT)
+    step = train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT)
     run_chunks = train.make_run_chunks(step)
 
     def states():
@@ -229,7 +219,7 @@ def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
 
 def test_one_trace_for_all_chunks_of_one_length(params, split):
     traces = []
-    step = train.make_step(Small(), make_optimizer(), models.MNIST_INPUT)
+    step = train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT)
 
     def counted(*arguments):
         traces.append(arguments)
@@ -260,7 +250,7 @@ def test_error_is_the_share_of_wrong_images(params, examples):
     hidden = np.maximum(hidden @ weights['fc1']['kernel'] + weights['fc1']['bias'], 0)
     logits = hidden @ weights['fc2']['kernel'] + weights['fc2']['bias']
     expected = 100 * np.mean(logits.argmax(1) != part.labels)
-    assert train.make_error(Small(), models.MNIST_INPUT)(params, part) == pytest.approx(expected)
+    assert train.make_error(NETWORK, models.MNIST_INPUT)(params, part) == pytest.approx(expected)
 
 
 def test_the_masks_are_found_in_the_state_of_any_optimizer(params):
