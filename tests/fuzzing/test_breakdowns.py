@@ -82,7 +82,9 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
         return
     # Stopped after three calls, which may all have gone back, a run forgets no setback.
     config = make_config(tmp_path / 'run', reference=str(tmp_path / 'whole'), **fields)
-    dense = side_by_side.train_references([opened.open_run(config)], [])
+    opened_run = opened.open_run(config)
+    dense = side_by_side.train_references([opened_run], [])
+    task = opened_run.task
     config = dataclasses.replace(config, resume=True)
     signals = EveryThird([signal.SIGTERM])
     assert run_in_short_stretches(config, side_by_side.train_surgery, dense, stopping=signals)
@@ -93,6 +95,7 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
     # The saved reference is the very same network.
     for name in ('reference_error', 'reference_validation_error'):
         assert again[name] == summary[name]
+    assert again['reference_error'] == task.error(*dense, task.dataset.test)
     assert steps_of(tmp_path / 'run', 'reference') == []
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import opened
 import pytest
-from absl import flags as absl_flags
+from run_flags import parse
 from tiny import Tiny
 
 from experiments import alexnet, vgg16
-from experiments.config.command_line import define, identify, to_config
+from experiments.config.command_line import identify
 from experiments.data import resident, streams
 from experiments.networks import models
 from experiments.training import feeds, side_by_side, steps
@@ -164,16 +164,9 @@ def test_colours_are_taken_less_their_mean(make_config, monkeypatch):
     np.testing.assert_array_equal(seen[0][1, 2, 3], [15.0, 10.0, 5.0])
 
 
-def parse(script, *arguments):
-    flag_values = absl_flags.FlagValues()
-    define(ImageConfig, script.DEFAULTS, flag_values)
-    left = flag_values(['program', *arguments])
-    return to_config(ImageConfig, script.DEFAULTS, flag_values, left)
-
-
 @pytest.mark.parametrize('script', [alexnet, vgg16], ids=['alexnet', 'vgg16'])
 def test_defaults_of_the_scripts(script):
-    config = parse(script, '--compression=10')
+    config = parse('--compression=10', defaults=script.DEFAULTS, config_type=ImageConfig)
     assert config.dataset == 'imagenet2012'
     assert config.image_size == models.INPUTS[config.network].size
     assert config.batch_size == 256

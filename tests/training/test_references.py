@@ -4,12 +4,11 @@ import functools
 import json
 from pathlib import Path
 
-import caffe_layers
 import jax
 import numpy as np
 import opened
 import pytest
-from wire import blob, layer, old_blob, old_layer
+from wire import blob, layer
 
 import dns_jax
 from dns_jax.files.caffe import read_caffemodel
@@ -128,62 +127,19 @@ def test_a_run_that_is_no_reference_is_refused(tmp_path, digits_config, flags, m
 SIZES = {'alexnet': 71, 'vgg16': 64}  # pixels a side, of which two by two maps are left
 
 
-@functools.cache
-def small(name):
-    """A narrow network for colour images and its weights: NumPy, larger than those at a start."""
+def small_weights(name):
+    """Weights of a narrow network for colour images."""
     network = models.NETWORKS[name](classes=10, width=1 / 32)
     images = jax.ShapeDtypeStruct((1, SIZES[name], SIZES[name], 3), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), images)['params']
     random = np.random.default_rng(1)
-    params = {
-        layer: {
-            'kernel': random.normal(size=leaves['kernel'].shape).astype(np.float32)
-            * np.float32(np.sqrt(2 / np.prod(leaves['kernel'].shape[:-1]))),
-            'bias': random.normal(size=leaves['bias'].shape).astype(np.float32),
-        }
-        for layer, leaves in shapes.items()
-    }
-    return network, params
-
-
-def caffe_blobs(name):
-    """Weight and bias of each layer in Caffe's own shapes, with random numbers of their own."""
-    random, blobs = np.random.default_rng(2), {}
-    for layer_name, leaves in small(name)[1].items():
-        *inputs, outputs = leaves['kernel'].shape
-        axes = (outputs, *inputs) if len(inputs) == 1 else (outputs, inputs[2], *inputs[:2])
-        weight = random.normal(size=axes) * np.sqrt(2 / np.prod(inputs))
-        bias = random.normal(size=outputs)
-        blobs[layer_name] = weight.astype(np.float32), bias.astype(np.float32)
-    return blobs
-
-
-@pytest.mark.parametrize(('name', 'form'), [('alexnet', 'new'), ('vgg16', 'V1')])
-def test_networks_of_the_model_zoo_compute_what_they_do_in_caffe(tmp_path, name, form):
-    """A picture as we show it, red first, gives the logits that Caffe gives it blue first."""
-    network, params = small(name)
-    blobs, content = caffe_blobs(name), b''
-    for layer_name, arrays in blobs.items():
-        is_convolution = arrays[0].ndim == 4
-        if form == 'new':
-            kind = 'Convolution' if is_convolution else 'InnerProduct'
-            content += layer(layer_name, kind, *map(blob, arrays))
-        else:
-            content += old_layer(layer_name, 4 if is_convolution else 14, *map(old_blob, arrays))
-    path = tmp_path / f'{name}.caffemodel'
-    path.write_bytes(content)
-    found = read(make_config(path, name), TrainState(params, ()))
-
-    image = 60 * np.random.default_rng(3).normal(size=(SIZES[name], SIZES[name], 3))
-    logits = jax.jit(network.apply)({'params': found}, image[None].astype(np.float32))
-    wanted = getattr(caffe_layers, name)(blobs, image[:, :, ::-1].transpose(2, 0, 1))
-    np.testing.assert_allclose(logits[0], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    return jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
 @pytest.mark.parametrize('name', SIZES)
 @pytest.mark.parametrize('masked', [None, 'all', 'above the first'])
 def test_a_file_written_for_caffe_is_a_reference(tmp_path, name, masked):
-    params, path = small(name)[1], tmp_path / 'net.caffemodel'
+    params, path = small_weights(name), tmp_path / 'net.caffemodel'
     first = next(iter(params))
     masks = jax.tree.map(lambda leaf: leaf > 0, params) if masked else None
     if masked == 'above the first':
@@ -192,11 +148,18 @@ def test_a_file_written_for_caffe_is_a_reference(tmp_path, name, masked):
 
     layers = read_caffemodel(path)
     assert list(layers) == list(params)
-    weight, kernel = layers[first].blobs[0], params[first]['kernel']
-    for colour in range(3):
-        np.testing.assert_array_equal(
-            weight[:, 2 - colour], kernel[:, :, colour].transpose(2, 0, 1)
-        )
+    # Caffe has blue first, maps before rows and columns, and as many rows as outputs.
+    flat = next(layer for layer, leaves in params.items() if leaves['kernel'].ndim == 2)
+    for layer_name, leaves in params.items():
+        kernel, outputs = leaves['kernel'], len(leaves['bias'])
+        if layer_name == flat:
+            kernel = kernel.reshape(2, 2, -1, outputs)
+        if layer_name == first:
+            kernel = kernel[:, :, ::-1]
+        weight, bias, *_ = layers[layer_name].blobs
+        wanted = np.moveaxis(kernel, (-1, -2), (0, 1)).reshape(weight.shape)
+        np.testing.assert_array_equal(weight, wanted)
+        np.testing.assert_array_equal(bias.ravel(), leaves['bias'])
 
     found = read(make_config(path, name), TrainState(params, ()))
     pruned = dns_jax.apply_masks(params, masks) if masked else params
