@@ -90,21 +90,13 @@ def start(data_dir, tmp_path_factory):
         command += flags
         environment = {**os.environ, **cache, 'JAX_NUM_CPU_DEVICES': str(devices)}
         environment['PYTHONPATH'] = str(ROOT)
+        options = {'cwd': ROOT, 'env': environment, 'text': True, 'stdout': subprocess.PIPE}
+        options['start_new_session'] = True
         group = []
         for process in range(processes):
             joined = [f'--distributed={address},{processes},{process}'] if processes > 1 else []
             with (Path(workdir).parent / f'{process}.err').open('ab') as errors:
-                group.append(
-                    subprocess.Popen(
-                        [*command, *joined],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=subprocess.PIPE,
-                        stderr=errors,
-                        text=True,
-                        start_new_session=True,
-                    )
-                )
+                group.append(subprocess.Popen([*command, *joined], stderr=errors, **options))
         started.extend(group)
         return group
 

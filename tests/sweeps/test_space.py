@@ -94,12 +94,6 @@ def test_trials_have_the_flags_of_the_search(name, value):
         assert getattr(own, name) == value
 
 
-@pytest.mark.parametrize('name', NO_FLAGS)
-def test_what_the_search_chooses_is_no_flag(name):
-    with pytest.raises(absl_flags.UnrecognizedFlagError):
-        parse(f'--{name}=1')
-
-
 def test_what_is_said_of_dense_training_reaches_the_reference():
     fields = {name: value for name, value in HANDED_ON.items() if name.startswith('reference_')}
     fields |= {'momentum': 0.5, 'bias_scale': 1.0, 'decay_biases': False, 'dropout': 0.5}

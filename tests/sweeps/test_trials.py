@@ -52,6 +52,11 @@ def test_the_best_flagfile_repeats_the_best_trial(searched, make_config):
     (summary,) = opened.do(best)
     for name in ('kept', 'compression', 'validation_error', 'reference_validation_error'):
         assert summary[name] == result[name]
+    head = Path(path).read_text().partition('\n--')[0]
+    error, reference = summary['validation_error'], summary['reference_validation_error']
+    assert f'python -m experiments.tiny --flagfile={path}\n' in head
+    assert f'Expected result, seed 0: {summary["kept"]:,} of 6,370 parameters kept,\n' in head
+    assert f'validation error {error:.2f} %, that of the reference {reference:.2f} %\n' in head
 
 
 def test_a_trial_leaves_its_records_but_no_checkpoints(searched):

@@ -149,13 +149,23 @@ def test_chunks_do_what_their_steps_do(params, split, run_chunk, stepwise, lengt
         assert_identical(state.masks, states[done].masks)
 
 
-def test_chunks_of_one_length_give_bit_for_bit_what_a_long_one_gives(params, split, run_chunk):
+def test_chunks_of_one_length_are_traced_once_and_give_bit_for_bit_what_a_long_one_gives(
+    params, split, run_chunk
+):
+    step, traces = train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT), []
+
+    def counted(*arguments):
+        traces.append(arguments)
+        return step(*arguments)
+
+    run_counted = train.make_run_chunk(counted)
     indices = resident.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
     whole, _ = run_chunk(initial_state(params), split.images, split.labels, indices)
     state = initial_state(params)
     for part in np.split(indices, 3):
-        state, _ = run_chunk(state, split.images, split.labels, part)
+        state, _ = run_counted(state, split.images, split.labels, part)
     assert_identical(state, whole)
+    assert len(traces) == run_counted._cache_size() == 1
 
 
 def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
@@ -215,23 +225,6 @@ def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
         counts = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32]
         assert counts
         assert all(int(count) == 6 for count in counts)
-
-
-def test_one_trace_for_all_chunks_of_one_length(params, split):
-    traces = []
-    step = train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT)
-
-    def counted(*arguments):
-        traces.append(arguments)
-        return step(*arguments)
-
-    run_chunk = train.make_run_chunk(counted)
-    state = initial_state(params)
-    for start in range(0, STEPS, 4):
-        batches = resident.batch_indices((0,), EXAMPLES, BATCH, start, 4)
-        state, _ = run_chunk(state, split.images, split.labels, batches)
-    assert len(traces) == 1
-    assert run_chunk._cache_size() == 1
 
 
 def test_a_chunk_takes_over_the_memory_of_its_state(params, split, run_chunk):
