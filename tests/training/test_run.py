@@ -87,8 +87,8 @@ def test_a_run_ends_well_and_says_its_result_on_stdout_alone(whole):
     assert '\n'.join(tables).startswith(report.format_table(summary))
     assert tables[-1] == f'Report: {folder / "report.html"}'
     assert len(answer.stdout.splitlines()) == len(report.format_table(summary).splitlines()) + 3
-    # No progress bar where nobody watches.
-    assert answer.stderr == ''
+    # No progress bar where nobody watches; on a busy machine a line every half minute.
+    assert not re.sub(r'(?m)^\w+: \d+ of \d+ steps, .*\n', '', answer.stderr)
 
 
 def test_the_summary_says_all_it_must(whole):
