@@ -73,25 +73,21 @@ def calls(small, monkeypatch):
     return found
 
 
-def test_a_program_is_compiled_and_called(small):
+def test_a_program_is_compiled_and_called(small, monkeypatch):
+    monkeypatch.setattr(bench, '_EXAMPLES', 100)
     call = bench.compile_call('lenet300', 'density')
     assert call.milliseconds() > 0
     assert call.peak_mebibytes() > 3  # weights, momenta, masks
 
 
-def test_rounds_are_the_timed_calls(calls):
-    table = bench.measure(BenchConfig(rounds=5))
-    assert len(calls) == 3 * (1 + 5)
-    assert table['lenet300']['ratio'] == 1
-
-
-def test_peer_rounds_are_its_runs(calls, peer, monkeypatch):
+def test_rounds_are_the_timed_calls_and_peer_rounds_the_runs_of_the_peer(calls, peer, monkeypatch):
     runs = []
     answer = bench._run_peer
     monkeypatch.setattr(bench, '_run_peer', lambda *command: runs.append(1) or answer(*command))
     config = BenchConfig(rounds=7, peer=sys.executable, peer_script=str(peer), peer_rounds=3)
-    bench.measure(config)
-    assert len(runs) == 3
+    table = bench.measure(config)
+    assert (len(calls), len(runs)) == (3 * (1 + 7), 3)
+    assert table['lenet300']['ratio'] == 1
 
 
 def test_a_failing_peer_is_an_error(calls, tmp_path):

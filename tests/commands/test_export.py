@@ -16,7 +16,7 @@ from dns_jax.files.caffe import read_caffemodel, to_linen
 from dns_jax.files.codec import load_coded
 from dns_jax.files.sparse import load_sparse, save_sparse
 from dns_jax.inference.chain import run_chain
-from dns_jax.inference.runners import Choice, jax_runner, recorded_kinds
+from dns_jax.inference.runners import Choice, recorded_kinds
 from experiments.artefacts.loading import load_model
 from experiments.export import ExportConfig, export
 from experiments.latency import LatencyConfig, measure
@@ -69,9 +69,10 @@ def test_alexnet_is_exported_to_caffe_but_not_run(tmp_path, capsys):
             export(ExportConfig(model=str(pruned), format=format_))
 
 
-def test_a_network_without_a_name_is_not_for_caffe(tmp_path):
-    config = ExportConfig(model='fc:3x4:1', format='caffemodel', output=str(tmp_path / 'x'))
-    with pytest.raises(ValueError, match='--format=caffemodel needs a network of'):
+@pytest.mark.parametrize('name', ['caffemodel', 'coded'])
+def test_a_network_without_a_name_has_not_every_format(tmp_path, name):
+    config = ExportConfig(model='fc:3x4:1', format=name, output=str(tmp_path / 'x.dns'))
+    with pytest.raises(ValueError, match=f'--format={name} needs a network of'):
         export(config)
 
 
@@ -85,21 +86,35 @@ def test_export_dense(tmp_path, capsys, expected):
     np.testing.assert_array_equal(run_chain(LENET300, params, IMAGES), expected)
 
 
-def test_export_sparse(tmp_path, capsys, expected):
-    path, _ = run_export(tmp_path, capsys, format='sparse')
+def test_export_sparse(tmp_path, capsys, monkeypatch, expected):
+    kinds, batches = {'fc1': 'sparse', 'fc2': 'dense', 'fc3': 'dense'}, []
+
+    def choose(*arguments):
+        batches.append(arguments[-1])
+        return Choice(kinds, {})
+
+    monkeypatch.setattr(experiments.export, 'choose_kinds', choose)
+    path, _ = run_export(tmp_path, capsys, format='sparse', batch=7)
+    assert batches == [7]
     path = path.rename(tmp_path / 'file.safetensors')
     model = load_model(str(path))
     assert model.params['fc1']['kernel'].shape[0] < 784
-    kinds = recorded_kinds(model.metadata['kinds'], model.chain)
-    assert model.metadata['kinds_batch'] == '1'
-    run = jax_runner(model.chain, model.params, model.input_shape, kinds)
-    np.testing.assert_allclose(run(jax.numpy.asarray(IMAGES)), expected, atol=1e-5)
+    assert recorded_kinds(model.metadata['kinds'], model.chain) == kinds
+    assert model.metadata['kinds_batch'] == '7'
+    outputs = run_chain(model.chain, model.params, IMAGES.reshape(3, *model.input_shape))
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
     # Its layers are no longer those of the network it was: dense is what it has.
     assert 'network' not in model.metadata
-    result = measure(LatencyConfig(model=str(path), batches='1', turns=1))
-    assert 'JAX, as the file says' in result['batches']['1']['ways']
     with pytest.raises(ValueError, match='--format=coded needs a network of'):
         export(ExportConfig(model=str(path), format='coded'))
+
+
+@pytest.mark.slow
+def test_latency_is_also_that_of_what_a_file_says(tmp_path, capsys):
+    path, _ = run_export(tmp_path, capsys, format='sparse')
+    path = path.rename(tmp_path / 'file.safetensors')
+    result = measure(LatencyConfig(model=str(path), batches='1', turns=1))
+    assert 'JAX, as the file says' in result['batches']['1']['ways']
 
 
 def test_export_onnx(tmp_path, capsys, expected):
@@ -146,17 +161,16 @@ def test_export_coded(tmp_path, capsys):
         assert weights['kernel'].shape == model.params[name]['kernel'].shape
 
 
-TUNING = {'clusters': '4', 'finetuning_steps': 10, 'learning_rate': 1e-2, 'batch_size': 16}
+TUNING = {'clusters': '4', 'finetuning_steps': 4, 'learning_rate': 1e-2, 'batch_size': 16}
 
 
 @pytest.fixture(scope='module')
-def coded(tmp_path_factory):
+def coded(tmp_path_factory, data_dir):
     """Writes coded files on digits; the same flags give the same bytes."""
-    folder = tmp_path_factory.mktemp('coded')
+    path = tmp_path_factory.mktemp('coded') / 'file.dns'
 
     def write(**flags):
-        path = folder / 'file.dns'
-        places = {'dataset': 'digits', 'data_dir': str(folder / 'tfds'), 'output': str(path)}
+        places = {'dataset': 'digits', 'data_dir': str(data_dir), 'output': str(path)}
         with jax.numpy_dtype_promotion('standard'):
             export(ExportConfig(model=ZOO, format='coded', **places, **{**TUNING, **flags}))
         return path.read_bytes()
@@ -167,7 +181,7 @@ def coded(tmp_path_factory):
 @pytest.mark.parametrize(
     ('name', 'value'),
     [
-        *(('clusters', '5'), ('tuned', 'codebooks'), ('finetuning_steps', 11), ('batch_size', 17)),
+        *(('clusters', '5'), ('tuned', 'codebooks'), ('finetuning_steps', 5), ('batch_size', 17)),
         *(('learning_rate', 2e-2), ('seed', 1), ('train_on_all', True)),
     ],
 )
@@ -180,23 +194,6 @@ def test_a_flag_of_coding_has_an_effect(coded, name, value):
 def test_a_coded_file_repeats_itself(coded):
     write, plain = coded
     assert write() == plain
-
-
-def test_export_for_a_batch(tmp_path, capsys, monkeypatch):
-    batches = []
-
-    def choose(*arguments):
-        batches.append(arguments[-1])
-        return Choice({}, {})
-
-    monkeypatch.setattr(experiments.export, 'choose_kinds', choose)
-    run_export(tmp_path, capsys, format='sparse', batch=7)
-    assert batches == [7]
-
-
-def test_export_of_what_has_no_network(tmp_path):
-    with pytest.raises(ValueError, match='--format=coded needs a network of'):
-        export(ExportConfig(model='fc:3x4:1', format='coded', output=str(tmp_path / 'x.dns')))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +60,6 @@ def test_the_defaults_of_the_scripts(script):
     assert list(make_rules(make_plan(config).pruning, shapes(script))) == ['*']
 
 
-def test_bench_flags_parse():
-    config = parse('--rounds=5', '--peer_rounds=2', defaults={}, config_type=BenchConfig)
-    assert (config.rounds, config.peer_rounds) == (5, 2)
-
-
 def test_help_lists_every_flag():
     answer = main('--help')
     for name in FIELDS:
@@ -99,16 +93,6 @@ def test_every_entry_script_has_its_help_looked_at():
     assert {*launched} == {config_type.__name__ for config_type in CONFIGS}
 
 
-@pytest.mark.parametrize(('field', 'text'), TEXTS.values(), ids=TEXTS)
-def test_the_help_of_a_flag_stands_alone(field, text):
-    """Flags are listed by the alphabet, so no text may lean on that of a neighbour."""
-    assert text.endswith(('.', '…'))
-    assert not re.search(r'\b(the same|that rate|these|those|this one|also as)\b', text.lower())
-    assert not re.match(r'(it|they|them|its|their)\b', text.lower())
-    if field.default in (None, ''):
-        assert re.search('(?i)by default|must be given', text)
-
-
 UNITS = (
     r'steps?|share|parts?|percent\w*|images?|pixels|parameters|standard deviations?|trials?|'
     r'calls?|turns|rounds|runs?|seeds|networks|examples|processes|learning rate|channels|'
@@ -117,7 +101,13 @@ UNITS = (
 
 
 @pytest.mark.parametrize(('field', 'text'), TEXTS.values(), ids=TEXTS)
-def test_the_help_of_a_number_names_its_unit(field, text):
+def test_the_help_of_a_flag_stands_alone_and_names_its_unit(field, text):
+    """Flags are listed by the alphabet, so no text may lean on that of a neighbour."""
+    assert text.endswith(('.', '…'))
+    assert not re.search(r'\b(the same|that rate|these|those|this one|also as)\b', text.lower())
+    assert not re.match(r'(it|they|them|its|their)\b', text.lower())
+    if field.default in (None, ''):
+        assert re.search('(?i)by default|must be given', text)
     if field.type in (int, float, float | None):
         assert re.search(rf'(?i)\b({UNITS})', text)
 
@@ -131,9 +121,7 @@ def test_the_script_ends_with_one_message_and_no_traceback():
 
 
 @pytest.mark.parametrize(('name', 'script'), (SCRIPTS | IMAGE_SCRIPTS).items())
-def test_entry_scripts_are_short(name, script):
-    text = Path(script.__file__).read_text()
-    assert len(text.splitlines()) < 60
+def test_entry_scripts_say_how_they_are_called(name, script):
     assert f'python -m experiments.{name} --flagfile=' in script.__doc__
 
 

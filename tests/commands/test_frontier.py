@@ -13,8 +13,8 @@ from short_sweep import SHORT
 
 from experiments import frontier
 from experiments.config.command_line import make
-from experiments.data import resident
 from experiments.reports import plots, published, sweep_tables
+from experiments.reports.records import read_records
 from experiments.reports.tables import to_text
 from experiments.sweeps import sweep
 from experiments.sweeps.flags import FrontierConfig
@@ -28,16 +28,9 @@ def runs_of(config):
 
 
 @pytest.fixture(scope='module')
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('frontier')
-    resident.load('digits', folder / 'tfds')
-    return make(
-        FrontierConfig,
-        **SHORT,
-        data_dir=str(folder / 'tfds'),
-        workdir=str(folder / 'sweep'),
-        side_by_side=2,
-    )
+def config(tmp_path_factory, data_dir):
+    workdir = str(tmp_path_factory.mktemp('frontier') / 'sweep')
+    return make(FrontierConfig, **SHORT, data_dir=str(data_dir), workdir=workdir, side_by_side=2)
 
 
 @pytest.fixture(scope='module')
@@ -46,39 +39,19 @@ def rows(config):
 
 
 @pytest.mark.slow
-def test_every_run_reaches_its_target(rows):
+def test_every_run_reaches_its_target_from_the_reference_of_its_seed(config, rows):
     assert [(row['target'], row['seed']) for row in rows] == [(5, 0), (5, 1), (20, 0), (20, 1)]
     for row in rows:
         assert row['kept'] == 266_610 // row['target']
         assert row['compression'] == pytest.approx(266_610 / row['kept'])
-
-
-@pytest.mark.slow
-def test_the_csv_is_the_rows(config, rows):
-    with (Path(config.workdir) / 'frontier.csv').open() as file:
+        assert row['reference_error'] == rows[row['seed']]['reference_error']
+    folder = Path(config.workdir)
+    assert {path.parent.parent.name for path in folder.glob('*/*/reference')} == {'5-0', '5-1'}
+    with (folder / 'frontier.csv').open() as file:
         read = list(csv.DictReader(file))
     assert [list(row) for row in read] == [list(frontier.COLUMNS)] * 4
     assert read == [{name: str(value) for name, value in row.items()} for row in rows]
-    assert (Path(config.workdir) / 'frontier.png').read_bytes().startswith(b'\x89PNG')
-
-
-@pytest.mark.slow
-def test_targets_share_the_reference_of_their_seed(config, rows):
-    assert rows[0]['reference_error'] == rows[2]['reference_error']
-    assert rows[1]['reference_error'] == rows[3]['reference_error']
-    checkpoints = {path.parent.parent.name for path in Path(config.workdir).glob('*/*/reference')}
-    assert checkpoints == {'5-0', '5-1'}
-
-
-@pytest.mark.slow
-def test_side_by_side_each_seed_is_about_the_run_alone(config, rows, tmp_path):
-    first = opened.change(
-        config, workdir=str(tmp_path), compressions='5', seeds=1, seed=1, side_by_side=1
-    )
-    (alone,) = frontier.frontier(first)
-    assert alone['kept'] == rows[1]['kept']
-    assert alone['reference_error'] == pytest.approx(rows[1]['reference_error'], abs=0.6)
-    assert alone['test_error'] == pytest.approx(rows[1]['test_error'], abs=2)
+    assert (folder / 'frontier.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.slow
@@ -113,8 +86,7 @@ def test_runs_side_by_side_that_stopped_at_different_steps_meet_again(config, ro
         assert summary['kept'] == row['kept']
         assert summary['reference_error'] == pytest.approx(row['reference_error'], abs=0.6)
         assert summary['test_error'] == pytest.approx(row['test_error'], abs=2)
-        metrics = (Path(config_of_run.workdir) / 'metrics.jsonl').read_text().splitlines()
-        steps = [(record['phase'], record['step']) for record in map(json.loads, metrics)]
+        steps = [(one['phase'], one['step']) for one in read_records(Path(config_of_run.workdir))]
         assert steps == [
             *(('reference', 50), ('reference', 100), ('surgery', 50), ('surgery', 100)),
             ('finetuning', 50),
@@ -193,61 +165,50 @@ def test_figure_shows_runs_medians_and_published_points(network, dataset):
     np.testing.assert_allclose(np.array(places).reshape(-1, 2), np.array(wanted).reshape(-1, 2))
 
 
-def test_a_run_that_breaks_down_does_not_end_the_sweep(config, monkeypatch):
-    done = []
+@pytest.fixture
+def play(config, monkeypatch):
+    """Makes runs of a sweep and plays them; those with a seed of `broken` break down in a phase."""
 
-    def run_together(task, batch):
-        if any(plan.config.seed == 1 for plan in batch):
-            raise Diverged('the loss is not finite', 'surgery')
-        done.append([(plan.config.seed, plan.config.resume) for plan in batch])
-        return [{'seed': plan.config.seed} for plan in batch]
+    def play(phase, broken, **fields):
+        batches = []
 
-    monkeypatch.setattr(sweep, 'Task', lambda config: 'a task')
-    monkeypatch.setattr(sweep, 'run_together', run_together)
-    fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
-    runs = runs_of(opened.change(config, **fields))
-    summaries, left_out = sweep.run_all(
-        {run: make_plan(run) for run in runs}, 3, lambda summaries: None
-    )
-    # Its reference was well: the run that starts from it is tried.
-    assert list(summaries) == [runs[0], runs[2], runs[3], runs[5]]
-    assert left_out == {runs[at].workdir: 'the loss is not finite' for at in (1, 4)}
-    assert done == [[(0, True)], [(2, True)]] * 2
+        def run_together(task, batch):
+            batches.append([(p.config.seed, p.config.resume, p.config.overwrite) for p in batch])
+            if any(plan.config.seed in broken for plan in batch):
+                raise Diverged('the loss is not finite', phase)
+            return [{'seed': plan.config.seed} for plan in batch]
+
+        monkeypatch.setattr(sweep, 'Task', lambda config: 'a task')
+        monkeypatch.setattr(sweep, 'run_together', run_together)
+        fields = {'seeds': 3, 'side_by_side': 3, 'overwrite': True, **fields}
+        runs = runs_of(opened.change(config, **fields))
+        return {run: make_plan(run) for run in runs}, batches
+
+    return play
 
 
-def test_runs_whose_reference_broke_down_are_left_out(config, monkeypatch):
-    batches = []
-
-    def run_together(task, batch):
-        batches.append([(plan.config.seed, plan.config.overwrite) for plan in batch])
-        if any(plan.config.seed == 1 for plan in batch):
-            raise Diverged('nan', 'reference')
-        return [{'seed': plan.config.seed} for plan in batch]
-
-    monkeypatch.setattr(sweep, 'Task', lambda config: 'a task')
-    monkeypatch.setattr(sweep, 'run_together', run_together)
-    fields = {'compressions': '5,9', 'seeds': 3, 'side_by_side': 3, 'overwrite': True}
-    runs = runs_of(opened.change(config, **fields))
-    counts = []
-    summaries, left_out = sweep.run_all(
-        {run: make_plan(run) for run in runs}, 3, lambda summaries: counts.append(len(summaries))
-    )
+@pytest.mark.parametrize('phase', ['reference', 'surgery'])
+def test_a_run_that_breaks_down_does_not_end_the_sweep(play, phase):
+    plans, batches = play(phase, [1], compressions='5,9')
+    runs, counts = list(plans), []
+    summaries, left_out = sweep.run_all(plans, 3, lambda summaries: counts.append(len(summaries)))
     assert list(summaries) == [runs[0], runs[2], runs[3], runs[5]]
     assert counts == [2, 4]
-    assert left_out == {
-        runs[1].workdir: 'nan',
-        runs[4].workdir: f'the reference of {runs[1].workdir} broke down',
-    }
-    # The others of its second batch begin anew, as --overwrite asks.
-    assert batches[-1] == [(0, True), (2, True)]
+    # All of a batch have begun, so that each goes on by itself.
+    first = [(seed, False, True) for seed in range(3)]
+    alone = [[(seed, True, False)] for seed in range(3)]
+    assert batches[:4] == [first, *alone]
+    found = [left_out.pop(runs[at].workdir) for at in (1, 4)]
+    assert not left_out
+    if phase == 'surgery':  # its reference was well: the run that starts from it is tried
+        assert found == ['the loss is not finite'] * 2
+        assert batches[4:] == [first, *alone]
+    else:  # the others of its second batch begin anew, as --overwrite asks
+        assert found[1] == f'the reference of {runs[1].workdir} broke down'
+        assert batches[4:] == [[first[0], first[2]]]
 
 
-def test_a_sweep_without_a_result_says_so(config, monkeypatch):
-    def run_together(task, batch):
-        raise Diverged('nan', 'surgery')
-
-    monkeypatch.setattr(sweep, 'Task', lambda config: 'a task')
-    monkeypatch.setattr(sweep, 'run_together', run_together)
-    runs = runs_of(opened.change(config, compressions='5', seeds=2))
+def test_a_sweep_without_a_result_says_so(play):
+    plans, _ = play('surgery', [0, 1], compressions='5', seeds=2)
     with pytest.raises(RuntimeError, match='none of 2 runs'):
-        sweep.run_all({run: make_plan(run) for run in runs}, 2, None)
+        sweep.run_all(plans, 2, None)

@@ -9,6 +9,7 @@ import pytest
 from dns_jax.files.sparse import save_sparse
 from dns_jax.inference import native
 from dns_jax.inference.chain import Dense, chain_to_json
+from experiments import latency
 from experiments.artefacts.loading import load_model
 from experiments.latency import LatencyConfig, _crossing, measure
 from experiments.measurements import latency_report
@@ -50,6 +51,7 @@ def test_latency_of_a_layer(capsys):
 
 def test_latency_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, 'build_failure', lambda: 'no compiler')
+    monkeypatch.setattr(latency, '_DENSITIES', latency._DENSITIES[:2])
     flags = {'model': 'fc:30x20:0.1', 'batches': '2', 'turns': 1, 'break_even': True}
     result = measure(LatencyConfig(**flags))
     assert (

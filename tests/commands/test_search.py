@@ -1,25 +1,22 @@
 """Tests of search: what is refused, and workers that are real processes, on the digits."""
 
 import contextlib
-import dataclasses
 import json
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 from searches import parse, trials_of
+from tiny_runs import wait_for_record
 
-from experiments import lenet300
 from experiments.data import resident
-from experiments.sweeps import space, studies
-from experiments.training.flags import Config
+from experiments.sweeps import studies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,12 +49,8 @@ def workers(tmp_path_factory):
     def start():
         return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
-    killed, records = start(), folder / 'trials' / 'search-0' / 'metrics.jsonl'
-    deadline = time.monotonic() + 240
-    while killed.poll() is None and time.monotonic() < deadline:
-        if records.exists() and records.stat().st_size:
-            break
-        time.sleep(0.002)
+    killed = start()
+    wait_for_record(folder / 'trials' / 'search-0', lambda: killed.poll() is None, 'surgery')
     killed.kill()
     said = killed.communicate(timeout=60)
     storage = studies._open_storage(f'sqlite:///{folder}/study.db')
@@ -102,26 +95,3 @@ def test_the_reference_is_trained_once(workers):
     """Two workers that start from the killed one's find it finished."""
     lines = Path(workers[0].workdir, 'reference', 'metrics.jsonl').read_text().splitlines()
     assert [json.loads(line)['step'] for line in lines] == list(range(10, 110, 10))
-
-
-@pytest.mark.slow
-def test_the_flagfile_is_that_of_the_best_trial(workers):
-    config, answers = workers
-    found = {}
-    for trial in trials_of(config)[1:]:
-        path = Path(config.workdir, 'trials', f'search-{trial.number}', 'metrics.jsonl')
-        last = json.loads(path.read_text().splitlines()[-1])
-        found[sum(last['kept'].values())] = (trial, last['validation_error'])
-    reference = trial.user_attrs['reference_validation_error']
-    kept = min(kept for kept, (_, error) in found.items() if error <= reference + 90)
-    trial, error = found[kept]
-    path = f'{config.workdir}/best.flags'
-    best = parse(f'--flagfile={path}', defaults=lenet300.DEFAULTS, config_type=Config)
-    expected = space.make_config(config, trial.params)
-    assert best == dataclasses.replace(expected, workdir=f'{config.workdir}/best')
-    head = Path(path).read_text().partition('\n--')[0]
-    assert f'python -m experiments.lenet300 --flagfile={path}\n' in head
-    assert f'Expected result, seed 0: {kept:,} of 266,610 parameters kept,\n' in head
-    assert f'validation error {error:.2f} %, that of the reference {reference:.2f} %\n' in head
-    results = [json.loads(stdout.splitlines()[-1]) for stdout, _, _ in answers]
-    assert kept in [result['kept'] for result in results]

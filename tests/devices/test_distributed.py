@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import wait_for_record
 
 from dns_jax.files.sparse import load_sparse
 from experiments.devices import hosts
@@ -19,21 +20,10 @@ from experiments.devices import hosts
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds that a process of these tests may take
 FLAGS = {
-    'dataset': 'digits',
-    'image_size': 8,
-    'crop': 'whole',
-    'batch_size': 16,
-    'reference_steps': 40,
-    'surgery_steps': 120,
-    'finetuning_steps': 0,
-    'record_every': 10,
-    'checkpoint_every': 20,
-    'refresh_every': 5,
-    'compression': 5,
-    'dropout': 0.2,
-    'accumulate': 2,
-    'reference_learning_rate': 'fixed:0.1',
-    'learning_rate': 'fixed:0.1',
+    **{'dataset': 'digits', 'image_size': 8, 'crop': 'whole', 'batch_size': 16, 'accumulate': 2},
+    **{'reference_steps': 40, 'surgery_steps': 120, 'finetuning_steps': 0, 'dropout': 0.2},
+    **{'record_every': 10, 'checkpoint_every': 20, 'refresh_every': 5, 'compression': 5},
+    **{'reference_learning_rate': 'fixed:0.1', 'learning_rate': 'fixed:0.1'},
 }
 
 
@@ -100,21 +90,13 @@ def start(data_dir, tmp_path_factory):
         command += flags
         environment = {**os.environ, **cache, 'JAX_NUM_CPU_DEVICES': str(devices)}
         environment['PYTHONPATH'] = str(ROOT)
+        options = {'cwd': ROOT, 'env': environment, 'text': True, 'stdout': subprocess.PIPE}
+        options['start_new_session'] = True
         group = []
         for process in range(processes):
             joined = [f'--distributed={address},{processes},{process}'] if processes > 1 else []
             with (Path(workdir).parent / f'{process}.err').open('ab') as errors:
-                group.append(
-                    subprocess.Popen(
-                        [*command, *joined],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=subprocess.PIPE,
-                        stderr=errors,
-                        text=True,
-                        start_new_session=True,
-                    )
-                )
+                group.append(subprocess.Popen([*command, *joined], stderr=errors, **options))
         started.extend(group)
         return group
 
@@ -126,16 +108,8 @@ def start(data_dir, tmp_path_factory):
         process.stdout.close()
 
 
-def wait_for_record(group, workdir, phase, step):
-    """Waits for a record of the phase, at the step or later."""
-    path, deadline = workdir / 'metrics.jsonl', time.monotonic() + LIMIT
-    while time.monotonic() < deadline and all(process.poll() is None for process in group):
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith('}')]
-        if any(one['phase'] == phase and one['step'] >= step for one in records):
-            return
-        time.sleep(0.05)
-    pytest.fail(f'no record of step {step} of {phase}')
+def all_live(group):
+    return all(process.poll() is None for process in group)
 
 
 def end_of(group):
@@ -151,7 +125,7 @@ def test_two_processes_are_one_run(start, tmp_path):
     errors = [folder.parent / f'{process}.err' for process in range(2)]
 
     group = start(folder, 2, 1)
-    wait_for_record(group, folder, 'reference', 10)
+    wait_for_record(folder, lambda: all_live(group), 'reference', 10)
     group[1].send_signal(signal.SIGTERM)
     assert end_of(group) == [1, 1]
     for path in errors:
@@ -159,7 +133,7 @@ def test_two_processes_are_one_run(start, tmp_path):
 
     group = start(folder, 2, 1, '--resume')
     saved = folder / 'checkpoints' / 'surgery'
-    wait_for_record(group, folder, 'surgery', 50)
+    wait_for_record(folder, lambda: all_live(group), 'surgery', 50)
     while not (saved / '40').exists() and group[0].poll() is None:  # written in the background
         time.sleep(0.01)
     group[1].kill()
@@ -205,7 +179,7 @@ def test_a_signal_to_all_spares_the_workers(start, tmp_path):
     for path in (folder, alone):
         path.parent.mkdir()
     group = start(folder, 1, 1, '--workers=2')
-    wait_for_record(group, folder, 'reference', 10)
+    wait_for_record(folder, lambda: all_live(group), 'reference', 10)
     os.killpg(group[0].pid, signal.SIGTERM)
     assert end_of(group) == [1]
     assert 'Stopped: SIGTERM: saved' in (folder.parent / '0.err').read_text()
@@ -217,7 +191,7 @@ def test_a_signal_to_all_spares_the_workers(start, tmp_path):
 
 REFUSAL = """
 import sys, types
-from experiments import hosts
+from experiments.devices import hosts
 
 def refuse():
     raise ValueError('the folder is taken')

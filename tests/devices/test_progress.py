@@ -1,27 +1,20 @@
 """Tests of devices.progress: bars on a terminal, a line now and then elsewhere."""
 
-import contextlib
-import fcntl
-import os
-import pty
-import struct
-import sys
-import termios
-import threading
 import time
 
-import opened
 import pytest
 from absl import logging
+from terminal import terminal
 from tiny import Tiny
 
-from experiments import frontier, search
 from experiments.config import command_line
 from experiments.devices import hosts, progress
 from experiments.networks import models
-from experiments.sweeps.flags import FrontierConfig, SearchConfig
+from experiments.sweeps import sweep
+from experiments.sweeps.flags import FrontierConfig
 from experiments.training import run
 from experiments.training.flags import Config
+from experiments.training.plan import make_plan
 
 SHORT = {
     **{'network': 'tiny', 'dataset': 'digits', 'batch_size': 16, 'finetuning_steps': 0},
@@ -41,29 +34,6 @@ def make(data_dir, tmp_path, monkeypatch):
     return make
 
 
-@contextlib.contextmanager
-def terminal(monkeypatch):
-    """Makes standard error a terminal; what was written there is in the list afterwards."""
-    main, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack('4H', 24, 200, 0, 0))
-    seen = []
-
-    def read():
-        with contextlib.suppress(OSError):  # at its end
-            while part := os.read(main, 4_096):
-                seen.append(part.decode())
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        with os.fdopen(end, 'w') as stderr, monkeypatch.context() as patch:
-            patch.setattr(sys, 'stderr', stderr)
-            yield seen
-    finally:
-        reader.join()
-        os.close(main)
-
-
 def test_a_run_shows_steps_loss_error_and_compression(make, monkeypatch, capsys):
     with terminal(monkeypatch) as seen:
         run.run(make(Config, compression=4.0))
@@ -76,23 +46,16 @@ def test_a_run_shows_steps_loss_error_and_compression(make, monkeypatch, capsys)
 
 
 def test_a_sweep_shows_which_runs_it_is_at(make, monkeypatch):
-    config = make(FrontierConfig, compressions='4', seeds=3, side_by_side=2)
+    config = make(FrontierConfig, compressions='4', seeds=3)
+    plans = {run: make_plan(run) for _, run in config.named_runs()}
+    monkeypatch.setattr(sweep, 'Task', lambda config: None)
+    monkeypatch.setattr(sweep, 'run_together', lambda task, batch: [{}] * len(batch))
     with terminal(monkeypatch) as seen:
-        frontier.frontier(config)
+        sweep.run_all(plans, 2, lambda summaries: None)
     text = ''.join(seen)
     for part in ('0/3', '4-0, 4-1', '2/3', '4-2', '3/3'):
         assert part in text
         text = text.partition(part)[2]
-
-
-def test_a_search_shows_its_trials(make, monkeypatch, capsys):
-    pytest.importorskip('optuna')
-    config = make(SearchConfig, space='compression', trials=1, tolerance=100.0)
-    with terminal(monkeypatch) as seen:
-        search.search(config)
-    assert '0/1' in ''.join(seen)
-    assert 'best=0, kept=' in ''.join(seen)
-    assert capsys.readouterr().out.startswith('trial 0: kept ')
 
 
 @pytest.fixture
@@ -134,26 +97,11 @@ def test_without_a_terminal_items_are_counted(clock, capsys):
     assert lines_of(capsys) == ['timing: 3 of 4 rounds', 'timing: 4 of 4 rounds']
 
 
-def test_a_run_without_a_terminal_says_where_it_is(make, monkeypatch, capsys):
-    monkeypatch.setattr(progress, '_SECONDS', 0.0)
-    run.run(make(Config, compression=4.0))
-    lines = [line for line in lines_of(capsys) if 'validation_error=' in line]
-    for phase, line in zip(('reference', 'surgery'), lines, strict=True):
-        assert line.startswith(f'{phase}: 20 of 20 steps, loss=')
-
-
-def test_short_runs_show_nothing_without_a_terminal(make, capsys):
-    run.run(make(Config, compression=4.0))
-    sweep = make(FrontierConfig, compressions='4', seeds=2)
-    frontier.frontier(opened.change(sweep, workdir=f'{sweep.workdir}s'))
-    assert capsys.readouterr().err == ''
-
-
 @pytest.mark.parametrize(
     ('verbosity', 'is_first', 'is_shown'),
     [(-3, True, False), (-2, True, False), (-1, True, True), (1, True, True), (0, False, False)],
 )
-def test_who_sees_bars(verbosity, is_first, is_shown, monkeypatch):
+def test_who_sees_bars_and_lines(verbosity, is_first, is_shown, clock, monkeypatch, capsys):
     monkeypatch.setattr(hosts, 'is_first', lambda: is_first)
     before = logging.get_verbosity()
     logging.set_verbosity(verbosity)
@@ -161,23 +109,10 @@ def test_who_sees_bars(verbosity, is_first, is_shown, monkeypatch):
         with terminal(monkeypatch) as seen, progress.bar(total=1, desc='work') as bar:
             bar.update()
             assert bar.n == is_shown
-    finally:
-        logging.set_verbosity(before)
-    assert bool(seen) == is_shown
-
-
-@pytest.mark.parametrize(
-    ('verbosity', 'is_first', 'is_shown'),
-    [(-2, True, False), (-1, True, True), (0, False, False)],
-)
-def test_who_sees_lines(verbosity, is_first, is_shown, clock, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, 'is_first', lambda: is_first)
-    before = logging.get_verbosity()
-    logging.set_verbosity(verbosity)
-    try:
         with progress.bar(total=1, desc='work') as bar:
             clock[0] = 60
             bar.update()
     finally:
         logging.set_verbosity(before)
+    assert bool(seen) == is_shown
     assert (lines_of(capsys) == ['work: 1 of 1']) == is_shown

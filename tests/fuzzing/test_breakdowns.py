@@ -1,6 +1,7 @@
 """Tests of training that breaks down: it is named, foreseen, and gone back from."""
 
 import dataclasses
+import json
 import re
 import signal
 
@@ -32,7 +33,21 @@ def test_a_loss_that_is_not_finite_is_named(make_config, tmp_path, compat):
         message,
     )
     assert 20 < int(found[1]) <= 40
+    # Nothing is saved or told of what came after.
     assert steps_of(tmp_path / 'run', 'surgery') == [20]
+    last = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert (last['phase'], last['step']) == ('surgery', 20)
+
+
+def test_weights_that_break_after_the_last_loss_are_not_saved(make_config, tmp_path):
+    """The loss of a chunk's last step is that of the weights before it."""
+    every_step = {'reference_steps': 2, 'record_every': 1, 'checkpoint_every': 1}
+    rates = {'reference_learning_rate': 'fixed:1e38', 'bias_scale': 1e9}
+    with pytest.raises(
+        divergence.Diverged, match=r'a weight of fc1, fc2 is not finite at step 1 of the reference'
+    ):
+        opened.do(make_config(tmp_path / 'run', **every_step, **rates))
+    assert steps_of(tmp_path / 'run', 'reference') == []
 
 
 def test_a_layer_that_surgery_empties_is_named_and_foreseen(
@@ -53,7 +68,8 @@ def test_a_layer_that_surgery_empties_is_named_and_foreseen(
 def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings, fields, compat):
     emptied = fields is EMPTYING
     cause = 'a layer all pruned' if emptied else 'a loss that is not finite'
-    compat('faults', f'{cause}, --on_divergence=rollback', 'comes to its end, stopped or not')
+    what = 'comes to its end' if emptied else 'comes to its end, stopped or not'
+    compat('faults', f'{cause}, --on_divergence=rollback', what)
     fields = fields | {'on_divergence': 'rollback'}
     (summary,) = opened.do(make_config(tmp_path / 'whole', **fields))
     assert 1 <= summary['setbacks']['surgery'] <= divergence.MOST_SETBACKS
@@ -62,19 +78,25 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
     assert ('masks as they are there' in told[-1]) == emptied
     # With masks that stay as they were before the first step, nothing is pruned.
     assert (summary['kept'] == summary['parameters']) == emptied
+    if emptied:
+        return
     # Stopped after three calls, which may all have gone back, a run forgets no setback.
     config = make_config(tmp_path / 'run', reference=str(tmp_path / 'whole'), **fields)
-    dense = side_by_side.train_references([opened.open_run(config)], [])
+    opened_run = opened.open_run(config)
+    dense = side_by_side.train_references([opened_run], [])
+    task = opened_run.task
     config = dataclasses.replace(config, resume=True)
     signals = EveryThird([signal.SIGTERM])
-    assert (
-        run_in_short_stretches(config, side_by_side.train_surgery, dense, stopping=signals)
-        >= 1 - emptied
-    )
-    opened.do(config)
+    assert run_in_short_stretches(config, side_by_side.train_surgery, dense, stopping=signals)
+    (again,) = opened.do(config)
     records, network = outcome(tmp_path / 'whole')
     surgery = [line for line in records.splitlines(keepends=True) if '"surgery"' in line]
     assert outcome(tmp_path / 'run') == (''.join(surgery), network)
+    # The saved reference is the very same network.
+    for name in ('reference_error', 'reference_validation_error'):
+        assert again[name] == summary[name]
+    assert again['reference_error'] == task.error(*dense, task.dataset.test)
+    assert steps_of(tmp_path / 'run', 'reference') == []
 
 
 def test_a_signal_saves_runs_that_wait_for_one_behind(make_config, tmp_path, monkeypatch, warnings):

@@ -4,7 +4,6 @@ The network is tiny, and processes are forked from one that has imported everyth
 life is short. What a user sees of the entry scripts is asked in `test_run`.
 """
 
-import gc
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ import opened
 import pytest
 from damaged_checkpoints import restore_damaged
 from tiny import run_tiny
-from tiny_runs import FIELDS, outcome, run_in_short_stretches, steps_of
+from tiny_runs import FIELDS, outcome, run_in_short_stretches, steps_of, wait_for_record
 
 from experiments.reports.records import PHASES
 from experiments.training import run, side_by_side
@@ -71,13 +70,6 @@ def whole(start, tmp_path_factory):
     return outcome(folder)
 
 
-def wait_for_record(process, folder):
-    """Waits until a run has written its first record."""
-    path = folder / 'metrics.jsonl'
-    while process.is_alive() and not (path.exists() and path.stat().st_size):
-        time.sleep(0.002)
-
-
 def wait_for_life(process, folder):
     """Waits until a run has taken its folder."""
     flags = folder / 'flags.json'
@@ -123,13 +115,6 @@ def assert_every_step_is_counted_once(folder):
 
 
 @pytest.mark.slow
-def test_killed_three_times(start, whole, tmp_path):
-    assert kill_again_and_again(start, tmp_path / 'run', 3) >= 1
-    assert outcome(tmp_path / 'run') == whole
-    assert_every_step_is_counted_once(tmp_path / 'run')
-
-
-@pytest.mark.slow
 def test_killed_fifty_times(start, tmp_path, monkeypatch, compat):
     compat('faults', 'SIGKILL at 50 random moments')
     longer = {'surgery_steps': 4_000, 'stop': '3000'}
@@ -142,12 +127,15 @@ def test_killed_fifty_times(start, tmp_path, monkeypatch, compat):
     assert_every_step_is_counted_once(tmp_path / 'run')
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+# That both are waited for, `test_phases` asks.
+@pytest.mark.parametrize(
+    'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_leaves_within_five_seconds(start, tmp_path, number, compat):
     compat('faults', f'{number.name} in the middle of a record')
     longer = LONG_RECORDS | {'reference_steps': 10**7, 'checkpoint_every': 10**6}
     process = start(tmp_path / 'run', **longer)
-    wait_for_record(process, tmp_path / 'run')
+    wait_for_record(tmp_path / 'run', process.is_alive)
     sent = time.monotonic()
     os.kill(process.pid, number)
     assert done(process) == 1
@@ -171,28 +159,6 @@ def test_stopped_after_every_call_a_run_ends_as_the_unbroken_one(make_config, tm
     assert steps_of(tmp_path / 'run', 'reference') == [40, 60]
     opened.do(make_config(tmp_path / 'run', **short, resume=True))
     assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
-
-
-def test_two_runs_do_not_share_a_folder(start, make_config, tmp_path, compat):
-    compat('faults', 'two runs in one folder at once', 'the second is refused, nothing lost')
-    folder = tmp_path / 'run'
-    process = start(folder, reference_steps=10**7)
-    wait_for_record(process, folder)
-    for switch in ('resume', 'overwrite'):
-        config = make_config(folder, reference_steps=10**7, **{switch: True})
-        with pytest.raises(BlockingIOError, match=r'--workdir=.*run is in use by another process'):
-            run.run(config)
-    assert process.is_alive()
-    assert (folder / 'metrics.jsonl').read_text()
-    process.kill()
-    process.join()
-    # The lock died with its holder.
-    opened_run = opened.open_run(make_config(folder, reference_steps=10**7, resume=True))
-    opened_run = opened.open_run(make_config(folder, reference_steps=10**7, resume=True))
-    gc.collect()
-    assert done(start(folder, tmp_path / 'error.txt', reference_steps=10**7, resume=True)) == 1
-    assert 'is in use by another process' in (tmp_path / 'error.txt').read_text()
-    assert opened_run.folder == folder
 
 
 @pytest.fixture

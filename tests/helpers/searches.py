@@ -2,7 +2,6 @@
 
 import types
 
-import flax.linen as nn
 import numpy as np
 import optuna
 from absl import flags as absl_flags
@@ -13,15 +12,6 @@ from experiments.sweeps import studies
 from experiments.sweeps.flags import SearchConfig
 
 SPACES = ('compression', 'layer_density', 'c_rate')
-
-
-class Tiny(nn.Module):
-    """Two layers, quick to compile and to train."""
-
-    @nn.compact
-    def __call__(self, images):
-        hidden = nn.relu(nn.Dense(8, name='fc1')(images.reshape(images.shape[0], -1)))
-        return nn.Dense(10, name='fc2')(hidden)
 
 
 SIZES = {'fc1': 785 * 8, 'fc2': 9 * 10}

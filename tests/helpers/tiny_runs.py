@@ -2,9 +2,13 @@
 
 import dataclasses
 import itertools
+import json
+import time
 
+import numpy as np
 import opened
 
+from experiments.data import resident
 from experiments.training.phases import Stopped
 
 FIELDS = {
@@ -20,6 +24,18 @@ FIELDS = {
 }
 
 
+def write_random_images(folder, *names):
+    """Writes the caches of data sets, of random images, so that there is no need for TFDS."""
+    (folder / 'dns_jax_cache').mkdir()
+    random = np.random.default_rng(0)
+    for name in names:
+        source, arrays = resident._SOURCES[name], {}
+        for split, count in (('train', source.train), ('test', source.test)):
+            arrays[f'{split}_labels'] = random.integers(0, 10, count, np.int32)
+            arrays[f'{split}_images'] = random.integers(0, 256, (count, 28, 28, 1), np.uint8)
+        np.savez(folder / 'dns_jax_cache' / f'{name}-{source.version}.npz', **arrays)
+
+
 def outcome(folder):
     """What a run computed: its records, and its network."""
     return (folder / 'metrics.jsonl').read_text(), (folder / 'pruned.safetensors').read_bytes()
@@ -28,6 +44,17 @@ def outcome(folder):
 def steps_of(folder, phase):
     names = [path.name for path in (folder / 'checkpoints' / phase).glob('*')]
     return sorted(int(name) for name in names if name.isdigit())  # others are being written
+
+
+def wait_for_record(folder, is_alive, phase='reference', step=0):
+    """Waits until a run has a record of a phase, at a step or later."""
+    path, deadline = folder / 'metrics.jsonl', time.monotonic() + 240
+    while is_alive() and time.monotonic() < deadline:
+        lines = path.read_text().split('\n')[:-1] if path.exists() else []
+        if any(one['phase'] == phase and one['step'] >= step for one in map(json.loads, lines)):
+            return
+        time.sleep(0.002)
+    raise TimeoutError(f'no record of step {step} of {phase} in {folder}')
 
 
 class EveryThird(list):

@@ -1,14 +1,16 @@
 """The configuration of a search for a tiny network."""
 
-import numpy as np
+import functools
+
 import pytest
-from searches import SIZES, PlayedRun, PlayedTask, Tiny, error_of
+from searches import SIZES, PlayedRun, PlayedTask, error_of
+from tiny import Tiny
+from tiny_runs import write_random_images
 
 from experiments.config.command_line import make
 from experiments.config.parsers import parse_table
-from experiments.data import resident
 from experiments.networks import models
-from experiments.sweeps import trials
+from experiments.sweeps import studies, trials
 from experiments.sweeps.flags import SearchConfig
 from experiments.training import side_by_side
 from experiments.training.phases import Stopped
@@ -18,13 +20,7 @@ from experiments.training.phases import Stopped
 def make_config(tmp_path_factory):
     """Makes the configuration of a search for a tiny network, on random images."""
     folder = tmp_path_factory.mktemp('data')
-    (folder / 'dns_jax_cache').mkdir()
-    random = np.random.default_rng(0)
-    source, arrays = resident._SOURCES['digits'], {}
-    for split, count in (('train', source.train), ('test', source.test)):
-        arrays[f'{split}_labels'] = random.integers(0, 10, count, np.int32)
-        arrays[f'{split}_images'] = random.integers(0, 256, (count, 28, 28, 1), np.uint8)
-    np.savez(folder / 'dns_jax_cache' / f'digits-{source.version}.npz', **arrays)
+    write_random_images(folder, 'digits')
 
     def make_one(**fields):
         fields.setdefault('workdir', str(tmp_path_factory.mktemp('search') / 'search'))
@@ -34,7 +30,7 @@ def make_config(tmp_path_factory):
         return make(SearchConfig, **{'data_dir': str(folder), **short, **fields})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.NETWORKS, 'tiny', Tiny)
+        patch.setitem(models.NETWORKS, 'tiny', functools.partial(Tiny, width=0.5))
         yield make_one
 
 
@@ -42,14 +38,17 @@ def make_config(tmp_path_factory):
 def make_played(make_config, monkeypatch):
     """Makes the configuration of a search whose surgery is played.
 
-    Its course is a function of the trial's run and of the step that returns the error.
+    Its course is a function of the trial's run and of the step that returns the error. Pictures
+    take longer than all else, and are drawn only where it is said how.
     """
     monkeypatch.setattr(trials, 'Task', PlayedTask)
     monkeypatch.setattr(trials, 'Run', PlayedRun)
     monkeypatch.setattr(side_by_side, 'train_references', lambda runs, stopping: [{}])
     monkeypatch.setattr(side_by_side, 'finetune', lambda runs, states, stopping: states)
 
-    def make(course=lambda config, step: error_of(config), **fields):
+    def make(course=lambda config, step: error_of(config), draw=lambda *places: None, **fields):
+        monkeypatch.setattr(studies, 'draw', draw)
+
         def train_surgery(runs, references, stopping):
             (run,) = runs
             densities = parse_table(run.config.layer_density)

@@ -1,5 +1,4 @@
-import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +7,9 @@ import optax
 import pytest
 from saved_checkpoints import assert_identical, like, save_steps
 
+import dns_jax
 from experiments.training.checkpoints import Checkpoints
 
-ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ('', 'a', 'a/b', 'a.b', 'é %2F..')
 
 
@@ -19,58 +18,22 @@ class Thresholds(NamedTuple):
     high: jax.Array
 
 
-class SurgeryState(NamedTuple):
-    count: jax.Array
-    key: jax.Array
-    masks: Any
-    thresholds: Any
-
-
-def surgery(key):
-    def init(params):
-        masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-        masks['bias'] = jnp.asarray(True)
-        return SurgeryState(jnp.int32(0), key, masks, thresholds())
-
-    def update(updates, state, params):
-        draw = jax.random.uniform(jax.random.fold_in(state.key, state.count))
-        masks = {**state.masks, 'kernel': jnp.abs(params['kernel']) > draw}
-        return updates, state._replace(count=state.count + 1, masks=masks)
-
-    return optax.GradientTransformation(init, update)
-
-
-def thresholds():
-    return {
-        name: Thresholds(jnp.float32(0.1 * index), jnp.float32(0.3 * index))
-        for index, name in enumerate(NAMES)
-    }
-
-
-def optimizer(implementation='threefry2x32'):
-    return optax.chain(surgery(jax.random.key(7, impl=implementation)), optax.sgd(0.1, 0.9))
-
-
-def initial_state(implementation='threefry2x32'):
+def initial_state(implementation):
     params = {
         'kernel': jax.random.normal(jax.random.key(1), (30, 20)),
         'bias': jnp.asarray([0.1, -0.0, jnp.nan, jnp.inf], jnp.bfloat16),
     }
+    rule = dns_jax.Rule(dns_jax.mean_std(0.3), dns_jax.update_probability())
+    surgery = dns_jax.surgery(rule, jax.random.key(7, impl=implementation))
     return {
         'params': params,
-        'opt_state': optimizer(implementation).init(params),
+        'opt_state': optax.chain(surgery, optax.sgd(0.1, 0.9)).init(params),
         'keys': jax.random.split(jax.random.key(3, impl=implementation), (2, 3)),
+        'names': {name: Thresholds(jnp.float32(1), jnp.float32(len(name))) for name in NAMES},
         'a': {'b': jnp.float32(1)},
         'a.b': jnp.float32(2),
         'nothing': None,
     }
-
-
-def train_step(state):
-    grads = jax.tree.map(jnp.sin, state['params'])
-    updates, opt_state = optimizer().update(grads, state['opt_state'], state['params'])
-    params = optax.apply_updates(state['params'], updates)
-    return {**state, 'params': params, 'opt_state': opt_state}
 
 
 @pytest.mark.parametrize('implementation', ['threefry2x32', 'rbg', 'unsafe_rbg'])
@@ -105,21 +68,6 @@ def test_a_bare_array_and_the_sharding_asked_for(tmp_path):
         _, restored = checkpoints.restore(jax.ShapeDtypeStruct((4,), jnp.int32, sharding=sharding))
     assert restored.sharding == sharding
     np.testing.assert_array_equal(restored, np.arange(4))
-
-
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
-    step_function = jax.jit(train_step, donate_argnums=0)
-    state = initial_state()
-    with Checkpoints(tmp_path) as checkpoints:
-        for step in range(1, 9):
-            state = step_function(state)
-            if step == 4:
-                checkpoints.save(step, state)
-    with Checkpoints(tmp_path) as checkpoints:
-        step, resumed = checkpoints.restore(initial_state())
-    for _ in range(step, 8):
-        resumed = step_function(resumed)
-    assert_identical(resumed, state)
 
 
 def test_a_state_donated_right_after_save_is_saved_as_it_was(tmp_path):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_flags import BY_DENSITY, TARGETS, parse
+from run_flags import TARGETS, parse
 
 import dns_jax
 from experiments import lenet5
@@ -27,16 +27,23 @@ def rules(config, params):
     return make_rules(read_pruning(config, list(params)), params)
 
 
-@pytest.mark.parametrize(
-    ('fields', 'message'),
-    [
-        ({'cut': 0.5, 'cut_at': '200%'}, '--cut_at=200% must be one of the 4 steps'),
-        ({'cut': 0.5, 'cut_at': '-1'}, '--cut_at=-1 must be one of the 4 steps'),
-    ],
-)
-def test_steps_that_never_come(fields, message):
-    with pytest.raises(ValueError, match=message):
-        make_plan(Config('lenet5', surgery_steps=4, **{**BY_DENSITY, **fields}))
+def masks_of_steps(config, params):
+    """The masks after each step of pruning, while the weights move."""
+    pruner = make_pruner(read_pruning(config, list(params)), params)
+    state, update, masks = pruner.init(params), jax.jit(pruner.update), []
+    for step in range(config.surgery_steps):
+        moved = jax.tree.map(lambda leaf, step=step: leaf * (1 + np.sin(leaf * step)), params)
+        _, state = update(params, state, moved)
+        masks.append(jax.tree.map(np.asarray, dns_jax.get_masks(state)))
+    return masks
+
+
+def random_layers(**shapes):
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    return {
+        name: {'kernel': draw(*shape), 'bias': draw(shape[1])} for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.parametrize('name', ['c_rate', 'layer_density', 'start', 'stop'])
@@ -59,6 +66,8 @@ def test_tables_that_do_not_fit_the_network_name_their_flag(name, text, message)
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
+        ({'cut': 0.5, 'cut_at': '200%'}, '--cut_at=200% must be one of the 16000 steps'),
+        ({'cut': 0.5, 'cut_at': '-1'}, '--cut_at=-1 must be one of the 16000 steps'),
         ({'c_rate': 'nan'}, 'c_rate must be finite in float32'),
         ({'hysteresis': 2.0}, 'hysteresis must be in [0, 1)'),
         ({'weight_decay': np.nan}, '--weight_decay must be finite in float32, but is nan'),
@@ -146,31 +155,61 @@ def test_masks_stay_from_the_last_refresh_on_if_the_density_is_reached_by_then(f
     ],
 )
 def test_the_density_is_reached_whatever_fits_the_steps(fields):
-    params = {'fc1': {'kernel': jax.random.normal(jax.random.key(0), (10, 20))}}
+    params = {'fc1': {'kernel': random_layers(fc1=(10, 20))['fc1']['kernel']}}
     for what in ({'density': 0.1}, {'layer_density': '0.1'}):
-        config = Config('tiny', **what, surgery_steps=20, **fields)
-        pruner = make_pruner(read_pruning(config, ['fc1']), params)
-        state, update = pruner.init(params), jax.jit(pruner.update)
-        for step in range(20):
-            moved = jax.tree.map(lambda leaf, step=step: leaf * (1 + jnp.sin(leaf * step)), params)
-            _, state = update(params, state, moved)
-        assert dns_jax.count_kept(state.masks) == {'fc1': 20}
+        masks = masks_of_steps(Config('tiny', **what, surgery_steps=20, **fields), params)
+        assert masks[-1]['fc1']['kernel'].sum() == 20
+
+
+@pytest.mark.parametrize('prune_biases', [True, False])
+@pytest.mark.parametrize('what', [{'compression': 4.0}, {'density': 0.25}])
+def test_a_density_is_of_all_parameters(what, prune_biases):
+    config = Config('tiny', surgery_steps=5, refresh_every=1, prune_biases=prune_biases, **what)
+    params = random_layers(fc1=(10, 20), fc2=(20, 3))
+    masks = masks_of_steps(config, params)[-1]
+    # Biases that take no part are kept, and are as many fewer of the others.
+    assert dns_jax.measure_sizes(params, masks).total.kept == (10 * 20 + 20 + 20 * 3 + 3) // 4
+    assert masks['fc1']['bias'].ndim == prune_biases
+
+
+def test_layers_have_densities_ramps_starts_and_stops_of_their_own():
+    """One layer after the other, as the paper has convolutions first."""
+    config = Config(
+        'tiny',
+        surgery_steps=40,
+        refresh_every=5,
+        layer_density='fc1:0.1,fc2:0.5',
+        ramp_start='fc1:0,fc2:20',
+        ramp_end='fc1:10,fc2:30',
+        start='fc1:1,fc2:20',
+        stop='fc1:20,fc2:40',
+    )
+    steps = masks_of_steps(config, random_layers(fc1=(9, 20), fc2=(20, 3)))
+    kept = [
+        tuple(sum(leaf.sum() for leaf in masks[layer].values()) for layer in ('fc1', 'fc2'))
+        for masks in steps
+    ]
+    assert kept[0] == (200, 63)
+    assert 20 < kept[8][0] < 200  # the first is pruned on its way
+    assert kept[19] == (20, 63)
+    assert 31 < kept[28][1] < 63
+    assert kept[39] == (20, 32)
+    for masks in steps[20:]:
+        jax.tree.map(np.testing.assert_array_equal, masks['fc1'], steps[19]['fc1'])
+
+
+def test_update_gamma_needs_a_power():
+    for power in (0.0, 2.0):
+        config = Config('tiny', c_rate='1', update_gamma=0.5, update_power=power)
+        (rule,) = rules(config, random_layers(fc1=(2, 2))).values()
+        assert rule.update_probability(6) == pytest.approx(4.0**-power)
 
 
 @pytest.mark.parametrize(
     'text',
     [
-        '',
-        'inv',
-        'inv:0.1',
-        'poly:0.1,x',
-        'fixed:0.1,0.2',
-        'warp:9',
-        'step:1,0.1',
-        'step:1,0.1,0.5',
-        'step:1,0.1,inf',
-        'step:1,1e39,5',
-        'fixed:1e39',
+        *('', 'inv', 'inv:0.1', 'poly:0.1,x', 'fixed:0.1,0.2', 'fixed:1e39', 'warp:9'),
+        *('step:1,0.1', 'step:1,0.1,0.5', 'step:1,0.1,inf', 'step:1,1e39,5'),
     ],
 )
 def test_malformed_learning_rates_are_refused(text):
@@ -267,13 +306,3 @@ def test_a_configuration_visits_few_rooms(make_config, monkeypatch):
 def test_few_classes_are_not_refused_for_those_of_imagenet():
     config = ImageConfig('alexnet', compression=250.0, width=0.05, prune_biases=False)
     assert make_plan(config).pruning.compression == 250.0
-
-
-def test_a_pruner_is_one_row(monkeypatch):
-    monkeypatch.setitem(PRUNERS, 'another', PRUNERS['surgery'])
-    plans = [
-        make_plan(Config('lenet300', c_rate='1', stop='50%', pruner=name)).pruning
-        for name in ('surgery', 'another')
-    ]
-    assert plans[0] == plans[1]
-    assert plans[0].windows['fc1'] == (0, 8_000)

@@ -70,9 +70,10 @@ def test_a_folder_with_a_run_is_refused(run_folder, fields):
     assert (run_folder / 'summary.json').exists()
 
 
-def test_resume_keeps_the_run(run_folder):
+def test_resume_keeps_the_run_and_may_change_places_and_switches(run_folder):
     before = (run_folder / FLAGS_FILE).read_text()
-    assert claim(config(run_folder, resume=True)) == run_folder
+    changed = config(run_folder, resume=True, data_dir='a', manual_dir='b', tensorboard=True)
+    assert claim(changed) == run_folder
     assert (run_folder / 'summary.json').exists()
     assert (run_folder / FLAGS_FILE).read_text() == before
 
@@ -82,25 +83,19 @@ def test_resume_with_other_flags_is_refused_and_names_them(run_folder):
     with pytest.raises(ValueError, match=r'other flags: c_rate was .1., is .2., seed was 0, is 3'):
         claim(config(run_folder, resume=True, seed=3, c_rate='2'))
     assert (run_folder / FLAGS_FILE).read_text() == before
-
-
-def test_resume_may_change_places_and_switches(run_folder):
-    changed = config(run_folder, resume=True, data_dir='a', manual_dir='b', tensorboard=True)
-    assert claim(changed) == run_folder
-
-
-def test_resume_of_a_run_with_more_flags_than_there_are_now_is_refused(run_folder):
-    flags = json.loads((run_folder / FLAGS_FILE).read_text())
-    (run_folder / FLAGS_FILE).write_text(json.dumps({**flags, 'bygone': 1}))
+    # There may have been more of them than there are now.
+    (run_folder / FLAGS_FILE).write_text(json.dumps({**json.loads(before), 'bygone': 1}))
     with pytest.raises(ValueError, match='bygone was 1, is None'):
         claim(config(run_folder, resume=True))
 
 
-@pytest.mark.parametrize('content', ['', '{"seed": ', '[]', 'null'])
-def test_damaged_flags_are_named(run_folder, content):
+@pytest.mark.parametrize('content', ['', '{"seed": ', '[]', 'null', '{"other": 1}'])
+@pytest.mark.parametrize('switch', ['resume', 'overwrite'])
+def test_damaged_flags_are_named_and_those_of_other_programs_stay(run_folder, content, switch):
     (run_folder / FLAGS_FILE).write_text(content)
     with pytest.raises(ValueError, match=r'flags\.json is damaged'):
-        claim(config(run_folder, resume=True))
+        claim(config(run_folder, **{switch: True}))
+    assert (run_folder / FLAGS_FILE).read_text() == content
 
 
 def test_overwrite_deletes_the_run(run_folder):
@@ -235,31 +230,15 @@ def test_write_whole_writes_and_replaces(tmp_path, content, expected):
         path.write_text('what was there before')
 
 
-@pytest.mark.parametrize('failing', ['replace', 'fsync'])
-def test_write_whole_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, failing):
+def test_write_whole_that_fails_names_the_file(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, 'No space left on device')
 
-    path = tmp_path / 'file'
-    path.write_text('old')
     with monkeypatch.context() as patch:
-        patch.setattr(os, failing, fail)
+        patch.setattr(os, 'fsync', fail)
         with pytest.raises(OSError, match='No space left on device') as caught:
-            write_whole(path, 'new')
-    assert caught.value.filename == str(path)
-    assert path.read_text() == 'old'
-    assert os.listdir(tmp_path) == ['file']
-
-
-def test_write_whole_shows_no_half_of_the_file(tmp_path, monkeypatch):
-    path = tmp_path / 'file'
-    path.write_text('old')
-    seen = []
-    fsync = os.fsync
-    monkeypatch.setattr(os, 'fsync', lambda number: (seen.append(path.read_text()), fsync(number)))
-    write_whole(path, 'new')
-    assert seen == ['old']
-    assert path.read_text() == 'new'
+            write_whole(tmp_path / 'file', 'new')
+    assert caught.value.filename == str(tmp_path / 'file')
 
 
 def test_write_whole_into_a_missing_folder_names_the_file(tmp_path):
@@ -268,25 +247,38 @@ def test_write_whole_into_a_missing_folder_names_the_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_overwrite_leaves_the_flags_of_another_program(tmp_path):
-    (tmp_path / 'flags.json').write_text('{"other": 1}')
-    with pytest.raises(ValueError, match=r'flags\.json is damaged: it holds no flags of a run'):
-        claim(Config(network='lenet5', c_rate='1', workdir=str(tmp_path), overwrite=True))
-    assert (tmp_path / 'flags.json').read_text() == '{"other": 1}'
+LOCK = (
+    'import os, sys; os.lockf(os.open(sys.argv[1], os.O_RDWR), os.F_TLOCK, 0); '
+    'print(flush=True); sys.stdin.read()'
+)
 
 
-def test_a_folder_that_is_released_may_be_claimed_by_another_process(tmp_path):
+def start_to_lock(folder):
+    """Another process that locks a folder, until its input ends."""
+    command, pipe = [sys.executable, '-c', LOCK, folder / LOCK_FILE], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def is_free(folder):
+    process = start_to_lock(folder)
+    process.communicate()
+    return process.returncode == 0
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, compat):
+    compat('faults', 'two runs in one folder at once', 'the second is refused, nothing lost')
     wanted = config(tmp_path / 'run', resume=True)
     folder = claim(wanted)
-    code = (
-        'import os, sys\n'
-        'file = os.open(sys.argv[1], os.O_RDWR)\n'
-        'try: os.lockf(file, os.F_TLOCK, 0)\n'
-        'except OSError: sys.exit(7)\n'
-    )
-    ask = [sys.executable, '-c', code, folder / LOCK_FILE]
-    assert subprocess.run(ask, check=False).returncode == 7
+    assert not is_free(folder)
     release(folder)
-    assert subprocess.run(ask, check=False).returncode == 0
-    assert claim(wanted) == folder
-    assert subprocess.run(ask, check=False).returncode == 7
+    assert is_free(folder)
+    with start_to_lock(folder) as other:
+        other.stdout.readline()
+        for switch in ('resume', 'overwrite'):
+            with pytest.raises(BlockingIOError, match=r'=.*run is in use by another process'):
+                claim(config(folder, **{switch: True}))
+        assert (folder / FLAGS_FILE).exists()
+        other.kill()
+    # The lock died with its holder; the same process may claim twice.
+    assert claim(wanted) == claim(wanted) == folder
+    assert not is_free(folder)
