@@ -136,8 +136,9 @@ def format_rows(medians: dict[str, Any]) -> list[str]:
     """Writes what was measured."""
     return [
         f'{_NETWORK}, {loop} step, {name}: dense {row["dense_ms"]:.3f} ms; while masks move '
-        f'×{row["moving"]:.3f}, of units ×{row["units"]:.3f}, of blocks ×{row["blocks"]:.3f}, of 2:4 '
-        f'×{row["two_of_four"]:.3f}, packed ×{row["packed"]:.3f}; after surgery ×{row["after"]:.3f}'
+        f'×{row["moving"]:.3f}, of units ×{row["units"]:.3f}, of blocks ×{row["blocks"]:.3f}, '
+        f'of 2:4 ×{row["two_of_four"]:.3f}, packed ×{row["packed"]:.3f}; after surgery '
+        f'×{row["after"]:.3f}'
         for loop, by_optimizer in medians.items()
         for name, row in by_optimizer.items()
     ]
