@@ -41,6 +41,7 @@ from dns_jax import (
     update_at,
     update_probability,
 )
+from dns_jax.pruners import by_rules, regrowing
 from dns_jax.thresholds import weight_std
 
 KEY = jax.random.key(0)
@@ -284,7 +285,8 @@ ELSEWHERE = {'train_kept', 'check_finite'}
 
 def factories():
     """The public functions of these modules that refuse something, by their docstrings."""
-    for module in (schedules, thresholds, densities, prune, pruners, optimizers, sparse_training):
+    rules = schedules, thresholds, densities, prune, by_rules, regrowing
+    for module in (*rules, optimizers, sparse_training):
         tree = ast.parse(inspect.getsource(module))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith('_'):
