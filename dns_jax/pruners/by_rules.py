@@ -220,6 +220,143 @@ def gradual(
     return surgery(rules, key, splicing=False, **options)
 
 
+def straight_through(
+    density: float | Schedule | Mapping[str, float | Schedule],
+    key: jax.Array,
+    density_rule: Callable[..., ThresholdRule] = layer_density,
+    **options: Any,
+) -> Surgery:
+    r"""Chooses the masks anew at every step: the straight-through estimator on pruned weights.
+
+    .. math::
+      T_k \leftarrow [\,|W_k| \ge t_k\,], \quad
+      W \leftarrow W - \gamma\,\nabla L(W \odot T)
+
+    with t_k the threshold that keeps the density. Surgery's way to train, without its band and
+    without its coin. `dns_jax.sparse_training.decay_pruned` makes it SR-STE.
+
+    As everywhere here, the masks of the state are those of the weights one step before. The paper
+    takes the gradient at those of the weights themselves; for that, ask for them first, as
+    ``pruner.update(params, state, params)[1].masks``.
+
+    Args:
+      density: kept / all connections, in (0, 1], or a schedule of it, as in `dns_jax.schedules`.
+      key: as for `surgery`; only a random importance uses it.
+      density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
+      **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
+
+    Returns:
+      A transformation as of `surgery`.
+
+    Raises:
+      ValueError: if `density` is a number outside (0, 1].
+      As `surgery` does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> pruner = straight_through(0.5, jax.random.key(0))
+      >>> state = pruner.init({'kernel': jnp.zeros(4)})
+      >>> for weights in ([0.2, -1.0, 4.0, -4.5], [5.0, -1.0, 4.0, -4.5]):
+      ...     params = {'kernel': jnp.array(weights)}
+      ...     _, state = pruner.update(params, state, params)
+      ...     print(state.masks['kernel'])
+      [False False  True  True]
+      [ True False False  True]
+
+    Reference:
+      Bengio et al. 2013, Estimating or propagating gradients through stochastic neurons; Zhou et
+      al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch, section 3.
+    """
+    rules = {
+        # Thresholds that are followed may keep a little more or less.
+        pattern: Rule(density_rule(wanted, hysteresis=0.0), refresh_every=1)
+        for pattern, wanted in as_table(density).items()
+    }
+    return surgery(rules, key, **options)
+
+
+def ac_dc(
+    density: float | Mapping[str, float],
+    start: int,
+    end: int,
+    every: int,
+    key: jax.Array,
+    density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    **options: Any,
+) -> Surgery:
+    r"""Alternates between a pruned and a dense network, and ends with a pruned one.
+
+    .. math::
+      d(i) = \begin{cases}
+        1 & \text{if } i < \text{start} \\
+        d & \text{if } i \ge \text{end}, \text{ or }
+          \lfloor (i - \text{start}) / \text{every} \rfloor \text{ is even} \\
+        1 & \text{otherwise}
+      \end{cases}
+
+    Where d(i) falls to d, the largest weights are kept and all others pruned; where it rises to 1,
+    all connections return. Between, the masks are held. Pruned weights must be zero and not learn:
+    `dns_jax.sparse_training.train_kept` sees to that. The authors also reset the momentum after
+    each pruned phase; here that of pruned weights fades in it, as they have no gradient.
+
+    Args:
+      density: d, kept / all connections in the pruned phases, in (0, 1].
+      start: the step at which the dense warm-up ends and the first pruned phase begins.
+      end: the step from which on the network stays pruned.
+      every: steps of each phase between, at least 1.
+      key: as for `surgery`; only a random importance uses it.
+      density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
+      **options: `takes_part`, `layer_of`, `importance` and `stacked` of `surgery`.
+
+    Returns:
+      A transformation as of `surgery`.
+
+    Raises:
+      ValueError: if `density` is outside (0, 1], or `start`, `end` or `every` is out of range.
+      As `surgery` does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> params = {'kernel': jnp.arange(1.0, 9.0)}
+      >>> pruner = ac_dc(0.25, start=1, end=5, every=2, key=jax.random.key(0))
+      >>> state = pruner.init(params)
+      >>> for step in range(6):
+      ...     _, state = pruner.update(params, state, params)
+      ...     print(step, int(state.masks['kernel'].sum()))
+      0 8
+      1 2
+      2 2
+      3 8
+      4 8
+      5 2
+
+    Reference:
+      Peste et al. 2021, AC/DC: alternating compressed/decompressed training of deep neural
+      networks, algorithm 1.
+    """
+    check_step('start', start)
+    check_step('end', end, start + 1)
+    check_step('every', every, 1)
+
+    def is_pruned(step):
+        in_turn = (step >= start) & ((step - start) // every % 2 == 0)
+        return in_turn | (step >= end)
+
+    def changes(step):
+        return jnp.float32(is_pruned(step) != is_pruned(step - 1))
+
+    rules = {}
+    for pattern, pruned in _density_table(density).items():
+
+        def schedule(step, pruned=pruned):
+            return jnp.where(is_pruned(step), jnp.float32(pruned), jnp.float32(1))
+
+        rules[pattern] = Rule(density_rule(schedule), changes, refresh_every=1)
+    return surgery(rules, key, **options)
+
+
 def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
     table = as_table(density)
     for number in table.values():
