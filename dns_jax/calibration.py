@@ -114,7 +114,7 @@ def gather_inputs(
         program = jax.make_jaxpr(apply)(params, batch)
         uses = _Uses(grams)
         arguments = [
-            _Kernel(path, leaf, np.arange(leaf.size).reshape(leaf.shape))
+            _Kernel(path, leaf, np.arange(leaf.size, dtype=np.int32).reshape(leaf.shape))
             if path in kernels
             else leaf
             for path, leaf in named_leaves(params)
