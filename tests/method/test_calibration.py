@@ -147,17 +147,37 @@ def test_a_kernel_that_is_used_twice_has_the_sum():
     check(found['0'], both, features_along((4, 4), [0]))
 
 
-def test_layers_of_a_scan_have_inputs_of_their_own():
+@pytest.mark.parametrize('reverse', [False, True])
+def test_layers_of_a_scan_have_inputs_of_their_own(reverse):
     kernels, images = draw(3, 4, 4), draw(5, 4)
 
     def apply(params, x):
-        return lax.scan(lambda x, kernel: (jnp.sin(x @ kernel), None), x, params['blocks'])[0]
+        step = lambda x, kernel: (jnp.sin(x @ kernel), None)  # noqa: E731
+        return lax.scan(step, x, params['blocks'], reverse=reverse)[0]
 
     found = gather_inputs(apply, {'blocks': kernels}, [images], has_axes, {'blocks': 0})
     assert sorted(found) == ['blocks/0', 'blocks/1', 'blocks/2']
-    for layer, kernel in enumerate(kernels):
+    for layer in (2, 1, 0) if reverse else (0, 1, 2):
         check(found[f'blocks/{layer}'], images, features_along((4, 4), [0]))
-        images = np.sin(images @ kernel)
+        images = np.sin(images @ kernels[layer])
+
+
+def test_what_is_no_kernel_is_left_alone():
+    params = {
+        'embed': {'embedding': draw(7, 4)},
+        'norm': {'scale': draw(4)},
+        'fc': {'kernel': draw(4, 3), 'bias': draw(3)},
+    }
+
+    def apply(params, x):
+        x = params['embed']['embedding'][x] * params['norm']['scale'][None]
+        return x @ params['fc']['kernel'] + params['fc']['bias'][None]
+
+    words = np.array([3, 0, 3, 6, 2])
+    found = gather_inputs(apply, jax.tree.map(jnp.asarray, params), [words])
+    assert [*found] == ['fc/kernel']
+    rows = params['embed']['embedding'][words] * params['norm']['scale']
+    check(found['fc/kernel'], rows, features_along((4, 3), [0]))
 
 
 def test_products_can_be_left_out():
