@@ -174,8 +174,8 @@ def obs(inputs: Mapping[str, Inputs], damping: float = 0.01) -> Importance:
       \sqrt{\frac{w_j^2}{[H^{-1}]_{jj}}}, \quad
       H = \frac{1}{n} X^\top X + \lambda\,\mathrm{mean}(\mathrm{diag}(X^\top X / n))\,I
 
-    The root of the saliency of optimal brain surgeon for a layer's squared error, twice. Weights
-    are not updated: training does that.
+    This is the root of twice the saliency of optimal brain surgeon, for half the mean squared error
+    of a layer's output. The other weights are not updated: training does that.
 
     Args:
       inputs: as for `wanda`, with their products; concrete.

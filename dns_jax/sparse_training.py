@@ -101,8 +101,7 @@ def decay_pruned(
       Array([ 1.  , -1.75], dtype=float32)
 
     Reference:
-      Zhou et al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch,
-      section 4.
+      Zhou et al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch.
     """
     check_finite('rate', rate, 0)
 

@@ -266,7 +266,7 @@ def straight_through(
 
     Reference:
       Bengio et al. 2013, Estimating or propagating gradients through stochastic neurons; Zhou et
-      al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch, section 3.
+      al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch.
     """
     rules = {
         # Thresholds that are followed may keep a little more or less.

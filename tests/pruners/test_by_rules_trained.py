@@ -66,7 +66,7 @@ def compare(found, wanted):
 
 
 def straight_through_by_hand(decay, masks_first):
-    """Zhou et al., equation 8: W ← W − γ(g(W̃) + λ(1 − E) ⊙ W), W̃ the pruned weights."""
+    """Zhou et al.: W ← W − γ(g(W̃) + λ(1 − E) ⊙ W), W̃ the pruned weights."""
     weights, images, labels = problem()
     weights, velocity = weights.astype(np.float64), np.zeros(weights.shape)
     before, seen = np.ones(weights.shape, bool), []
