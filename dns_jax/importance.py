@@ -1,14 +1,21 @@
 """What says how much a connection matters: the numbers that h_k compares with its thresholds.
 
-Each function maps a key, the weights and the gradient of a step to a tree like the weights, of
-which only magnitudes count (`dns_jax.typing.Importance`). Owns no thresholds and no masks.
+An importance maps a key, the weights and the gradient of a step to a tree like the weights, of
+which only magnitudes count (`dns_jax.typing.Importance`). Functions are importances, or make one of
+what was gathered by `dns_jax.calibration`. Owns no thresholds and no masks.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dns_jax.typing import Params
+from dns_jax._checks import abridge
+from dns_jax.calibration import Inputs
+from dns_jax.layers import map_leaves, named_leaves
+from dns_jax.schedules import check_finite
+from dns_jax.typing import Importance, Params
 
 
 def magnitude(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
@@ -125,6 +132,121 @@ def chance(key: jax.Array, params: Params, gradients: optax.Updates) -> Params:
         for own, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, numbers)
+
+
+def wanda(inputs: Mapping[str, Inputs]) -> Importance:
+    r"""The weight times the norm of its input, over the batches that were gathered.
+
+    .. math::
+      |w_{ij}| \cdot \lVert x_j \rVert_2
+
+    Args:
+      inputs: of the kernels, from `dns_jax.calibration.gather_inputs`; of stacked layers, gathered
+        with the same `stacked` as here.
+
+    Returns:
+      An importance. Leaves without inputs keep their magnitude. When it is called, it raises a
+      ValueError if a leaf is not there.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from dns_jax.calibration import gather_inputs
+      >>> params = {'kernel': jnp.array([[1.0, -2.0], [3.0, 1.0]])}
+      >>> inputs = gather_inputs(
+      ...     lambda params, x: x @ params['kernel'], params, [jnp.array([[3.0, 1.0], [4.0, 0.0]])]
+      ... )
+      >>> wanda(inputs)(jax.random.key(0), params, params)['kernel']
+      Array([[  5., -10.],
+             [  3.,   1.]], dtype=float32)
+
+    Reference:
+      Sun et al. 2023, A simple and effective pruning approach for large language models, equation
+      (1). The authors compare the weights of one output; here, those of a layer.
+    """
+    return _scale({path: each.spread(jnp.sqrt(each.squares)) for path, each in inputs.items()})
+
+
+def obs(inputs: Mapping[str, Inputs], damping: float = 0.01) -> Importance:
+    r"""By how much a layer's output would change, were a weight removed and others made up for it.
+
+    .. math::
+      \sqrt{\frac{w_j^2}{[H^{-1}]_{jj}}}, \quad
+      H = \frac{1}{n} X^\top X + \lambda\,\mathrm{mean}(\mathrm{diag}(X^\top X / n))\,I
+
+    This is the root of twice the saliency of optimal brain surgeon, for half the mean squared error
+    of a layer's output. The other weights are not updated: training does that.
+
+    Args:
+      inputs: as for `wanda`, with their products; concrete.
+      damping: λ, above 0.
+
+    Returns:
+      An importance, as of `wanda`. Weights whose layer saw zeros alone count as zero.
+
+    Raises:
+      ValueError: if `damping` is out of range, or so small that H is singular in float32; if inputs
+        were gathered without products.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from dns_jax.calibration import gather_inputs
+      >>> params = {'kernel': jnp.array([[1.0], [-3.0]])}
+      >>> inputs = gather_inputs(
+      ...     lambda params, x: x @ params['kernel'], params, [jnp.array([[2.0, 0.0], [0.0, 2.0]])]
+      ... )
+      >>> importance = obs(inputs, damping=1.0)  # H is 4 I
+      >>> importance(jax.random.key(0), params, params)['kernel']
+      Array([[ 2.],
+             [-6.]], dtype=float32)
+
+    Reference:
+      Hassibi and Stork 1993, Second order derivatives for network pruning: optimal brain surgeon;
+      Frantar and Alistarh 2023, SparseGPT, for layers one by one.
+    """
+    check_finite('damping', damping, 0)
+    if not damping:
+        raise ValueError(f'damping must be above 0, but is {damping!r}')
+    scales = {}
+    for path, each in inputs.items():
+        if each.grams is None:
+            raise ValueError(f'inputs[{path!r}] have no products: gather_inputs(..., grams=True)')
+        roots = _inverse_diagonal(each.grams, each.counts, damping)
+        if not jnp.isfinite(roots).all():
+            raise ValueError(f'damping must be larger for inputs[{path!r}], but is {damping!r}')
+        scales[path] = each.spread(roots)
+    return _scale(scales)
+
+
+@jax.jit
+def _inverse_diagonal(grams: jax.Array, counts: jax.Array, damping: float) -> jax.Array:
+    """Finds one over the root of the diagonal of H⁻¹, for each group."""
+    hessians = grams / counts[:, None, None]
+    means = jnp.trace(hessians, axis1=1, axis2=2)[:, None] / grams.shape[1]
+    identity = jnp.broadcast_to(jnp.eye(grams.shape[1], dtype=jnp.float32), grams.shape)
+    unit = jnp.where(means > 0, means, 1)  # so that nothing leaves the range of a float32
+    scaled = hessians / unit[:, :, None] + jnp.float32(damping) * identity
+    factors = jnp.linalg.cholesky(scaled)
+    inverse = jax.lax.linalg.triangular_solve(factors, identity, left_side=True, lower=True)
+    return jnp.sqrt(means / jnp.sum(inverse**2, 1))
+
+
+def _scale(scales: Mapping[str, jax.Array]) -> Importance:
+    """Makes an importance of what each weight is multiplied with."""
+
+    def scaled(key, params, gradients):
+        del key, gradients
+        if lacking := scales.keys() - {path for path, _ in named_leaves(params)}:
+            raise ValueError(
+                f'inputs must be of leaves of params, but {abridge(sorted(lacking))} are not'
+            )
+        return map_leaves(
+            lambda path, leaf: leaf.astype(jnp.float32) * scales[path] if path in scales else leaf,
+            params,
+        )
+
+    return scaled
 
 
 def _explicit_sharding(leaf: jax.typing.ArrayLike) -> jax.NamedSharding | None:

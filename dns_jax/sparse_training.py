@@ -1,5 +1,6 @@
-"""What the papers of other pruners train with: kept weights alone, and a dropout that falls."""
+"""What the papers of other pruners train with: kept weights alone, decays, a falling dropout."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,9 +9,10 @@ import optax
 
 from dns_jax._trees import check_parallel
 from dns_jax.layers import group_by_layer, parent_path
-from dns_jax.masks import apply_masks, count_kept
+from dns_jax.masks import count_kept
+from dns_jax.schedules import check_finite
 from dns_jax.transformation import get_masks
-from dns_jax.typing import LayerOf, Masks
+from dns_jax.typing import LayerOf, Masks, Params
 
 
 def train_kept(
@@ -49,29 +51,64 @@ def train_kept(
     Reference:
       Evci et al. 2020, Rigging the lottery, section 3.
     """
-    pruner, optimizer = map(optax.with_extra_args_support, (pruner, optimizer))
 
-    def init_fn(params):
-        return pruner.init(params), optimizer.init(params)
+    def mask(update, weights):
+        del weights
+        return jnp.zeros_like(update)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        updates, pruner_state = pruner.update(updates, state[0], params, **extra_args)
-        if params is None:
-            raise ValueError('train_kept needs the weights: call update(updates, state, params)')
-        masks = check_parallel(params, get_masks(pruner_state))
-        updates = apply_masks(updates, masks)
-        updates, optimizer_state = optimizer.update(updates, state[1], params, **extra_args)
-        updates = jax.tree.map(
-            lambda mask, update, weights: (
-                jnp.where(mask, update, -weights) if jnp.ndim(mask) else update
-            ),
-            masks,
-            updates,
-            params,
-        )
-        return updates, (pruner_state, optimizer_state)
+    def reset(update, weights):
+        del update
+        return -weights
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _chain('train_kept', pruner, optimizer, before=mask, after=reset)
+
+
+def decay_pruned(
+    pruner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
+    rate: float = 2e-4,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Chains a pruner and an optimizer that also sees a weight decay of pruned weights: SR-STE.
+
+    .. math::
+      W \leftarrow W + \mathrm{optimizer}(\nabla L + \lambda\,(1 - T) \odot W)
+
+    with T the masks of this W, as the pruner has just chosen them. Pruned weights that no gradient
+    holds up shrink, so that masks change less often. Meant for `dns_jax.pruners.straight_through`.
+
+    Args:
+      pruner: any of this package; it sees the gradient alone.
+      optimizer: sees the sum.
+      rate: λ, at least 0.
+
+    Returns:
+      A transformation whose state is that of both.
+
+    Raises:
+      ValueError: if `rate` is out of range; if `params` is missing, or `pruner` has no masks in its
+        state (from `update`).
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from dns_jax.pruners import straight_through
+      >>> pruner = straight_through(0.5, jax.random.key(0))
+      >>> optimizer = decay_pruned(pruner, optax.sgd(1.0), rate=0.25)
+      >>> params = {'kernel': jnp.array([2.0, -1.0])}
+      >>> updates, _ = optimizer.update({'kernel': jnp.ones(2)}, optimizer.init(params), params)
+      >>> optax.apply_updates(params, updates)['kernel']
+      Array([ 1.  , -1.75], dtype=float32)
+
+    Reference:
+      Zhou et al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch.
+    """
+    check_finite('rate', rate, 0)
+
+    def decay(update, weights):
+        return update + rate * weights
+
+    return _chain('decay_pruned', pruner, optimizer, before=decay)
 
 
 def scale_dropout(rate: float, masks: Masks, layer_of: LayerOf = parent_path) -> dict[str, Any]:
@@ -108,3 +145,44 @@ def scale_dropout(rate: float, masks: Masks, layer_of: LayerOf = parent_path) ->
         layer: rate * jnp.sqrt(jnp.float32(kept[layer]) / sum(mask.size for mask in leaves))
         for layer, leaves in layers.items()
     }
+
+
+def _chain(
+    name: str,
+    pruner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
+    before: Callable[[jax.Array, jax.Array], jax.Array],
+    after: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Chains a pruner and an optimizer, and changes what pruned weights get before and after it.
+
+    The changes are functions of an update and its weights.
+    """
+    pruner, optimizer = map(optax.with_extra_args_support, (pruner, optimizer))
+
+    def init_fn(params):
+        return pruner.init(params), optimizer.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates, pruner_state = pruner.update(updates, state[0], params, **extra_args)
+        if params is None:
+            raise ValueError(f'{name} needs the weights: call update(updates, state, params)')
+        masks = check_parallel(params, get_masks(pruner_state))
+        updates = _where_pruned(before, masks, updates, params)
+        updates, optimizer_state = optimizer.update(updates, state[1], params, **extra_args)
+        if after:
+            updates = _where_pruned(after, masks, updates, params)
+        return updates, (pruner_state, optimizer_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _where_pruned(change, masks: Masks, updates: optax.Updates, params: Params) -> Any:
+    return jax.tree.map(
+        lambda mask, update, weights: (
+            jnp.where(mask, update, change(update, weights)) if jnp.ndim(mask) else update
+        ),
+        masks,
+        updates,
+        params,
+    )

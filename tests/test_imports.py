@@ -13,6 +13,7 @@ TESTS = sorted((ROOT / 'tests').rglob('*.py'))
 # Each imports from those before it alone; side by side they know nothing of each other.
 WINGS = (
     {'dns_jax'},  # the method
+    {'dns_jax.pruners'},
     {'dns_jax.inference'},
     {'dns_jax.files'},
     {'experiments.devices', 'experiments.networks'},

@@ -208,6 +208,19 @@ def _make_gradual(pruning, params, key):
     return pruners.gradual(densities, start, end, pruning.every, key, rule, **pruning.options)
 
 
+def _make_straight_through(pruning, params, key):
+    densities, rule = _densities(pruning, params)
+    ramp = pruning.ramps['*']
+    ramped = {layer: pruning.ramp(density, *ramp) for layer, density in densities.items()}
+    return pruners.straight_through(ramped, key, rule, **pruning.options)
+
+
+def _make_ac_dc(pruning, params, key):
+    densities, rule = _baseline(pruning, params)
+    start, end = pruning.ramps['*']
+    return pruners.ac_dc(densities, start, end, pruning.every, key, rule, **pruning.options)
+
+
 def _make_regrowing(drop, growth, pruning, params, key):
     densities, rule = _baseline(pruning, params)
     _, end = pruning.ramps['*']
@@ -263,7 +276,25 @@ PRUNERS = {
     'gradual': Pruner(
         'along the cubic ramp of Zhu and Gupta', _make_gradual, ('importance',), in_rounds=True
     ),
+    'straight_through': Pruner(
+        'anew at every step, to a density that falls as with surgery',
+        _make_straight_through,
+        ('importance', 'ramp'),
+    ),
+    'sr_ste': Pruner(
+        'as straight_through, with a weight decay of what is pruned',
+        _make_straight_through,
+        ('importance', 'ramp'),
+        chain=sparse_training.decay_pruned,
+    ),
     # What is pruned is zero and does not learn.
+    'ac_dc': Pruner(
+        'to the density in every other phase, and in the others not at all',
+        _make_ac_dc,
+        ('importance',),
+        in_rounds=True,
+        chain=sparse_training.train_kept,
+    ),
     'set': Pruner(
         'in one step, then the smallest are exchanged at random',
         functools.partial(_make_regrowing, lambda drop, steps: drop, importance.chance),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import dns_jax
@@ -41,6 +42,7 @@ from dns_jax import (
     update_at,
     update_probability,
 )
+from dns_jax.pruners import by_rules, regrowing
 from dns_jax.thresholds import weight_std
 
 KEY = jax.random.key(0)
@@ -72,6 +74,7 @@ RAMP = {'final': 0.5, 'start': 1, 'end': 9}
 GRADUAL = {'density': 0.5, 'start': 0, 'end': 10, 'every': 2, 'key': KEY}
 REGROW = {'density': 0.5, 'every': 1, 'stop': 9, 'key': KEY}
 ROUNDS = {'rounds': [0], 'key': KEY}
+PARTS = {'pruner': optax.identity(), 'optimizer': optax.identity()}
 
 
 def ramps(factory):
@@ -144,7 +147,17 @@ PRUNERS = [
     Row(pruners.han, ROUNDS, 'c_rate', (-0.1, {'*': -0.1}, math.nan), AT_LEAST(0)),
     Row(pruners.iterative, ROUNDS, 'density', (*NOT_SHARES, {'*': -0.5}), SHARE),
     Row(pruners.one_shot, {'step': 0, 'key': KEY}, 'density', (*NOT_SHARES, {'a': 2}), SHARE),
-    Row(pruners.gradual, GRADUAL, 'density', (*NOT_SHARES, {'*': 0}), SHARE),
+    Row(pruners.straight_through, {'key': KEY}, 'density', (*NOT_SHARES, {'*': 0}), SHARE),
+    *(
+        Row(pruner, GRADUAL, *wanted)
+        for pruner in (pruners.gradual, pruners.ac_dc)
+        for wanted in (
+            ('density', (*NOT_SHARES, {'*': 0}), SHARE),
+            ('every', (0, *NOT_STEPS), STEP(1)),
+            ('start', NOT_STEPS, STEP(0)),
+            ('end', (0, *NOT_STEPS), STEP(1)),
+        )
+    ),
     Row(pruners.regrow, REGROW, 'density', (*NOT_SHARES, {'*': 0}), SHARE),
     *(
         Row(pruner, {first: 0.5, 'key': KEY}, 'rounds', values, wanted)
@@ -160,9 +173,6 @@ PRUNERS = [
         'must not name a step twice, but is {}',
     ),
     Row(pruners.one_shot, {'density': 0.5, 'key': KEY}, 'step', NOT_STEPS, STEP(0)),
-    Row(pruners.gradual, GRADUAL, 'every', (0, *NOT_STEPS), STEP(1)),
-    Row(pruners.gradual, GRADUAL, 'start', NOT_STEPS, STEP(0)),
-    Row(pruners.gradual, GRADUAL, 'end', (0, *NOT_STEPS), STEP(1)),
     Row(pruners.regrow, REGROW, 'every', (0, *NOT_STEPS), STEP(1)),
     Row(pruners.regrow, REGROW, 'stop', NOT_STEPS, STEP(0)),
     Row(pruners.regrow, REGROW, 'drop', (1.5, -0.1, math.nan), 'must be in [0, 1], but is {}'),
@@ -184,6 +194,7 @@ OTHERS = [
         )
         for name in ('weight_decay', 'bias_scale')
     ),
+    Row(sparse_training.decay_pruned, PARTS, 'rate', (-1e-4, math.nan, 1e39), AT_LEAST(0)),
     Row(
         sparse_training.scale_dropout,
         {'masks': jnp.ones(3, bool)},
@@ -237,10 +248,15 @@ ENDS = [
     (pruners.han, {'c_rate': 0, 'rounds': [0], 'key': KEY}),
     (pruners.one_shot, {'density': 1, 'step': 0, 'key': KEY}),
     (pruners.iterative, {'density': 1, 'rounds': [0], 'key': KEY}),
-    (pruners.gradual, {'density': 1, 'start': 0, 'end': 1, 'every': 1, 'key': KEY}),
+    (pruners.straight_through, {'density': 1, 'key': KEY}),
+    *(
+        (pruner, {'density': 1, 'start': 0, 'end': 1, 'every': 1, 'key': KEY})
+        for pruner in (pruners.gradual, pruners.ac_dc)
+    ),
     *((pruners.regrow, {**REGROW, 'density': 1, 'drop': drop}) for drop in (0, 1)),
     *((prune_to, {'steps': 1, name: 1}) for name in ('compression', 'density')),
     (caffe_sgd, {'learning_rate': 0, 'momentum': 0, 'weight_decay': 0, 'bias_scale': 0}),
+    (sparse_training.decay_pruned, {**PARTS, 'rate': 0}),
     (sparse_training.scale_dropout, {'rate': 0, 'masks': jnp.ones(3, bool)}),
 ]
 
@@ -284,7 +300,8 @@ ELSEWHERE = {'train_kept', 'check_finite'}
 
 def factories():
     """The public functions of these modules that refuse something, by their docstrings."""
-    for module in (schedules, thresholds, densities, prune, pruners, optimizers, sparse_training):
+    rules = schedules, thresholds, densities, prune, by_rules, regrowing
+    for module in (*rules, optimizers, sparse_training):
         tree = ast.parse(inspect.getsource(module))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith('_'):

@@ -58,6 +58,8 @@ TRANSFORMATIONS = {
     'iterative': lambda key: pruners.iterative(
         0.3, [0, 5], key, importance=importance.taylor, **ALL
     ),
+    'straight-through': lambda key: pruners.straight_through(0.3, key, **ALL),
+    'AC/DC': lambda key: pruners.ac_dc(0.3, 0, 9, 3, key, importance=importance.chance, **ALL),
     'SET': lambda key: pruners.regrow(0.3, 3, 9, key, growth=importance.chance, **ALL),
     'RigL': lambda key: pruners.regrow(0.3, 2, 9, key, 0.5, initial=importance.magnitude, **ALL),
     'gradual': lambda key: pruners.gradual(0.2, 0, 9, 3, key, importance=importance.chance, **ALL),

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from pruned_by_hand import expected, keep_largest, masks_of
 from wandering import ALL, HISTORY, KEY, STEPS
 
 import dns_jax
 from dns_jax import importance, pruners
+from dns_jax.calibration import gather_inputs
 
 
 def test_surgery_may_go_by_another_importance():
@@ -47,3 +49,114 @@ def test_chance_draws_anew_at_every_step_and_leaf():
     rule = dns_jax.Rule(dns_jax.layer_density(0.3, 0.0), dns_jax.update_probability(power=0), 1)
     masks = masks_of(dns_jax.surgery(rule, KEY, importance=importance.chance, **ALL))
     assert len({mask['fc1']['kernel'].tobytes() for mask in masks}) == STEPS
+
+
+def calibrated():
+    """Weights of two layers, what came into the first, and the inputs that were gathered."""
+    random = np.random.default_rng(6)
+    params = {
+        'fc1': {'kernel': random.normal(size=(6, 8)).astype(np.float32)},
+        'fc2': {'kernel': random.normal(size=(8, 3)).astype(np.float32)},
+    }
+    images = (random.normal(size=(40, 6)) * [0.1, 1, 3, 1, 0.3, 2]).astype(np.float32)
+    images[:, 1] += images[:, 2]  # what one says the other says too
+    hidden = np.sin(images @ params['fc1']['kernel'])
+
+    def apply(params, x):
+        return jnp.dot(jnp.sin(jnp.dot(x, params['fc1']['kernel'])), params['fc2']['kernel'])
+
+    inputs = gather_inputs(apply, params, [images[:30], images[30:]])
+    return params, {'fc1': images, 'fc2': hidden}, inputs
+
+
+def wanda_by_hand(kernel, rows):
+    return kernel * np.linalg.norm(rows, axis=0)[:, None]
+
+
+def obs_by_hand(kernel, rows, damping=0.05):
+    rows = rows.astype(np.float64)
+    hessian = rows.T @ rows / len(rows)
+    hessian += damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    return np.sqrt(kernel**2 / np.diag(np.linalg.inv(hessian))[:, None]) * np.sign(kernel)
+
+
+CALIBRATED = {
+    'wanda': (importance.wanda, wanda_by_hand),
+    'obs': (lambda inputs: importance.obs(inputs, 0.05), obs_by_hand),
+}
+
+
+@pytest.mark.parametrize('name', CALIBRATED)
+def test_importances_by_inputs(name):
+    make, by_hand = CALIBRATED[name]
+    params, rows, inputs = calibrated()
+    bias = {'bias': jnp.ones(3)}
+    found = jax.jit(make(inputs))(KEY, {**params, 'fc2': {**params['fc2'], **bias}}, {})
+    np.testing.assert_array_equal(found['fc2']['bias'], 1)
+    for layer, kernel in params.items():
+        wanted = by_hand(kernel['kernel'], rows[layer])
+        np.testing.assert_allclose(found[layer]['kernel'], wanted, rtol=1e-4, err_msg=layer)
+
+
+PRUNERS = {
+    'one_shot': lambda by: pruners.one_shot(0.25, 0, KEY, importance=by),
+    'gradual': lambda by: pruners.gradual(0.25, 0, 1, 1, KEY, importance=by),
+    'surgery': lambda by: dns_jax.surgery(
+        dns_jax.Rule(dns_jax.layer_density(0.25)), KEY, importance=by
+    ),
+    'prune_to': lambda by: dns_jax.prune_to(density=0.25, steps=2, key=KEY, importance=by),
+}
+
+
+@pytest.mark.parametrize('pruner', PRUNERS)
+def test_pruners_go_by_inputs(pruner):
+    params, rows, inputs = calibrated()
+    transform = PRUNERS[pruner](importance.wanda(inputs))
+    state = transform.init(params)
+    for _ in range(3):
+        _, state = jax.jit(transform.update)(params, state, params)
+    for layer, kernel in params.items():
+        scores = np.abs(wanda_by_hand(kernel['kernel'], rows[layer]))
+        kept = np.asarray(state.masks[layer]['kernel'])
+        assert scores[kept].min() > scores[~kept].max()
+        magnitudes = np.abs(kernel['kernel'])
+        assert layer == 'fc2' or magnitudes[kept].min() < magnitudes[~kept].max()
+
+
+def test_stacked_layers_have_inputs_of_their_own():
+    params, images = {'blocks': {'kernel': jnp.ones((2, 3, 3))}}, np.diag([1.0, 2.0, 3.0])
+    stacked = {'blocks': 0}
+
+    def apply(params, x):
+        layers = params['blocks']['kernel']
+        return jax.lax.scan(lambda x, kernel: (jnp.dot(jnp.flip(x, 1), kernel), x), x, layers)
+
+    inputs = gather_inputs(apply, params, [images.astype(np.float32)], stacked=stacked)
+    by = importance.wanda({'blocks/0/kernel': inputs['blocks/0/kernel']})
+    pruner = pruners.one_shot(1 / 3, 0, KEY, importance=by, stacked=stacked)
+    _, state = pruner.update(params, pruner.init(params), params)
+    # Flipped, the first has the largest input; the other goes by magnitude, where all tie.
+    np.testing.assert_array_equal(
+        state.masks['blocks']['kernel'], [[[True] * 3, [False] * 3, [False] * 3], [[True] * 3] * 3]
+    )
+    with pytest.raises(ValueError, match=r"inputs must be of leaves of params, but \['blocks/0/"):
+        by(KEY, params, params)
+
+
+def test_a_layer_that_sees_zeros_alone_matters_nothing():
+    params = [jnp.ones((3, 2))]
+    inputs = gather_inputs(lambda params, x: x @ params[0], params, [jnp.zeros((4, 3))])
+    np.testing.assert_array_equal(importance.obs(inputs)(KEY, params, params)[0], 0)
+
+
+@pytest.mark.parametrize('damping', [0, -0.1, np.nan, 1e39])
+def test_obs_refuses_what_it_cannot_invert(damping):
+    with pytest.raises(ValueError, match=r'^damping must be '):
+        importance.obs({}, damping)
+    params = [jnp.ones((2, 2))]
+    inputs = gather_inputs(lambda params, x: x @ params[0], params, [jnp.ones((4, 2))])
+    with pytest.raises(ValueError, match=r"^damping must be larger for inputs\['0'\]"):
+        importance.obs(inputs, 1e-12)
+    lean = {'0': inputs['0']._replace(grams=None)}
+    with pytest.raises(ValueError, match=r"^inputs\['0'\] have no products"):
+        importance.obs(lean)

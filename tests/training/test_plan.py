@@ -150,8 +150,14 @@ def test_masks_stay_from_the_last_refresh_on_if_the_density_is_reached_by_then(f
         {'ramp_end': '200%', 'stop': '13'},
         {'stop': '50%', 'update_power': 2.0, 'update_gamma': 9.0},
         {'start': '9', 'ramp_end': '5'},
-        *({'pruner': name, 'ramp_end': '100%'} for name in ('iterative', 'gradual')),
-        *({'pruner': name, 'ramp_end': '100%', 'refresh_every': 3} for name in ('set', 'rigl')),
+        *(
+            {'pruner': name, 'ramp_end': '100%'}
+            for name in ('iterative', 'gradual', 'straight_through')
+        ),
+        *(
+            {'pruner': name, 'ramp_end': '100%', 'refresh_every': 3}
+            for name in ('set', 'rigl', 'ac_dc')
+        ),
     ],
 )
 def test_the_density_is_reached_whatever_fits_the_steps(fields):

@@ -1,8 +1,7 @@
-"""The pruners that surgery is compared with.
+"""Pruners that are `surgery` under rules of their own.
 
-Each is `surgery` without splicing under rules of its own, so it keeps the contract of that module:
-updates pass through, the state is a `SurgeryState`, the masks are found in it. Pruned connections
-never return, but for those of `regrow`. A pruner takes one number for every layer, or a table
+So they keep the contract of `dns_jax.transformation`: updates pass through, the state is a
+`SurgeryState`, the masks are found in it. A pruner takes one number for every layer, or a table
 `{pattern: number}` as `surgery` takes rules.
 """
 
@@ -13,27 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax import _counts
 from dns_jax._checks import as_table, check_density, check_step, check_steps
-from dns_jax._search import bisect
 from dns_jax.densities import layer_density
-from dns_jax.importance import chance, gradient
-from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
-from dns_jax.masks import count_kept, discriminate
 from dns_jax.schedules import polynomial_density, update_at
-from dns_jax.stacking import restack, unstack
 from dns_jax.thresholds import weight_std
 from dns_jax.transformation import Surgery, surgery
-from dns_jax.typing import (
-    Importance,
-    LayerOf,
-    Masks,
-    Rule,
-    Schedule,
-    TakesPart,
-    ThresholdRule,
-    Thresholds,
-)
+from dns_jax.typing import Rule, Schedule, ThresholdRule
 
 
 def han(
@@ -236,100 +220,141 @@ def gradual(
     return surgery(rules, key, splicing=False, **options)
 
 
-def regrow(
-    density: float | Mapping[str, float],
-    every: int,
-    stop: int,
+def straight_through(
+    density: float | Schedule | Mapping[str, float | Schedule],
     key: jax.Array,
-    drop: float | Schedule = 0.3,
-    growth: Importance = gradient,
-    initial: Importance = chance,
-    density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
-    takes_part: TakesPart = is_kernel,
-    layer_of: LayerOf = parent_path,
-    stacked: Mapping[str, int] | None = None,
+    density_rule: Callable[..., ThresholdRule] = layer_density,
+    **options: Any,
 ) -> Surgery:
-    r"""Keeps the number of connections, and now and then exchanges the smallest for others.
+    r"""Chooses the masks anew at every step: the straight-through estimator on pruned weights.
 
     .. math::
-      T_k \leftarrow S_k \cup \mathrm{largest}_{n}\left(|\text{growth}|, \overline{S_k}\right),
-      \quad S_k = \mathrm{largest}_{|T_k| - n}(|W_k|, T_k), \quad n = \mathrm{round}(\alpha\,|T_k|)
+      T_k \leftarrow [\,|W_k| \ge t_k\,], \quad
+      W \leftarrow W - \gamma\,\nabla L(W \odot T)
 
-    with α the share to drop. The first update prunes to the density by the initial importance.
-    With growth by `importance.gradient` this is RigL, by `importance.chance` SET. Both let new
-    connections start at zero: `dns_jax.sparse_training.train_kept` sees to that.
+    with t_k the threshold that keeps the density. Surgery's way to train, without its band and
+    without its coin. `dns_jax.sparse_training.decay_pruned` makes it SR-STE.
+
+    As everywhere here, the masks of the state are those of the weights one step before. The paper
+    takes the gradient at those of the weights themselves; for that, ask for them first, as
+    ``pruner.update(params, state, params)[1].masks``.
 
     Args:
-      density: kept / all connections, in (0, 1].
-      every: steps from one round to the next, at least 1; step 0 has none.
-      stop: the first step without a round.
-      key: as for `surgery`.
-      drop: the share that is exchanged, in [0, 1], or a schedule of it. SET's is constant, RigL's
-        falls as a cosine.
-      growth: what says which connections to grow.
-      initial: what says which to keep at first; for a trained network, pass `magnitude`.
+      density: kept / all connections, in (0, 1], or a schedule of it, as in `dns_jax.schedules`.
+      key: as for `surgery`; only a random importance uses it.
       density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
-      takes_part: as for `surgery`.
-      layer_of: as for `surgery`.
-      stacked: as for `surgery`.
+      **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
-      A transformation as of `surgery`. Connections that tie for the last place are all grown, those
-      whose growth is 0 are not.
+      A transformation as of `surgery`.
 
     Raises:
-      ValueError: if `density`, `every`, `stop` or a number `drop` is out of range.
+      ValueError: if `density` is a number outside (0, 1].
       As `surgery` does.
 
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> params = {'kernel': jnp.array([0.2, -1.0, 4.0, -4.5])}
-      >>> gradients = {'kernel': jnp.array([9.0, 1.0, 0.5, 0.1])}
-      >>> pruner = regrow(0.5, 1, 9, jax.random.key(0), drop=0.5, initial=lambda key, w, g: w)
-      >>> state = pruner.init(params)
-      >>> for _ in range(2):
-      ...     _, state = pruner.update(gradients, state, params)
+      >>> pruner = straight_through(0.5, jax.random.key(0))
+      >>> state = pruner.init({'kernel': jnp.zeros(4)})
+      >>> for weights in ([0.2, -1.0, 4.0, -4.5], [5.0, -1.0, 4.0, -4.5]):
+      ...     params = {'kernel': jnp.array(weights)}
+      ...     _, state = pruner.update(params, state, params)
       ...     print(state.masks['kernel'])
       [False False  True  True]
       [ True False False  True]
 
     Reference:
-      Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse
-      connectivity (SET); Evci et al. 2020, Rigging the lottery (RigL).
+      Bengio et al. 2013, Estimating or propagating gradients through stochastic neurons; Zhou et
+      al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch.
     """
-    check_step('every', every, 1)
-    check_step('stop', stop)
-    if not callable(drop) and not 0 <= drop <= 1:
-        raise ValueError(f'drop must be in [0, 1], but is {drop!r}')
-    options: dict[str, Any] = {
-        'takes_part': takes_part,
-        'layer_of': layer_of,
-        'stacked': stacked,
+    rules = {
+        # Thresholds that are followed may keep a little more or less.
+        pattern: Rule(density_rule(wanted, hysteresis=0.0), refresh_every=1)
+        for pattern, wanted in as_table(density).items()
     }
-    start = iterative(density, [0], key, density_rule, importance=initial, **options)
+    return surgery(rules, key, **options)
 
-    def update_fn(updates, state: Any, params: Any = None, **extra_args):
-        del extra_args
-        count, before = state.count, state.masks
-        pruned: Any = start.update(updates, state, params)[1]
-        share = jnp.asarray(drop(count) if callable(drop) else drop, jnp.float32)
 
-        def exchange():
-            # By count: `surgery` uses ~count for the first importance, and its coins of this
-            # count decide nothing.
-            trees = params, before, updates
-            weights, masks, gradients = unstack(stacked, *trees) if stacked else trees
-            scores = growth(jax.random.fold_in(state.key, count), weights, gradients)
-            masks = _exchange(share, scores, weights, masks, layer_of)
-            return restack(stacked, params, masks) if stacked else masks
+def ac_dc(
+    density: float | Mapping[str, float],
+    start: int,
+    end: int,
+    every: int,
+    key: jax.Array,
+    density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    **options: Any,
+) -> Surgery:
+    r"""Alternates between a pruned and a dense network, and ends with a pruned one.
 
-        masks = jax.lax.cond(
-            (count > 0) & (count < stop) & (count % every == 0), exchange, lambda: pruned.masks
-        )
-        return updates, pruned._replace(masks=masks)
+    .. math::
+      d(i) = \begin{cases}
+        1 & \text{if } i < \text{start} \\
+        d & \text{if } i \ge \text{end}, \text{ or }
+          \lfloor (i - \text{start}) / \text{every} \rfloor \text{ is even} \\
+        1 & \text{otherwise}
+      \end{cases}
 
-    return Surgery(start.init, update_fn)
+    Where d(i) falls to d, the largest weights are kept and all others pruned; where it rises to 1,
+    all connections return. Between, the masks are held. Pruned weights must be zero and not learn:
+    `dns_jax.sparse_training.train_kept` sees to that. The authors also reset the momentum after
+    each pruned phase; here that of pruned weights fades in it, as they have no gradient.
+
+    Args:
+      density: d, kept / all connections in the pruned phases, in (0, 1].
+      start: the step at which the dense warm-up ends and the first pruned phase begins.
+      end: the step from which on the network stays pruned.
+      every: steps of each phase between, at least 1.
+      key: as for `surgery`; only a random importance uses it.
+      density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
+      **options: `takes_part`, `layer_of`, `importance` and `stacked` of `surgery`.
+
+    Returns:
+      A transformation as of `surgery`.
+
+    Raises:
+      ValueError: if `density` is outside (0, 1], or `start`, `end` or `every` is out of range.
+      As `surgery` does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> params = {'kernel': jnp.arange(1.0, 9.0)}
+      >>> pruner = ac_dc(0.25, start=1, end=5, every=2, key=jax.random.key(0))
+      >>> state = pruner.init(params)
+      >>> for step in range(6):
+      ...     _, state = pruner.update(params, state, params)
+      ...     print(step, int(state.masks['kernel'].sum()))
+      0 8
+      1 2
+      2 2
+      3 8
+      4 8
+      5 2
+
+    Reference:
+      Peste et al. 2021, AC/DC: alternating compressed/decompressed training of deep neural
+      networks, algorithm 1.
+    """
+    check_step('start', start)
+    check_step('end', end, start + 1)
+    check_step('every', every, 1)
+
+    def is_pruned(step):
+        in_turn = (step >= start) & ((step - start) // every % 2 == 0)
+        return in_turn | (step >= end)
+
+    def changes(step):
+        return jnp.float32(is_pruned(step) != is_pruned(step - 1))
+
+    rules = {}
+    for pattern, pruned in _density_table(density).items():
+
+        def schedule(step, pruned=pruned):
+            return jnp.where(is_pruned(step), jnp.float32(pruned), jnp.float32(1))
+
+        rules[pattern] = Rule(density_rule(schedule), changes, refresh_every=1)
+    return surgery(rules, key, **options)
 
 
 def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
@@ -337,51 +362,3 @@ def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:
     for number in table.values():
         check_density('density', number)
     return table
-
-
-def _exchange(share, scores, params, masks, layer_of) -> Masks:
-    """Drops a share of every layer's connections, and grows as many by their scores."""
-    kept = count_kept(masks, layer_of)
-    wanted = {
-        layer: count - jnp.round(share * jnp.float32(count)).astype(jnp.int32)
-        for layer, count in kept.items()
-    }
-    magnitudes = jax.tree.map(
-        lambda mask, leaf: jnp.where(mask, leaf, 0) if mask.ndim else mask, masks, params
-    )
-    survivors = jax.tree.map(jnp.logical_and, masks, _keep_largest(magnitudes, wanted, layer_of))
-    # What survives by a tie takes the place of a new one.
-    left = count_kept(survivors, layer_of)
-    free = {layer: kept[layer] - left[layer] for layer in kept}
-    candidates = jax.tree.map(
-        lambda mask, leaf: jnp.where(mask, 0, leaf) if mask.ndim else mask, survivors, scores
-    )
-    grown = _keep_largest(candidates, free, layer_of)
-    return jax.tree.map(
-        lambda survivor, new, score: survivor | (new & (score != 0)) if new.ndim else survivor,
-        survivors,
-        grown,
-        candidates,
-    )
-
-
-def _keep_largest(tree, wanted, layer_of) -> Masks:
-    """Makes masks of the largest magnitudes: of each layer as many as wanted, and what ties."""
-    thresholds = {}
-    for layer, leaves in group_by_layer(tree, layer_of).items():
-        least = _counts.from_array(jnp.maximum(jnp.int32(wanted[layer]), 1))
-
-        def excess_at(found, leaves=leaves, least=least):
-            kept = [jnp.abs(leaf).astype(jnp.float32) >= found[0] for leaf in leaves]
-            return [_counts.minus(_counts.count_all(kept), least)]
-
-        (thresholds[layer],) = bisect(excess_at, 1)
-
-    def keep(path, leaf):
-        if not leaf.ndim:
-            return jnp.ones((), bool)
-        layer = layer_of(path)
-        band = Thresholds(thresholds[layer], thresholds[layer])
-        return discriminate(leaf, jnp.array(True), band) & (wanted[layer] > 0)
-
-    return map_leaves(keep, tree)
