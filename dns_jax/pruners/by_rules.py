@@ -6,7 +6,7 @@ So they keep the contract of `dns_jax.transformation`: updates pass through, the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from dns_jax._checks import as_table, check_density, check_step, check_steps
 from dns_jax.densities import layer_density
 from dns_jax.schedules import polynomial_density, update_at
+from dns_jax.structures import SINGLE_WEIGHTS, Structure
 from dns_jax.thresholds import weight_std
 from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import Rule, Schedule, ThresholdRule
@@ -24,6 +25,7 @@ def han(
     c_rate: float | Mapping[str, float],
     rounds: Sequence[int],
     key: jax.Array,
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
     **options: Any,
 ) -> Surgery:
     r"""Prunes in rounds what is below c standard deviations of its layer, and trains on between.
@@ -36,6 +38,7 @@ def han(
       c_rate: c of `dns_jax.thresholds.weight_std`, over the connections that the layer still keeps.
       rounds: the steps at which it prunes.
       key: as for `surgery`; only a random importance uses it.
+      structure: what is pruned together, as in a `Rule`.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
@@ -60,7 +63,7 @@ def han(
     check_steps('rounds', rounds)
     probability = update_at(rounds)
     rules = {
-        pattern: Rule(weight_std(c), probability, refresh_every=1)
+        pattern: Rule(weight_std(c), probability, refresh_every=1, structure=structure)
         for pattern, c in as_table(c_rate).items()
     }
     return surgery(rules, key, splicing=False, **options)
@@ -102,6 +105,7 @@ def iterative(
     rounds: Sequence[int],
     key: jax.Array,
     density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
     **options: Any,
 ) -> Surgery:
     r"""Prunes in rounds, by the same factor in each, and trains on between.
@@ -116,6 +120,7 @@ def iterative(
       rounds: the steps at which it prunes, none twice.
       key: as for `surgery`; only a random importance uses it.
       density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
+      structure: what is pruned together, as in a `Rule`.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
@@ -154,7 +159,9 @@ def iterative(
             done = jnp.sum(jnp.asarray(step) >= steps, dtype=jnp.float32)
             return jnp.float32(final) ** (done / len(steps))
 
-        rules[pattern] = Rule(density_rule(schedule), probability, refresh_every=1)
+        rules[pattern] = Rule(
+            density_rule(schedule), probability, refresh_every=1, structure=structure
+        )
     return surgery(rules, key, splicing=False, **options)
 
 
@@ -165,6 +172,7 @@ def gradual(
     every: int,
     key: jax.Array,
     density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
     **options: Any,
 ) -> Surgery:
     r"""Prunes again and again, along a cubic ramp of the density.
@@ -180,6 +188,7 @@ def gradual(
       every: steps from one pruning to the next, at least 1.
       key: as for `surgery`; only a random importance uses it.
       density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
+      structure: what is pruned together, as in a `Rule`.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
@@ -214,7 +223,7 @@ def gradual(
     }
     probability = update_at([*range(start, end, every), end])
     rules = {
-        pattern: Rule(density_rule(ramp), probability, refresh_every=1)
+        pattern: Rule(density_rule(ramp), probability, refresh_every=1, structure=structure)
         for pattern, ramp in ramps.items()
     }
     return surgery(rules, key, splicing=False, **options)
@@ -224,6 +233,7 @@ def straight_through(
     density: float | Schedule | Mapping[str, float | Schedule],
     key: jax.Array,
     density_rule: Callable[..., ThresholdRule] = layer_density,
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
     **options: Any,
 ) -> Surgery:
     r"""Chooses the masks anew at every step: the straight-through estimator on pruned weights.
@@ -243,6 +253,7 @@ def straight_through(
       density: kept / all connections, in (0, 1], or a schedule of it, as in `dns_jax.schedules`.
       key: as for `surgery`; only a random importance uses it.
       density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
+      structure: what is pruned together, as in a `Rule`.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
@@ -270,7 +281,7 @@ def straight_through(
     """
     rules = {
         # Thresholds that are followed may keep a little more or less.
-        pattern: Rule(density_rule(wanted, hysteresis=0.0), refresh_every=1)
+        pattern: Rule(density_rule(wanted, hysteresis=0.0), refresh_every=1, structure=structure)
         for pattern, wanted in as_table(density).items()
     }
     return surgery(rules, key, **options)
@@ -283,6 +294,7 @@ def ac_dc(
     every: int,
     key: jax.Array,
     density_rule: Callable[[float | Schedule], ThresholdRule] = layer_density,
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
     **options: Any,
 ) -> Surgery:
     r"""Alternates between a pruned and a dense network, and ends with a pruned one.
@@ -307,6 +319,7 @@ def ac_dc(
       every: steps of each phase between, at least 1.
       key: as for `surgery`; only a random importance uses it.
       density_rule: makes the threshold rule of a density, `layer_density` or `global_density`.
+      structure: what is pruned together, as in a `Rule`.
       **options: `takes_part`, `layer_of`, `importance` and `stacked` of `surgery`.
 
     Returns:
@@ -353,8 +366,17 @@ def ac_dc(
         def schedule(step, pruned=pruned):
             return jnp.where(is_pruned(step), jnp.float32(pruned), jnp.float32(1))
 
-        rules[pattern] = Rule(density_rule(schedule), changes, refresh_every=1)
-    return surgery(rules, key, **options)
+        rules[pattern] = Rule(density_rule(schedule), changes, refresh_every=1, structure=structure)
+    pruner = surgery(rules, key, **options)
+
+    def update_fn(updates, state: Any, params: Any = None, **extra_args):
+        updates, new = pruner.update(updates, state, params, **extra_args)
+        # All return, N of M too, which keeps no more whatever the density is.
+        is_dense = ~is_pruned(state.count)
+        masks = jax.tree.map(lambda mask: mask | is_dense, cast(Any, new).masks)
+        return updates, cast(Any, new)._replace(masks=masks)
+
+    return Surgery(pruner.init, update_fn)
 
 
 def _density_table(density: float | Mapping[str, float]) -> dict[str, float]:

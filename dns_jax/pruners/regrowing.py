@@ -11,18 +11,28 @@ import jax.numpy as jnp
 
 from dns_jax import _counts
 from dns_jax._checks import check_step
+from dns_jax._rules import LayersByRule
 from dns_jax._search import bisect
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
-from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
+from dns_jax.layers import (
+    group_by_layer,
+    has_axes,
+    is_kernel,
+    map_leaves,
+    named_leaves,
+    parent_path,
+)
 from dns_jax.masks import count_kept, discriminate
 from dns_jax.pruners.by_rules import iterative
 from dns_jax.stacking import restack, unstack
+from dns_jax.structures import SINGLE_WEIGHTS, NofM, Structure
 from dns_jax.transformation import Surgery
 from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
+    Rule,
     Schedule,
     TakesPart,
     ThresholdRule,
@@ -42,6 +52,7 @@ def regrow(
     takes_part: TakesPart = is_kernel,
     layer_of: LayerOf = parent_path,
     stacked: Mapping[str, int] | None = None,
+    structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
 ) -> Surgery:
     r"""Keeps the number of connections, and now and then exchanges the smallest for others.
 
@@ -66,6 +77,8 @@ def regrow(
       takes_part: as for `surgery`.
       layer_of: as for `surgery`.
       stacked: as for `surgery`.
+      structure: what is dropped and grown together, as in a `Rule`. Under N of M each M grows what
+        it dropped, so that n is not of all the layer but of each.
 
     Returns:
       A transformation as of `surgery`. Connections that tie for the last place are all grown, those
@@ -101,7 +114,7 @@ def regrow(
         'layer_of': layer_of,
         'stacked': stacked,
     }
-    start = iterative(density, [0], key, density_rule, importance=initial, **options)
+    start = iterative(density, [0], key, density_rule, structure, importance=initial, **options)
 
     def update_fn(updates, state: Any, params: Any = None, **extra_args):
         del extra_args
@@ -115,7 +128,17 @@ def regrow(
             trees = params, before, updates
             weights, masks, gradients = unstack(stacked, *trees) if stacked else trees
             scores = growth(jax.random.fold_in(state.key, count), weights, gradients)
-            masks = _exchange(share, scores, weights, masks, layer_of)
+            rules = {'*': Rule(structure=structure)}
+            groups = LayersByRule(rules, _among(masks), layer_of, weights, may_be_empty=True)
+            exchanged = _exchange(
+                share,
+                groups.score_groups(scores),
+                groups.score_groups(weights),
+                groups.gather_groups(masks),
+                groups.structures,
+                layer_of,
+            )
+            masks = groups.spread_groups(exchanged, masks)
             return restack(stacked, params, masks) if stacked else masks
 
         masks = jax.lax.cond(
@@ -126,33 +149,34 @@ def regrow(
     return Surgery(start.init, update_fn)
 
 
-def _exchange(share, scores, params, masks, layer_of) -> Masks:
-    """Drops a share of every layer's connections, and grows as many by their scores."""
+def _among(masks: Masks) -> TakesPart:
+    """Says that those leaves take part whose mask has axes."""
+    paths = {path for path, mask in named_leaves(masks) if has_axes(path, mask)}
+    return lambda path, leaf: path in paths
+
+
+def _exchange(share, scores, weights, masks, structures, layer_of) -> dict[str, jax.Array]:
+    """Drops a share of every layer's groups, and grows as many by their scores; all by path."""
     kept = count_kept(masks, layer_of)
     wanted = {
         layer: count - jnp.round(share * jnp.float32(count)).astype(jnp.int32)
         for layer, count in kept.items()
     }
-    magnitudes = jax.tree.map(
-        lambda mask, leaf: jnp.where(mask, leaf, 0) if mask.ndim else mask, masks, params
-    )
+    magnitudes = jax.tree.map(lambda mask, leaf: jnp.where(mask, leaf, 0), masks, weights)
     survivors = jax.tree.map(jnp.logical_and, masks, _keep_largest(magnitudes, wanted, layer_of))
     # What survives by a tie takes the place of a new one.
     left = count_kept(survivors, layer_of)
     free = {layer: kept[layer] - left[layer] for layer in kept}
-    candidates = jax.tree.map(
-        lambda mask, leaf: jnp.where(mask, 0, leaf) if mask.ndim else mask, survivors, scores
-    )
+    candidates = jax.tree.map(lambda mask, leaf: jnp.where(mask, 0, leaf), survivors, scores)
     grown = _keep_largest(candidates, free, layer_of)
-    return jax.tree.map(
-        lambda survivor, new, score: survivor | (new & (score != 0)) if new.ndim else survivor,
-        survivors,
-        grown,
-        candidates,
-    )
+    for path, structure in structures.items():
+        if isinstance(structure, NofM):
+            order = jnp.where(survivors[path], jnp.inf, jnp.abs(candidates[path]))
+            grown[path] = structure.largest(order)
+    return {path: survivors[path] | (new & (candidates[path] != 0)) for path, new in grown.items()}
 
 
-def _keep_largest(tree, wanted, layer_of) -> Masks:
+def _keep_largest(tree, wanted, layer_of) -> dict[str, jax.Array]:
     """Makes masks of the largest magnitudes: of each layer as many as wanted, and what ties."""
     thresholds = {}
     for layer, leaves in group_by_layer(tree, layer_of).items():
@@ -165,8 +189,6 @@ def _keep_largest(tree, wanted, layer_of) -> Masks:
         (thresholds[layer],) = bisect(excess_at, 1)
 
     def keep(path, leaf):
-        if not leaf.ndim:
-            return jnp.ones((), bool)
         layer = layer_of(path)
         band = Thresholds(thresholds[layer], thresholds[layer])
         return discriminate(leaf, jnp.array(True), band) & (wanted[layer] > 0)
