@@ -101,19 +101,21 @@ def test_the_optimizers_of_nnx(which, jitted, pruner):
     model(x)
 
 
+@pytest.mark.slow  # test_libraries trains a State and a pure dict beside tuples
 @pytest.mark.usefixtures('defaults_of_jax')
 def test_nnx_gives_what_a_plain_loop_gives():
     model = Net(nnx.Rngs(0))
     transform = optax.chain(prune_to(density=0.25, steps=4), optax.sgd(1e-1))
     optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    state = transform.init(params)
+    state, update = transform.init(params), jax.jit(transform.update)
+    jitted = nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))
     for seed in range(5):
         own = jax.tree.map(lambda leaf, seed=seed: array(*leaf.shape, seed=seed), params)
         grads = nnx.state(model, nnx.Param)
         nnx.replace_by_pure_dict(grads, own)
-        optimizer.update(model, grads)
-        updates, state = transform.update(own, state, params)
+        jitted(optimizer, model, grads)
+        updates, state = update(own, state, params)
         params = optax.apply_updates(params, updates)
     found = dict(named_leaves(get_masks(optimizer.opt_state)))
     for path, mask in named_leaves(get_masks(state)):

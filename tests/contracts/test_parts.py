@@ -85,7 +85,13 @@ def test_networks_dealt_out(how, labels, both):
     assert sizes.total.parameters == 16 * 24 + 24 + 24 * 8 + 8 + 8
 
 
-@pytest.mark.parametrize('mask', [{'fc1': True, 'fc2': False, 'norm': False}, 'function'])
+@pytest.mark.parametrize(
+    'mask',
+    [
+        pytest.param({'fc1': True, 'fc2': False, 'norm': False}, marks=pytest.mark.slow),
+        'function',
+    ],
+)
 def test_masked_surgery_as_with_frozen_subtrees(mask):
     params = network()
     if mask == 'function':
