@@ -108,6 +108,14 @@ def test_two_equal_layers_share_half_and_half_at_every_scale():
             assert abs(found['a'][0].sum() - 0.4 * 1024) <= 1
 
 
+@jax.jit
+def statistics(leaves):
+    """Of one layer, with its bands by two rules."""
+    rules = weight_std(0.7), dns_jax.mean_std(0.3)
+    bands = [rule({'fc': leaves}, {}, 0)['fc'] for rule in rules]
+    return dns_jax.magnitude_statistics(leaves), *bands
+
+
 @pytest.mark.parametrize('scale', [*SCALES, 1e-33, 1e36])
 def test_statistics_against_float64(scale):
     random = np.random.default_rng(0)
@@ -118,19 +126,17 @@ def test_statistics_against_float64(scale):
     leaves[0][random.random((64, 50)) < 0.3] = 0
     flat = np.concatenate([leaf.ravel() for leaf in leaves]).astype(np.float64)
     flat = flat[flat != 0]
-    mean, deviation = dns_jax.magnitude_statistics([jnp.asarray(leaf) for leaf in leaves])
+    (mean, deviation), by_weights, band = statistics(leaves)
     np.testing.assert_allclose(float(mean), np.abs(flat).mean(), rtol=2e-6)
     np.testing.assert_allclose(float(deviation), np.abs(flat).std(), rtol=2e-6)
-    band = weight_std(0.7)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
-    np.testing.assert_allclose(float(band.low), 0.7 * flat.std(), rtol=2e-6)
-    band = dns_jax.mean_std(0.3)({'fc': [jnp.asarray(leaf) for leaf in leaves]}, {}, 0)['fc']
+    np.testing.assert_allclose(float(by_weights.low), 0.7 * flat.std(), rtol=2e-6)
     middle = np.abs(flat).mean() + 0.3 * np.abs(flat).std()
     np.testing.assert_allclose([*map(float, band)], [0.9 * middle, 1.1 * middle], rtol=2e-6)
 
 
 def test_statistics_of_more_weights_than_a_float32_counts():
-    weights = jnp.tile(jnp.array([1.0, -3.0], jnp.float32), 2**24)
-    mean, deviation = dns_jax.magnitude_statistics([weights])
+    weights = np.tile(np.float32([1.0, -3.0]), 2**24)
+    mean, deviation = jax.jit(dns_jax.magnitude_statistics)([weights])
     np.testing.assert_allclose([float(mean), float(deviation)], [2.0, 1.0], rtol=1e-5)
 
 
@@ -173,15 +179,15 @@ def test_ordinary_weights_have_the_bits_they_had_without_scaling():
         ]
 
 
-@pytest.mark.parametrize('density', [0.1, 0.5])
+LIVE_AND_DEAD = {'live': [(32, 32)], 'dead': [(32, 32)]}
+
+
+@pytest.mark.parametrize('density', [0.1, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_layer_behind_stop_gradient_has_its_share(density):
-    params = {
-        layer: {'kernel': jax.random.normal(jax.random.key(at), (32, 32))}
-        for at, layer in enumerate(('live', 'dead'))
-    }
+    params = {layer: {'kernel': leaf} for layer, (leaf,) in draw(0, LIVE_AND_DEAD)[0].items()}
     gradients = {
-        'live': {'kernel': jax.random.normal(jax.random.key(5), (32, 32))},
-        'dead': {'kernel': jnp.zeros((32, 32))},
+        layer: {'kernel': leaf * np.float32(layer == 'live')}
+        for layer, (leaf,) in draw(5, LIVE_AND_DEAD)[0].items()
     }
     pruner = surgery(
         Rule(dns_jax.global_density(density)), jax.random.key(0), importance=importance.gradient
@@ -205,8 +211,18 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize('network', NETWORKS)
-@pytest.mark.parametrize('score', ['norm', 'rms'])
+@pytest.mark.parametrize(
+    ('network', 'score'),
+    [
+        ('VGG', 'rms'),
+        ('layers of one', 'norm'),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [('VGG', 'norm'), ('layers of one', 'rms')]
+            + [('tiny layers', score) for score in ('norm', 'rms')]
+        ),
+    ],
+)
 def test_every_layer_keeps_its_floor_within_the_density(network, score):
     for seed, density in enumerate([0.5, 0.2, 0.05]):
         layers, _ = draw(seed, NETWORKS[network])

@@ -3,7 +3,6 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from layouts import LAYOUTS, MAKERS, STEPS, both, check_equal, inputs, stack, states_of, twin
@@ -11,7 +10,6 @@ from situations import slow_but
 
 import dns_jax
 from dns_jax import Rule, surgery
-from dns_jax.layers import named_leaves
 from dns_jax.stacking import restack, unstack
 
 COMPAT_TABLE = 'field'
@@ -124,27 +122,6 @@ def test_without_the_word_a_stack_is_one_layer():
     whole = stack('a scan', twin('a scan', 0))
     state = surgery(Rule(dns_jax.layer_density(0.25)), jax.random.key(0)).init(whole)
     assert set(state.thresholds) == {'blocks/fc', 'head'}
-
-
-def test_an_ensemble_is_its_members_by_themselves():
-    # Rules of each layer by itself see nothing of the others, in an ensemble either.
-    params = twin('a scan', 0)
-    members = [
-        jax.tree.map(lambda leaf, by=by: leaf * np.float32(by), params) for by in (1, 0.5, 2)
-    ]
-    together = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
-    rule = Rule(dns_jax.layer_density(0.25))
-    ensemble = surgery(rule, jax.random.key(0), stacked={'': 0})
-    _, state = jax.jit(ensemble.update)(together, ensemble.init(together), together)
-    alone = surgery(rule, jax.random.key(0))
-    update = jax.jit(lambda params: alone.update(params, alone.init(params), params)[1])
-    for number, member in enumerate(members):
-        own = update(member)
-        for (path, mask), wanted in zip(
-            named_leaves(state.masks), jax.tree.leaves(own.masks), strict=True
-        ):
-            found = mask[number] if mask.ndim else mask
-            np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted), err_msg=path)
 
 
 def test_tuples_of_stacked_kernels_and_biases():
