@@ -45,7 +45,6 @@ EXTRA = {
     'sophia': ('obj_fn',),
 }
 PER_EXAMPLE = ['dpsgd']  # wants the gradient of each example
-ALONE = (*PER_EXAMPLE, 'lbfgs', 'sophia')
 # Those that warn of themselves, all else that warns fails.
 WARNINGS = {'dpsgd': '"seed" is deprecated', 'optimistic_adam': '`optimistic_adam` is deprecated'}
 # What building blocks are given that do not work without.
@@ -84,8 +83,11 @@ def make(name):
         return leniently(FACTORIES[name](**arguments | ARGUMENTS.get(name, {})))
 
 
-# Together they are tested below; these want what those cannot be given.
-@pytest.mark.parametrize('name', slow_but(OPTIMIZERS, *ALONE))
+# Those that want more than a gradient, and of the others a few.
+SHOWN = (*EXTRA, *PER_EXAMPLE, 'adamw', 'muon', 'schedule_free_sgd')
+
+
+@pytest.mark.parametrize('name', slow_but(OPTIMIZERS, *SHOWN))
 def test_optimizer(name, compat):
     compat('optimizers', name)
     setting = Setting(extra=EXTRA.get(name, ()))
@@ -105,13 +107,12 @@ def squared_distance(params, target):
     return sum(jnp.sum((layer['kernel'] - target) ** 2) for layer in params.values()) / 2
 
 
-def test_all_together(compat):
-    # One network with a layer for each makes one program to compile. Of the building blocks, the
-    # heart of an optimizer, like scale_by_adam, was tested with it.
+def test_building_blocks(compat):
+    # One network with a layer for each block makes one program to compile. The heart of an
+    # optimizer, like scale_by_adam, was tested with it.
     hearts = {f'scale_by_{name}' for name in OPTIMIZERS}
     names = [name for name in BLOCKS if name not in hearts | SKIPPED.keys()]
     compat('optimizers', 'building blocks', f'{len(names)}, each in a chain with sgd for one layer')
-    names += [name for name in OPTIMIZERS if name not in ALONE]
     random = np.random.default_rng(0)
     kernels = 0.7 * random.normal(size=(len(names), 3, 4)).astype(np.float32)
     setting = Setting(
@@ -122,17 +123,15 @@ def test_all_together(compat):
         extra=('value',),
     )
 
-    def part(name):
-        if name in OPTIMIZERS:
-            return make(name)
-        return optax.chain(FACTORIES[name](*BLOCK_ARGUMENTS.get(name, ())), optax.sgd(RATE))
+    def blocks():
+        parts = {
+            name: optax.chain(FACTORIES[name](*BLOCK_ARGUMENTS.get(name, ())), optax.sgd(RATE))
+            for name in names
+        }
+        return leniently(optax.partition(parts, {name: {'kernel': name} for name in names}))
 
-    def parts():
-        labels = {name: {'kernel': name} for name in names}
-        return leniently(optax.partition({name: part(name) for name in names}, labels))
-
-    run = train(optax.chain(cut(setting.bands), parts()), setting)
-    check_equal(run, train_by_hand(parts(), setting))
+    run = train(optax.chain(cut(setting.bands), blocks()), setting)
+    check_equal(run, train_by_hand(blocks(), setting))
     assert run.traces == 1
     changed = [
         name

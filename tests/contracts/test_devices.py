@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from situations import KEY, MAKERS, array, network, on_one_device, run, slow_but
+from situations import KEY, MAKERS, network, on_one_device, slow_but
 
 import dns_jax
 from dns_jax import Rule, apply_masks, count_kept, layer_density, measure_sizes, surgery
@@ -74,23 +74,6 @@ def test_explicit_meshes_give_what_one_device_gives(name, spec):
         assert dns_jax.count_events(before, masks) == dns_jax.count_events(
             jax.tree.map(jnp.ones_like, whole.masks), whole.masks
         )
-
-
-def test_gradient_at_masks_on_an_explicit_mesh():
-    mesh = explicit((8,), ('x',))
-    masks = run(surgery(Rule(layer_density(0.3)), KEY)).masks
-
-    def loss_fn(params, x):
-        return jnp.sum(jnp.square(x @ params['fc1']['kernel']))
-
-    wanted = dns_jax.masked_value_and_grad(loss_fn)(network(), masks, array(4, 16))
-    with jax.set_mesh(mesh):
-        place = lambda leaf: jax.device_put(leaf, jax.NamedSharding(mesh, jax.P()))  # noqa: E731
-        batch = jax.device_put(array(8, 16)[:4].repeat(2, 0), jax.NamedSharding(mesh, jax.P('x')))
-        found = jax.jit(dns_jax.masked_value_and_grad(loss_fn))(
-            jax.tree.map(place, network()), jax.tree.map(place, masks), batch
-        )
-    assert found[1]['fc1']['kernel'].shape == wanted[1]['fc1']['kernel'].shape
 
 
 @pytest.mark.parametrize('name', slow_but(list(MAKERS)[:-1], 'mean_std', 'RigL'))

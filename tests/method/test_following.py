@@ -232,14 +232,6 @@ def test_nothing_of_a_dead_layer_is_kept():
     assert (abs(kept[1:].sum(1) - 4000) <= _following.TOLERANCE * 4000 + 1).all()
 
 
-def test_an_update_of_more_connections_than_an_int32_counts_is_traced():
-    params = {name: {'kernel': jax.ShapeDtypeStruct((2**21, 1200), jnp.float32)} for name in 'ab'}
-    for rule in (dns_jax.global_density(0.1), dns_jax.layer_density(0.1)):
-        pruner = surgery(Rule(rule), jax.random.key(0))
-        state = jax.eval_shape(lambda w, p=pruner: p.update(w, p.init(w), w)[1], params)
-        assert state.masks['a']['kernel'].shape == (2**21, 1200)
-
-
 def test_one_rule_that_is_wrong_leaves_the_number_of_another():
     keys = jax.random.split(jax.random.key(0), 2)
     params = {

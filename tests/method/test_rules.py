@@ -62,28 +62,6 @@ PARAMS = {'fc1': {'kernel': jnp.ones((2, 2))}}
 ONE = RULES['fc1']
 
 
-@pytest.mark.parametrize(
-    ('rules', 'params', 'arguments', 'error', 'message'),
-    [
-        ({'fc9': ONE}, PARAMS, {}, ValueError, r"pattern 'fc9' .*\['fc1'\]"),
-        ({'*': ONE, 'fc1': ONE}, PARAMS, {}, ValueError, "pattern 'fc1' "),
-        (ONE, {}, {}, ValueError, 'params'),
-        ({}, {}, {}, ValueError, r'params must have at least one leaf.*\{\}'),
-        (ONE, {'a': {'w': jnp.ones(2, int)}}, {}, TypeError, r"params\['a/w'\].*int32"),
-        (
-            ONE,
-            {'a': {'w': jnp.ones(())}},
-            {'takes_part': lambda path, leaf: True},
-            ValueError,
-            r"params\['a/w'\] is a scalar",
-        ),
-    ],
-)
-def test_bad_rules_and_params(rules, params, arguments, error, message):
-    with pytest.raises(error, match=message):
-        surgery(rules, jax.random.key(0), **arguments).init(params)
-
-
 @pytest.mark.parametrize('names', [[], ['fc2'], ['fc1', 'fc2']])
 def test_rule_that_gives_thresholds_of_other_layers(names):
     rule = Rule(

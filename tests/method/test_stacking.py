@@ -179,41 +179,6 @@ def test_masks_given_where_a_stack_took_no_part():
     assert dns_jax.count_kept(state.masks) == {'head': 10}
 
 
-@pytest.mark.slow
-def test_under_scan_of_linen_and_vmapped_modules():
-    """The networks of the libraries, whose loops are the twins."""
-    import flax.linen as nn
-
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x, _=None):
-            x = nn.LayerNorm()(x)
-            return x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)(x), None
-
-    scanned = nn.scan(Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=3)
-    x = jnp.ones((2, 4, 8))
-    with jax.numpy_rank_promotion('allow'):
-        params = {'blocks': scanned().init(jax.random.key(0), x, None)['params']}
-    alone = {
-        'blocks': {
-            str(number): jax.tree.map(lambda leaf, at=number: leaf[at], params['blocks'])
-            for number in range(3)
-        }
-    }
-    key = jax.random.key(0)
-    stacked = dns_jax.prune_to(density=0.3, steps=3, key=key, stacked={'blocks': 0})
-    apart = dns_jax.prune_to(density=0.3, steps=3, key=key)
-    states = stacked.init(params), apart.init(alone)
-    for _ in range(3):
-        states = (
-            jax.jit(stacked.update)(params, states[0], params)[1],
-            jax.jit(apart.update)(alone, states[1], alone)[1],
-        )
-    (_, masks) = unstack({'blocks': 0}, params, states[0].masks)
-    chex.assert_trees_all_equal(masks, states[1].masks)
-    assert sum(dns_jax.count_kept(masks).values()) == round(0.3 * 3 * 4 * 64)
-
-
 def test_optimizer_around_a_stack():
     whole = stack('a scan', twin('a scan', 0))
     optimizer = optax.chain(
