@@ -122,10 +122,3 @@ def test_updates_without_an_array_pass(updates):
     returned, state = pruner.update(updates, pruner.init(params), params)
     assert jax.tree.structure(returned) == jax.tree.structure(updates)
     assert not state.masks['fc']['kernel'].all()
-
-
-def test_a_leaf_that_is_no_array_is_named():
-    with pytest.raises((ValueError, TypeError), match='fc'):
-        surgery(Rule(layer_density(0.5)), KEY, takes_part=dns_jax.has_axes).init(
-            {'fc': np.ones((2, 2), int)}
-        )

@@ -209,12 +209,3 @@ def test_orders_line_up():
     # And what the Caffe gradients saw is what the whole run had.
     for masks, (oracle_masks, _) in zip(seen['caffe'], expected('caffe'), strict=True):
         jax.tree.map(np.testing.assert_array_equal, masks, oracle_masks)
-
-
-def test_orders_part_on_a_network():
-    # Same rule, same coins, same first masks; the first gradient already differs.
-    (paper_masks, paper_weights), (caffe_masks, caffe_weights) = (
-        expected(order)[0] for order in ('paper', 'caffe')
-    )
-    jax.tree.map(np.testing.assert_array_equal, paper_masks, caffe_masks)
-    assert np.abs(paper_weights['fc1']['kernel'] - caffe_weights['fc1']['kernel']).max() > 1e-4

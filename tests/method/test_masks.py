@@ -105,16 +105,6 @@ def test_layer_is_updated_whole_or_not_at_all(network, seed, probability):
         chex.assert_trees_all_equal(new[layer], (always if coin else masks)[layer])
 
 
-@given(network=networks(), seed=seeds)
-def test_update_masks_repeats_itself_and_a_second_update_changes_nothing(network, seed):
-    weights, masks, bands = network
-    weights, key = cast(weights, 'float32'), jax.random.key(seed)
-    first = update_masks(key, weights, masks, bands, both(0.5))
-    chex.assert_trees_all_equal(first, update_masks(key, weights, masks, bands, both(0.5)))
-    once = update_masks(key, weights, masks, bands, both(1.0))
-    chex.assert_trees_all_equal(once, update_masks(key, weights, once, bands, both(1.0)))
-
-
 def test_coin_that_equals_the_probability_is_lost():
     # So that σ = 0 never updates, whatever is drawn, and σ = 1 always does.
     weight, mask, key = jnp.zeros(1), jnp.ones(1, bool), jax.random.key(0)
