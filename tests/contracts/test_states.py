@@ -119,4 +119,4 @@ def test_state_and_weights_can_be_donated(name):
         params, state = step(params, state)
     assert mask.is_deleted()
     assert int(state[0].count) == 2
-    optimizer.init(network())  # again, though the first is gone
+    step(network(), optimizer.init(network()))  # again, though the first is gone
