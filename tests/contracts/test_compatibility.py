@@ -12,6 +12,7 @@ import optax
 import pytest
 from by_hand import STEPS, Setting, check_equal, count_changes, cut, leniently, train, train_by_hand
 from factories import BLOCKS, FACTORIES, OPTIMIZERS, WRAPPERS, required
+from situations import slow_but
 
 RATE = 0.1
 # What an optimizer is given besides RATE or in place of it, so that within 20 steps weights cross
@@ -82,7 +83,11 @@ def make(name):
         return leniently(FACTORIES[name](**arguments | ARGUMENTS.get(name, {})))
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+# Those that want more than a gradient, and of the others a few.
+SHOWN = (*EXTRA, *PER_EXAMPLE, 'adamw', 'muon', 'schedule_free_sgd')
+
+
+@pytest.mark.parametrize('name', slow_but(OPTIMIZERS, *SHOWN))
 def test_optimizer(name, compat):
     compat('optimizers', name)
     setting = Setting(extra=EXTRA.get(name, ()))

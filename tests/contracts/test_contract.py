@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from situations import slow_but
 from transformations import (
     ACTIVE,
+    BRIEFLY,
+    COINLESS,
     TRANSFORMATIONS,
     TREES,
-    all_transformations,
+    UNFIT,
     array,
     before,
     each_transformation,
@@ -20,6 +23,7 @@ from transformations import (
     linen,
     make,
     run,
+    started,
     whole_run,
 )
 
@@ -34,6 +38,7 @@ on_all_trees = pytest.mark.parametrize(
         if tree == 'bfloat16' or tree in EVERYWHERE.get(name, ())
         else pytest.param(name, tree, marks=pytest.mark.slow)
         for name, tree in itertools.product(TRANSFORMATIONS, TREES)
+        if tree not in UNFIT.get(name, ())
     ],
 )
 
@@ -42,7 +47,13 @@ on_all_trees = pytest.mark.parametrize(
 def test_trees(name, tree):
     params = TREES[tree]()
     transform = make(name)
-    state = transform.init(params)
+    state, update = transform.init(params), jax.jit(transform.update)
+    # What fine-tuning, dropout and cuts read.
+    count, key = (optax.tree.get(state, field) for field in ('count', 'key'))
+    assert (count.shape, count.dtype) == ((), jnp.int32)
+    assert (key.shape, jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) == ((), True)
+    with pytest.raises(ValueError, match='params'):
+        transform.update(params, state)
     for again in range(2):
         masks = get_masks(state)
         assert jax.tree.structure(masks) == jax.tree.structure(params)
@@ -51,11 +62,12 @@ def test_trees(name, tree):
             assert mask.shape in (leaf.shape, ())
             # At the start, and for ever where the leaf takes no part, the mask says keep.
             assert (again and mask.ndim) or mask.all()
-        chex.assert_trees_all_equal_shapes_and_dtypes(apply_masks(params, masks), params)
-        updates, new = transform.update(params, state, params)
+        updates, new = update(params, state, params)
         chex.assert_trees_all_equal(updates, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
         state = new
+    masked = jax.eval_shape(apply_masks, params, get_masks(state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(masked, params)
     if name in ACTIVE:
         kept = [mask for mask in jax.tree.leaves(get_masks(state)) if mask.ndim]
         # σ is 1 at the first step, so there is no luck in this.
@@ -63,38 +75,16 @@ def test_trees(name, tree):
         assert any(mask.any() for mask in kept)
 
 
-@all_transformations
-def test_a_state_holds_what_fine_tuning_dropout_and_cuts_read(name):
-    state = make(name).init(linen())
-    count, key = (optax.tree.get(state, field) for field in ('count', 'key'))
-    assert (count.shape, count.dtype) == ((), jnp.int32)
-    assert (key.shape, jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) == ((), True)
-
-
-@all_transformations
-def test_updates_are_returned_unchanged(name):
-    params = linen()
-    transform = make(name)
-    updates = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
-    returned, _ = transform.update(updates, transform.init(params), params)
-    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (updates, returned)), strict=True))
-
-
-@all_transformations
-def test_params_are_needed(name):
-    params = linen()
-    transform = make(name)
-    with pytest.raises(ValueError, match='params'):
-        transform.update(params, transform.init(params))
-
-
-@each_transformation
+# What is followed goes one way, with coins as without.
+@pytest.mark.parametrize(
+    'name', slow_but(TRANSFORMATIONS, *(name for name in BRIEFLY if name != 'prune_to'))
+)
 def test_scan_over_steps_and_vmap_over_keys(name):
     params = linen()
     keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
 
     def masks_of_run(key):
-        # A scan holds the state to its structure, shapes and dtypes.
+        # A scan, as a cond, holds the state to its structure, shapes and dtypes.
         optimizer = before(TRANSFORMATIONS[name](key))
 
         def step(carry, count):
@@ -104,45 +94,26 @@ def test_scan_over_steps_and_vmap_over_keys(name):
 
         return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(14))[1]
 
-    together = jax.jit(jax.vmap(masks_of_run))(keys)
-    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[0], together), whole_run(name)[2])
-    if name in ACTIVE and name not in ('Han', 'iterative', 'RigL', 'straight-through'):
-        # Other keys, other coins.
-        assert any(jnp.any(leaf[0] != leaf[1]) for leaf in jax.tree.leaves(together))
+    together = jax.device_get(jax.jit(jax.vmap(masks_of_run))(keys))
+    for count, (*_, masks) in enumerate(whole_run(name)):
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda leaf, at=count: leaf[0, at], together), masks
+        )
+    if name in ACTIVE and name not in COINLESS:  # other keys, other coins
+        assert any(np.any(leaf[0] != leaf[1]) for leaf in jax.tree.leaves(together))
 
 
-@each_transformation
-def test_state_is_stable_under_cond(name):
-    params = linen()
-    transform = make(name)
-    state = transform.init(params)
-
-    @jax.jit
-    def maybe(flag):
-        return jax.lax.cond(flag, lambda: transform.update(params, state, params)[1], lambda: state)
-
-    chex.assert_trees_all_equal_shapes_and_dtypes(maybe(True), state)
-    chex.assert_trees_all_equal(get_masks(maybe(False)), get_masks(state))
-    updated = jax.tree.map(lambda leaf: leaf[0], whole_run(name)[2])
-    chex.assert_trees_all_equal(get_masks(maybe(True)), updated)
-
-
-@each_transformation
-def test_extra_arguments_pass(name):
-    params = linen()
-    chain = optax.chain(make(name), optax.sgd(0.1), optax.contrib.reduce_on_plateau())
-    with jax.numpy_dtype_promotion('standard'):  # for the plateau
-        updates, _ = chain.update(params, chain.init(params), params, value=jnp.float32(1.0))
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-    plain, _ = make(name).update(params, make(name).init(params), params, value=1.0, other='x')
-    assert plain is params
-
-
-@each_transformation
-def test_same_masks_without_jit(name):
-    _, _, masks = run(before(make(name)), linen(), 4, how=lambda step: step)
-    whole = jax.tree.map(lambda leaf: leaf[:4], whole_run(name)[2])
-    chex.assert_trees_all_equal(whole, masks)
+@pytest.mark.parametrize(
+    'name', slow_but(TRANSFORMATIONS, *(name for name in BRIEFLY if 'followed' not in name))
+)
+def test_without_jit_the_same_masks_and_updates_that_are_not_touched(name):
+    (transform, state), params = started(name), linen()
+    for count in range(2):  # each compiles anew
+        updates = gradients_at(params, count)
+        same, state = transform.update(updates, state, params, value=1.0, other='x')
+        assert same is updates
+        params, _, masks = whole_run(name)[count]
+        chex.assert_trees_all_equal(get_masks(state), masks)
 
 
 def save(tree):
@@ -163,58 +134,32 @@ def save(tree):
 
 @each_transformation
 def test_resumed_run_continues_equally(name):
-    *whole, masks = whole_run(name)
-    *half, first = run(before(make(name)), linen(), 6)  # the same key, the same masks
     # The process that resumes builds its own transformation, here even with another key: the
     # coins come from the state.
-    weights, state = save(half)
-    *end, last = run(before(make(name, seed=99)), weights, 8, state, first=6)
-    chex.assert_trees_all_equal(whole, end)
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, last)
-    chex.assert_trees_all_equal(masks, joined)
+    weights, state = save(whole_run(name)[5][:2])
+    resumed = run(before(make(name, seed=99)), weights, 8, state, first=6)
+    chex.assert_trees_all_equal(resumed, whole_run(name)[6:])
 
 
 @each_transformation
-def test_one_trace_and_no_host_round_trip(name):
-    params = linen()
-    transform = make(name)
-    traces = []
-
-    @jax.jit
-    def step(state, params):
-        traces.append(1)
-        return transform.update(params, state, params)[1]
-
-    state = transform.init(params)
-    text = step.lower(state, params).as_text()
-    for _ in range(5):
-        state = step(state, params)
-    assert len(traces) == 1
-    assert text.count('module @') == 1
-    assert 'callback' not in text
-
-
-@each_transformation
-def test_init_can_be_traced_and_shaped(name):
-    params = linen()
-    transform = make(name)
-    state = transform.init(params)
-    shaped = jax.eval_shape(transform.init, params)
-    assert jax.tree.structure(shaped) == jax.tree.structure(state)
-    jitted = jax.jit(transform.init)(params)
+def test_init_can_be_traced(name):
+    transform, state = started(name)
+    jitted = jax.jit(transform.init)(linen())
     chex.assert_trees_all_equal(get_masks(jitted), get_masks(state))
     chex.assert_trees_all_equal_shapes_and_dtypes(jitted, state)
 
 
-@each_transformation
+# How the others go shows on the meshes of test_devices.
+@pytest.mark.parametrize('name', slow_but(TRANSFORMATIONS, 'RigL'))
 def test_masks_inherit_sharding(name, mesh):
     params = {'fc1': {'kernel': array(16, 8), 'bias': array(8)}}
-    whole_state = make(name).init(params)
-    _, whole_state = make(name).update(params, whole_state, params)
+    transform = make(name)
+    update = jax.jit(transform.update)
+    _, whole_state = update(params, transform.init(params), params)
     spread = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
     params = jax.device_put(params, spread)
-    state = make(name).init(params)
-    _, new = jax.jit(make(name).update)(params, state, params)
+    state = transform.init(params)
+    _, new = update(params, state, params)
     for masks in (get_masks(state), get_masks(new)):
         for mask in jax.tree.leaves(masks):
             assert mask.ndim == 0 or mask.sharding.is_equivalent_to(spread, mask.ndim)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from situations import KEY, MAKERS, array
+from situations import KEY, MAKERS, array, slow_but
 
 import dns_jax
 from dns_jax import (
@@ -64,18 +64,22 @@ def test_empty_leaves_count_nothing_and_stay(name, tree):
         assert sizes.layers['lora'].parameters == 0
 
 
-@pytest.mark.parametrize('takes_part', [dns_jax.is_kernel, dns_jax.has_axes])
-@pytest.mark.parametrize('tree', EMPTY)
+@pytest.mark.parametrize(
+    'takes_part',
+    [pytest.param(dns_jax.is_kernel, marks=pytest.mark.slow), dns_jax.has_axes],
+)
+@pytest.mark.parametrize('tree', slow_but(EMPTY, 'an empty bias', 'an adapter of rank 0'))
 def test_empty_leaves_in_files_and_back(tree, takes_part, tmp_path):
     sparse = pytest.importorskip('dns_jax.files.sparse')
     params = EMPTY[tree]()
     pruner = surgery(Rule(layer_density(0.5)), KEY, takes_part=takes_part)
-    _, state = pruner.update(params, pruner.init(params), params)
+    _, state = jax.jit(pruner.update)(params, pruner.init(params), params)
     sparse.save_sparse(tmp_path / 'f', params, state.masks)
     back = sparse.load_sparse(tmp_path / 'f')
     chex.assert_trees_all_equal_shapes(back.params, params)
     again = surgery(Rule(layer_density(0.25)), KEY, masks=back.masks)
-    _, after = again.update(params, again.init(params), params)
+    after = again.init(params)
+    jax.eval_shape(again.update, params, after, params)
     assert dns_jax.find_empty_layers(after.masks) == []
     assert dns_jax.measure_sizes(params, after.masks).total.parameters == sum(
         leaf.size for leaf in jax.tree.leaves(params)
@@ -89,7 +93,7 @@ def test_metrics_of_masks_that_are_empty_themselves():
     total = measure_sizes(params, masks).total
     assert (total.parameters, total.density, total.compression) == (4, 1.0, 1.0)
     pruner = surgery(Rule(global_density(0.5)), KEY, masks=masks)
-    _, state = pruner.update(params, pruner.init(params), params)
+    _, state = jax.jit(pruner.update)(params, pruner.init(params), params)
     assert count_kept(state.masks)['b'] == 2
     nothing = {'a': jnp.zeros((0, 3))}
     size = measure_sizes(nothing, {'a': jnp.ones((), bool)}).total

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from situations import KEY, array, network, run
+from situations import KEY, array, network
 
 import dns_jax
 from dns_jax import (
@@ -24,8 +24,8 @@ COMPAT_TABLE = 'field'
 
 @pytest.mark.parametrize('sigma', [0, 1, 0.5, np.float32(0.5), 1.0, lambda step: 0.5])
 def test_a_number_is_a_chance(sigma):
-    state = run(surgery(Rule(mean_std(0.3), sigma), KEY), 3)
-    assert int(state.count) == 3
+    pruner, params = surgery(Rule(mean_std(0.3), sigma), KEY), network()
+    jax.eval_shape(pruner.update, params, pruner.init(params), params)
 
 
 WRONG_RULES = [
@@ -54,7 +54,7 @@ def test_wrong_rules_are_named(make, named):
 
 
 def large():
-    return {f'block{n:03}': {'kernel': jnp.ones((2, 3))} for n in range(500)}
+    return {f'block{n:03}': {'kernel': np.ones((2, 3), np.float32)} for n in range(500)}
 
 
 MISMATCHES = {
@@ -122,10 +122,3 @@ def test_updates_without_an_array_pass(updates):
     returned, state = pruner.update(updates, pruner.init(params), params)
     assert jax.tree.structure(returned) == jax.tree.structure(updates)
     assert not state.masks['fc']['kernel'].all()
-
-
-def test_a_leaf_that_is_no_array_is_named():
-    with pytest.raises((ValueError, TypeError), match='fc'):
-        surgery(Rule(layer_density(0.5)), KEY, takes_part=dns_jax.has_axes).init(
-            {'fc': np.ones((2, 2), int)}
-        )

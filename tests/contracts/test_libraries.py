@@ -259,6 +259,7 @@ def is_right(names, labels):
     return float(jnp.mean(names['logits'].argmax(-1) == labels))
 
 
+@pytest.mark.slow  # test_nnx has the optimizer of NNX, and the two below go through the same calls
 def test_the_resnet(compat):
     row = 'flax.nnx: ResNet with BatchNorm and Dropout, nnx.Optimizer, nnx.jit'
     compat('recipes', row)
@@ -290,6 +291,7 @@ def test_the_resnet(compat):
     compat('recipes', row, DONE)
 
 
+@pytest.mark.slow  # test_stacking has an optimizer around a stack
 def test_the_transformer(compat):
     row = 'flax.linen: transformer with scanned layers, TrainState'
     compat('recipes', row)

@@ -2,15 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
-from situations import KEY, array
+from situations import array
 
 import dns_jax
-from dns_jax import apply_masks, get_masks, measure_sizes, prune_to, pruners
-from dns_jax.layers import named_leaves
+from dns_jax import apply_masks, get_masks, measure_sizes, prune_to
 
 COMPAT_TABLE = 'field'
 
@@ -48,22 +46,17 @@ def masked_loss(model, masks, x):
 
 
 @pytest.mark.parametrize(
-    ('which', 'jitted', 'pruner'),
+    ('which', 'jitted'),
     [
-        ('Optimizer', True, 'prune_to'),
-        pytest.param('Optimizer', False, 'prune_to', marks=pytest.mark.slow),
-        pytest.param('ModelAndOptimizer', True, 'prune_to', marks=pytest.mark.slow),
-        pytest.param('Optimizer', True, 'RigL', marks=pytest.mark.slow),
+        ('Optimizer', True),
+        pytest.param('Optimizer', False, marks=pytest.mark.slow),
+        pytest.param('ModelAndOptimizer', True, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures('defaults_of_jax')
-def test_the_optimizers_of_nnx(which, jitted, pruner):
+def test_the_optimizers_of_nnx(which, jitted):
     model = Net(nnx.Rngs(0))
-    make = {
-        'prune_to': lambda: prune_to(density=0.25, steps=4),
-        'RigL': lambda: pruners.regrow(0.25, 1, 9, KEY),
-    }[pruner]
-    transform = optax.chain(make(), optax.adam(1e-2))
+    transform = optax.chain(prune_to(density=0.25, steps=4), optax.adam(1e-2))
     if which == 'Optimizer':
         optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
     else:
@@ -99,22 +92,3 @@ def test_the_optimizers_of_nnx(which, jitted, pruner):
         )
     nnx.update(model, small)
     model(x)
-
-
-@pytest.mark.usefixtures('defaults_of_jax')
-def test_nnx_gives_what_a_plain_loop_gives():
-    model = Net(nnx.Rngs(0))
-    transform = optax.chain(prune_to(density=0.25, steps=4), optax.sgd(1e-1))
-    optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    state = transform.init(params)
-    for seed in range(5):
-        own = jax.tree.map(lambda leaf, seed=seed: array(*leaf.shape, seed=seed), params)
-        grads = nnx.state(model, nnx.Param)
-        nnx.replace_by_pure_dict(grads, own)
-        optimizer.update(model, grads)
-        updates, state = transform.update(own, state, params)
-        params = optax.apply_updates(params, updates)
-    found = dict(named_leaves(get_masks(optimizer.opt_state)))
-    for path, mask in named_leaves(get_masks(state)):
-        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(mask), err_msg=path)

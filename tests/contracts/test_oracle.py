@@ -104,30 +104,18 @@ def caffe_step():
 ORDERS = {'paper': paper_step, 'caffe': caffe_step}
 
 
-@functools.cache
-def trained(order, how):
+def trained(order):
     weights, images, labels = problem()
     init, step = ORDERS[order]()
     params = jax.tree.map(jnp.asarray, weights)
     batches = (jnp.asarray(images), jnp.asarray(labels))
-    carry = (params, init(params))
-    if how == 'scan':
-        _, history = jax.lax.scan(step, carry, batches)
-        return [
-            jax.tree.map(lambda leaf, at=at: np.asarray(leaf[at]), history) for at in range(STEPS)
-        ]
-    step = jax.jit(step)
-    history = []
-    for at in range(STEPS):
-        carry, seen = step(carry, jax.tree.map(lambda leaf, at=at: leaf[at], batches))
-        history.append(jax.device_get(seen))
-    return history
+    history = jax.device_get(jax.lax.scan(step, (params, init(params)), batches)[1])
+    return [jax.tree.map(lambda leaf, at=at: leaf[at], history) for at in range(STEPS)]
 
 
-@pytest.mark.parametrize('how', ['jit', 'scan'])
 @pytest.mark.parametrize('order', ORDERS)
-def test_library_follows_the_oracle(order, how):
-    steps = zip(trained(order, how), expected(order), strict=True)
+def test_library_follows_the_oracle(order):
+    steps = zip(trained(order), expected(order), strict=True)
     for at, ((masks, params), (oracle_masks, oracle_weights)) in enumerate(steps):
         for layer in RULES:
             for name in ('kernel', 'bias'):
@@ -221,12 +209,3 @@ def test_orders_line_up():
     # And what the Caffe gradients saw is what the whole run had.
     for masks, (oracle_masks, _) in zip(seen['caffe'], expected('caffe'), strict=True):
         jax.tree.map(np.testing.assert_array_equal, masks, oracle_masks)
-
-
-def test_orders_part_on_a_network():
-    # Same rule, same coins, same first masks; the first gradient already differs.
-    (paper_masks, paper_weights), (caffe_masks, caffe_weights) = (
-        expected(order)[0] for order in ('paper', 'caffe')
-    )
-    jax.tree.map(np.testing.assert_array_equal, paper_masks, caffe_masks)
-    assert np.abs(paper_weights['fc1']['kernel'] - caffe_weights['fc1']['kernel']).max() > 1e-4

@@ -18,6 +18,7 @@ from dns_jax import Rule, get_masks, mean_std, surgery
 COMPAT_TABLE = 'field'
 
 
+@functools.cache
 def trained():
     optimizer = optax.chain(surgery(Rule(mean_std(0.3), 0.5, 2), KEY), optax.sgd(0.1, 0.9))
     params, state = network(), optimizer.init(network())
@@ -84,8 +85,8 @@ def test_a_state_survives_serialisers(how):
 @pytest.mark.parametrize(
     'name', slow_but(['mean_std', 'layer_density', 'norm', 'erk', 'prune_to'], 'prune_to')
 )
-def test_init_of_eighty_layers_compiles_little(name):
-    params = {f'block{n}': {'kernel': array(4 + n % 3, 5, seed=n)} for n in range(80)}
+def test_init_of_thirty_layers_compiles_little(name):
+    params = {f'block{n}': {'kernel': array(4 + n % 3, 5, seed=n)} for n in range(30)}
     compiled = []
     pruner = MAKERS[name]()
     pruner.init({'block0': params['block0']})  # the small programs that all use
@@ -118,4 +119,4 @@ def test_state_and_weights_can_be_donated(name):
         params, state = step(params, state)
     assert mask.is_deleted()
     assert int(state[0].count) == 2
-    optimizer.init(network())  # again, though the first is gone
+    step(network(), optimizer.init(network()))  # again, though the first is gone

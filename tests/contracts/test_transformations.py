@@ -80,11 +80,11 @@ def scan(transform, params):
     return carry[1], *history
 
 
-def scan_all():
+def scan_all(names=tuple(MAKERS)):
     """Trains with each of MAKERS, in one program that is traced anew."""
 
     def scans(params, key):
-        return {name: scan(make(key), params) for name, make in MAKERS.items()}
+        return {name: scan(MAKERS[name](key), params) for name in names}
 
     return jit(scans)(start(), jax.random.key(0))
 
@@ -106,17 +106,22 @@ def test_strict_types_and_ranks(compat):
 # Two in one program, as programs take long to compile. With enable_checks, debug_key_reuse takes
 # any fold_in in a scan for a key used twice.
 @pytest.mark.parametrize(
-    'modes', [('enable_checks', 'enable_x64'), ('check_tracer_leaks', 'debug_key_reuse')]
+    ('modes', 'names'),
+    [
+        (('enable_checks', 'enable_x64'), tuple(MAKERS)),
+        (('check_tracer_leaks', 'debug_key_reuse'), ('surgery to a density', 'RigL')),
+    ],
 )
-def test_modes_of_jax(modes, compat):
+def test_modes_of_jax(modes, names, compat):
     with contextlib.ExitStack() as stack:
         for mode in modes:
             compat('transformations', mode)
             stack.enter_context(getattr(jax, mode)(True))
-        got = scan_all()
-    chex.assert_trees_all_equal_dtypes(got, reference())
+        got = scan_all(names)
+    wanted = {name: reference()[name] for name in names}
+    chex.assert_trees_all_equal_dtypes(got, wanted)
     for name, (_, weights, masks) in got.items():
-        check_equal(unstack(weights, masks), unstack(*reference()[name][1:]))
+        check_equal(unstack(weights, masks), unstack(*wanted[name][1:]))
 
 
 def test_key_used_twice_would_be_found():
@@ -130,7 +135,7 @@ def test_key_used_twice_would_be_found():
         transform.update(start(), state, start())
 
 
-@pytest.mark.parametrize('name', MAKERS)
+@pytest.mark.parametrize('name', slow_but(MAKERS, 'surgery', 'surgery to a density'))
 def test_no_number_is_nan_or_infinite(name, compat):
     compat(
         'transformations', f'debug_nans and debug_infs: {name}', 'a layer of zeros and one pruned'
@@ -163,18 +168,20 @@ def check_by_hand(setting, transform=None, by_hand=None, **options):
     return run
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_small_floats(dtype, compat):
     compat('transformations', f'weights of {dtype.__name__}')
     run = check_by_hand(Setting(params=start(dtype), batches=noise(dtype)))
     assert {leaf.dtype for leaf in jax.tree.leaves(run.params)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_loss(compat):
     compat('transformations', 'checkpoint of the loss')
     check_by_hand(Setting(loss=jax.checkpoint(error)), by_hand=Setting())
 
 
+@pytest.mark.slow  # test_states has a donation too
 def test_donation_of_params_and_state(compat):
     compat('transformations', 'donation of params and state')
     first = []
@@ -200,12 +207,6 @@ def test_with_and_without_jit(without, compat):
     assert run.traces == (4 if without else 1)
 
 
-def test_scan_of_steps(compat):
-    compat('transformations', 'scan of steps')
-    _, weights, masks = jit(lambda params: scan(cut(), params))(start())
-    check_equal(unstack(weights, masks), train_by_hand(optax.sgd(RATE), Setting()))
-
-
 def coins(key, sigma):
     """What `update_masks` promises of its coins, as a question whether a layer is due."""
     numbers = [
@@ -215,7 +216,7 @@ def coins(key, sigma):
     return lambda count, layer: bool(numbers[count][['fc1', 'fc2'].index(layer)] < sigma)
 
 
-@pytest.mark.parametrize('implementation', ['threefry2x32', 'rbg', 'unsafe_rbg'])
+@pytest.mark.parametrize('implementation', slow_but(['threefry2x32', 'rbg', 'unsafe_rbg'], 'rbg'))
 def test_keys(implementation, compat):
     compat('transformations', f'keys of {implementation}')
     key = jax.random.key(5, impl=implementation)
@@ -226,6 +227,7 @@ def test_keys(implementation, compat):
 
 
 def test_vmap_over_seeds(compat):
+    compat('transformations', 'scan of steps')
     compat('transformations', 'vmap over seeds', 'of scans: other weights and other coins')
     keys = jax.random.split(jax.random.key(7), 3)
     params = stack([jax.tree.map(lambda leaf, by=by: leaf * by, start()) for by in (1, -1, 0.9)])
@@ -258,7 +260,7 @@ def loss_after_steps(make, masks=None):
     return loss
 
 
-@pytest.mark.parametrize('name', slow_but(MAKERS, 'surgery', 'gradual'))
+@pytest.mark.parametrize('name', slow_but(MAKERS, 'gradual'))
 def test_gradient_through_steps(name, compat):
     compat('transformations', f'grad through steps: {name}', 'masks are constants of it')
     with jax.enable_x64(True):

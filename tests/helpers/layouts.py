@@ -4,7 +4,6 @@ import functools
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dns_jax
@@ -67,7 +66,7 @@ def twin(layout, seed):
         for number, path in enumerate(slices):
             random = np.random.default_rng([seed, number, *path.encode()])
             scale = random.choice([0.1, 1.0, 3.0])  # layers of unequal scale
-            leaves.append((path, jnp.asarray(scale * random.normal(size=shape), jnp.float32)))
+            leaves.append((path, (scale * random.normal(size=shape)).astype(np.float32)))
     return nest_leaves(leaves)
 
 
@@ -88,7 +87,7 @@ def stack(layout, tree, lead=0):
         for length, axis in reversed(list(zip(counts, axes, strict=False))):
             groups = range(0, len(arrays), length)
             arrays = [np.stack(arrays[at : at + length], axis + lead) for at in groups]
-        leaves.append((path, jnp.asarray(arrays[0])))
+        leaves.append((path, arrays[0]))
     return nest_leaves(leaves)
 
 
@@ -133,9 +132,10 @@ MAKERS = {
 def inputs(layout):
     """Weights and gradients of every step, of the twin."""
     trees = [twin(layout, step) for step in range(2 * STEPS)]
-    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[:STEPS])
-    gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[STEPS:])
-    return weights, gradients
+    return tuple(
+        jax.tree.map(lambda *leaves: np.stack(leaves), *part)
+        for part in (trees[:STEPS], trees[STEPS:])
+    )
 
 
 def states_of(pruner, weights, gradients):

@@ -28,7 +28,7 @@ def slow_but(names, *fast):
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype))
 
 
 def network(seed=0):

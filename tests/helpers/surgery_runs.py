@@ -46,7 +46,7 @@ def network(dtype=jnp.float32):
     random = np.random.default_rng(0)
     shapes = {'fc1': {'kernel': (16, 8), 'bias': (8,)}, 'fc2': {'kernel': (8, 8), 'bias': (8,)}}
     return jax.tree.map(
-        lambda shape: jnp.asarray(random.normal(size=shape), dtype),
+        lambda shape: random.normal(size=shape).astype(dtype),
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -98,5 +98,5 @@ def states_of_run(how, params, key=None, steps=STEPS, rules=RULES, move=drift):
 
 def three_layers(dtype=jnp.float32):
     params = network(dtype)
-    kernel = jnp.asarray(np.random.default_rng(1).normal(size=(8, 16)), dtype)
-    return params | {'fc3': {'kernel': 5 * kernel}}
+    kernel = 5 * np.random.default_rng(1).normal(size=(8, 16))
+    return params | {'fc3': {'kernel': kernel.astype(dtype)}}

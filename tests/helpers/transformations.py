@@ -17,11 +17,15 @@ from flax import nnx
 from situations import slow_but
 
 from dns_jax import (
+    Blocks,
+    NofM,
     Rule,
+    Units,
     get_masks,
     global_density,
     has_axes,
     importance,
+    is_kernel,
     layer_density,
     log_linear_density,
     mean_std,
@@ -48,6 +52,13 @@ ALL = {'takes_part': has_axes}  # biases too
 TRANSFORMATIONS = {
     'surgery': lambda key: surgery(RULE, key, **ALL),
     'surgery of kernels as one': lambda key: surgery({'*': RULE}, key, layer_of=one_layer),
+    'units': lambda key: surgery(RULE._replace(structure=Units()), key, **ALL),
+    'rows over all': lambda key: surgery(
+        FOLLOWED._replace(structure=Blocks((1, -1))), key, takes_part=is_kernel
+    ),
+    'one of two': lambda key: surgery(
+        Rule(None, SIGMA, structure=NofM(1, 2, axis=-1)), key, takes_part=is_kernel
+    ),
     'surgery of nothing': lambda key: surgery({}, key),
     'a density per layer': lambda key: surgery({'*': BY_LAYER}, key, **ALL),
     'a density over all': lambda key: surgery(GLOBAL, key, **ALL),
@@ -64,6 +75,10 @@ TRANSFORMATIONS = {
     'RigL': lambda key: pruners.regrow(0.3, 2, 9, key, 0.5, initial=importance.magnitude, **ALL),
     'gradual': lambda key: pruners.gradual(0.2, 0, 9, 3, key, importance=importance.chance, **ALL),
 }
+# Of these another key changes nothing.
+COINLESS = ('Han', 'iterative', 'RigL', 'straight-through', 'one of two')
+# The trees that a structure does not divide.
+UNFIT = {'one of two': ('tuples', 'bare array')}
 # Those that change masks at the first step.
 ACTIVE = [
     name for name in TRANSFORMATIONS if name not in ('surgery of nothing', 'prune_to', 'gradual')
@@ -87,7 +102,7 @@ class Module:
 
 def array(*shape, dtype=jnp.float32):
     values = np.random.default_rng(sum(shape)).normal(size=shape)
-    return jnp.asarray(values, dtype)
+    return jnp.asarray(values.astype(dtype))
 
 
 def linen():
@@ -120,10 +135,18 @@ TREES = {
     'float16': lambda: optax.tree.cast(linen(), jnp.float16),
 }
 # Between them they go every way through the code; the others keep the contract in `make test-all`.
-BRIEFLY = ('surgery', 'a density that is followed', 'prune_to', 'iterative', 'RigL')
+BRIEFLY = (
+    'surgery',
+    'rows over all',
+    'one of two',
+    'a density that is followed',
+    'prune_to',
+    'iterative',
+    'RigL',
+)
 each_transformation = pytest.mark.parametrize('name', slow_but(TRANSFORMATIONS, *BRIEFLY))
-each_active = pytest.mark.parametrize('name', slow_but(ACTIVE, 'surgery', 'RigL'))
-all_transformations = pytest.mark.parametrize('name', TRANSFORMATIONS)
+# That `surgery` is wrapped shows in test_wrappers.
+each_active = pytest.mark.parametrize('name', slow_but(ACTIVE, 'RigL'))
 
 
 def make(name, seed=0):
@@ -136,26 +159,37 @@ def gradients_at(params, count):
     return jax.tree.map(lambda leaf: (leaf * sign).astype(leaf.dtype), params)
 
 
-def run(optimizer, params, steps=14, state=None, first=0, how=jax.jit):
-    """Trains for some steps.
+def run(optimizer, params, steps=14, state=None, first=0):
+    """Trains for some steps, in one program that stays on the device.
 
-    Returns the params and the state at the end, and the masks after every step.
+    Returns the weights, the state and the masks after every step.
     """
+    traces = []
 
+    @jax.jit
     def step(params, state, count):
+        traces.append(1)
         updates, state = optimizer.update(gradients_at(params, count), state, params)
         return optax.apply_updates(params, updates), state
 
-    step, seen = how(step), []
-    state = optimizer.init(params) if state is None else state
+    state, course = optimizer.init(params) if state is None else state, []
     for count in range(first, first + steps):
         params, state = step(params, state, jnp.int32(count))
-        seen.append(get_masks(state))
-    return params, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
+        course.append((params, state, get_masks(state)))
+    assert len(traces) == 1
+    assert 'callback' not in str(step.trace(params, state, jnp.int32(0)).jaxpr)
+    return course
 
 
 def before(transform):
     return optax.chain(transform, optax.sgd(0.1))
+
+
+@functools.cache
+def started(name):
+    """A transformation and its state at the start."""
+    transform = make(name)
+    return transform, transform.init(linen())
 
 
 @functools.cache

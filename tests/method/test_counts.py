@@ -188,14 +188,6 @@ def test_counts(size, density):
     assert {number.dtype for number in jitted} == {jnp.dtype('int32')}
 
 
-@pytest.mark.parametrize('shape', [(), (0, 3), (3, 43), (4, 64), (5, 7, 3, 11)])
-def test_count_true_of_all_shapes(shape):
-    mask = np.random.default_rng(0).random((2, *shape)) < 0.7
-    counts = jax.jit(jax.vmap(count_true))(mask)
-    assert counts.tolist() == [np.count_nonzero(part) for part in mask]
-    assert counts.dtype == jnp.int32
-
-
 def test_count_true_of_an_axis_that_is_sharded_explicitly():
     explicit = (jax.sharding.AxisType.Explicit,)
     mesh = jax.make_mesh((8,), ('x',), explicit, devices=jax.devices('cpu')[:8])

@@ -30,14 +30,13 @@ def test_surgery_may_go_by_another_importance():
 def test_chance_knows_nothing_of_the_weights():
     pruner = pruners.one_shot(0.3, 0, KEY, importance=importance.chance, **ALL)
     weights, gradients = HISTORY[0]
-    _, state = pruner.update(gradients, pruner.init(weights), weights)
-    larger = jax.tree.map(lambda leaf: 10 * leaf + 1, weights)
-    _, other = pruner.update(gradients, pruner.init(larger), larger)
+    update, start = jax.jit(pruner.update), pruner.init(weights)
+    _, state = update(gradients, start, weights)
+    _, other = update(gradients, start, jax.tree.map(lambda leaf: 10 * leaf + 1, weights))
     for one, two in zip(*map(jax.tree.leaves, (state.masks, other.masks)), strict=True):
         np.testing.assert_array_equal(one, two)
     assert dns_jax.count_kept(state.masks) == {'fc1': 21, 'fc2': 12}
-    again = pruners.one_shot(0.3, 0, jax.random.key(1), importance=importance.chance, **ALL)
-    _, again = again.update(gradients, again.init(weights), weights)
+    _, again = update(gradients, start._replace(key=jax.random.key(1)), weights)
     assert not (again.masks['fc1']['kernel'] == state.masks['fc1']['kernel']).all()
 
 

@@ -136,9 +136,3 @@ def test_match_patterns_refuses_a_pattern_without_effect(table, pattern):
         layers.match_patterns(table, NAMES)
     assert f'pattern {pattern!r}' in str(caught.value)
     assert str(NAMES) in str(caught.value)
-
-
-def test_a_weight_named_value_keeps_its_name():
-    tree = {'attention': {'query': {'kernel': 0.0}, 'value': {'kernel': 0.0}}, 'head': {'value': 1}}
-    paths = [path for path, _ in layers.named_leaves(tree)]
-    assert paths == ['attention/query/kernel', 'attention/value/kernel', 'head/value']

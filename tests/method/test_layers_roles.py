@@ -1,5 +1,6 @@
 """What leaves are called and what they are, as the libraries themselves build them."""
 
+import functools
 import itertools
 
 import equinox as eqx
@@ -20,7 +21,7 @@ COMPAT_TABLE = 'field'
 
 
 def array(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+    return np.float32(np.random.default_rng([seed, *shape]).normal(size=shape))
 
 
 def paths(tree):
@@ -87,7 +88,7 @@ def test_linen_transformer(how):
     for path, leaf in named_leaves(params):
         assert role(path, leaf) == expected_of_linen(path), path
         assert is_kernel(path, leaf) == path.endswith('kernel')
-    masks = init_masks(params)
+    masks = jax.eval_shape(init_masks, params)
     for (path, leaf), mask in zip(named_leaves(params), jax.tree.leaves(masks), strict=True):
         assert mask.shape == (leaf.shape if path.endswith('kernel') else ())
 
@@ -112,7 +113,8 @@ def test_linen_with_partitioned_boxes():
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     with jax.numpy_rank_promotion('allow'):
-        params = scanned().init(jax.random.key(0), jnp.ones((2, 8)), None)['params']
+        init = functools.partial(scanned().init, jax.random.key(0))
+        params = jax.eval_shape(init, jnp.ones((2, 8)), None)['params']
     assert isinstance(params['Dense_0']['kernel'], nn.Partitioned)
     for path, leaf in named_leaves(params):
         wanted = next(part for part in path.split('/') if part in ('kernel', 'bias', 'scale'))
@@ -135,7 +137,7 @@ def test_linen_others():
             return nn.Einsum((2, 3, 4), '...ab,abc->...c')(x)
 
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        variables = Net().init(jax.random.key(0), jnp.ones((2, 8, 8, 1)))
+        variables = jax.eval_shape(Net().init, jax.random.key(0), jnp.ones((2, 8, 8, 1)))
     for path, leaf in named_leaves(variables['params']):
         name = path.split('/')[-1]
         wanted = {'negative_slope': 'scale'}.get(name, name)
@@ -160,14 +162,14 @@ def test_nnx():
         **{'kernel': 'kernel', 'bias': 'bias', 'scale': 'scale', 'embedding': 'embedding'},
         **{'lora_a': 'kernel', 'lora_b': 'kernel', 'position': 'embedding'},
     }
-    params = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
+    net = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     seen = set()
-    for path, leaf in named_leaves(params):
+    for path, leaf in named_leaves(nnx.state(net, nnx.Param)):
         name = path.split('/')[-1]
         seen.add(name)
         assert role(path, leaf) == wanted[name], path
     assert seen == set(wanted)
-    for path, leaf in named_leaves(nnx.state(Net(nnx.Rngs(0)), nnx.BatchStat)):
+    for path, leaf in named_leaves(nnx.state(net, nnx.BatchStat)):
         assert role(path, leaf) == 'statistic', path
 
 
@@ -183,7 +185,7 @@ def test_nnx_vmapped_blocks():
     def make(rngs):
         return Inner(rngs)
 
-    for path, leaf in named_leaves(nnx.state(make(nnx.Rngs(0)), nnx.Param)):
+    for path, leaf in named_leaves(nnx.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))):
         assert leaf.shape[0] == 5
         assert role(path, leaf) == path.split('/')[-1], path
 
@@ -203,9 +205,8 @@ def test_haiku():
         return hk.Linear(4)(x)
 
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        params, _ = hk.transform_with_state(forward).init(
-            jax.random.key(0), jnp.zeros((2, 7), jnp.int32)
-        )
+        init = hk.transform_with_state(forward).init
+        params, _ = jax.eval_shape(init, jax.random.key(0), jnp.zeros((2, 7), jnp.int32))
     wanted = {
         **{'w': 'kernel', 'b': 'bias', 'scale': 'scale', 'offset': 'bias'},
         **{'embeddings': 'embedding', 'pos_embs': 'embedding', 'w_i': 'kernel', 'w_h': 'kernel'},
@@ -359,7 +360,7 @@ def test_caffe_gives_biases_their_rate_however_they_are_stacked():
     params = linen()
     optimizer = caffe_sgd(1.0, momentum=0.0, weight_decay=0.0)
     gradients = jax.tree.map(jnp.ones_like, params)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     for path, update in named_leaves(updates):
         wanted = -2.0 if path.endswith('bias') else -1.0
         np.testing.assert_array_equal(np.asarray(update), wanted, err_msg=path)
@@ -369,7 +370,7 @@ def test_caffe_decays_what_is_said():
     params = linen()
     optimizer = caffe_sgd(1.0, momentum=0.0, weight_decay=0.5, decay_biases=False)
     zeros = optax.tree.zeros_like(params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
     for (path, update), leaf in zip(named_leaves(updates), jax.tree.leaves(params), strict=True):
         wanted = 0 * leaf if path.endswith('bias') else -0.5 * leaf
         np.testing.assert_array_equal(np.asarray(update), np.asarray(wanted), err_msg=path)

@@ -27,7 +27,7 @@ def network(seed=0, dtype=jnp.float32):
     random = np.random.default_rng(seed)
     return {
         layer: {
-            name: jnp.asarray(random.normal(size=shape) * random.choice([0.1, 1, 5]), dtype)
+            name: (random.normal(size=shape) * random.choice([0.1, 1, 5])).astype(dtype)
             for name, shape in leaves.items()
         }
         for layer, leaves in SHAPES.items()
@@ -37,7 +37,7 @@ def network(seed=0, dtype=jnp.float32):
 def over_steps(steps, dtype=jnp.float32):
     """Weights that are others at every step."""
     trees = [network(seed, dtype) for seed in range(steps)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def run(pruner, weights, start=None):
@@ -74,7 +74,7 @@ CASES = [
 @pytest.mark.parametrize(
     ('steps', 'start', 'asked', 'dtype'),
     [
-        case if number in (0, 3, 9) else pytest.param(*case, marks=pytest.mark.slow)
+        case if number in (1, 3, 9) else pytest.param(*case, marks=pytest.mark.slow)
         for number, case in enumerate(CASES)
     ],
 )
@@ -114,11 +114,9 @@ def test_met_exactly_at_the_end_and_frozen_after(steps, start, asked, dtype):
 
 
 def test_every_layer_keeps_something_at_the_least():
-    for final in (2, 3):
-        pruner = prune_to(density=final / KERNELS, steps=3)
-        _, masks = run(pruner, over_steps(4))
-        assert kept_of(masks)[-1] == final
-        assert all(np.asarray(masks[layer]['kernel'])[-1].any() for layer in ('fc1', 'fc2'))
+    _, masks = run(prune_to(density=2 / KERNELS, steps=3), over_steps(4))
+    assert kept_of(masks)[-1] == 2
+    assert all(np.asarray(masks[layer]['kernel'])[-1].any() for layer in ('fc1', 'fc2'))
 
 
 ERRORS = [  # the others are in the table of test_arguments
@@ -155,28 +153,23 @@ def test_biases_too():
 def test_going_on_from_masks_to_another_density():
     first, weights = prune_to(density=0.3, steps=4), over_steps(5)
     state, _ = run(first, weights)
-    second = prune_to(density=0.1, steps=5, masks=jax.device_get(state.masks))
-    after, masks = run(second, weights)
+    second = prune_to(density=0.1, steps=8, masks=jax.device_get(state.masks))
+    after, masks = run(second, over_steps(9))
     chex.assert_trees_all_equal(second.init(network()).masks, state.masks)
     kept = kept_of(masks)
     assert kept[-1] == round(0.1 * KERNELS)
+    # And on the way it does not bring back all that was pruned.
+    assert kept.max() <= round(0.3 * KERNELS) * (1 + _following.TOLERANCE)
     assert dns_jax.count_kept(after.masks).keys() == {'fc1', 'fc2'}
-
-
-def test_going_on_from_masks_does_not_bring_back_all_that_was_pruned():
-    state, _ = run(prune_to(density=0.3, steps=4), over_steps(5))
-    _, masks = run(prune_to(density=0.1, steps=8, masks=state.masks), over_steps(9))
-    assert kept_of(masks).max() <= round(0.3 * KERNELS) * (1 + _following.TOLERANCE)
 
 
 @pytest.mark.parametrize(
     'wrap',
     [
-        'chain',
         'MultiSteps',
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ('apply_if_finite', 'inject', 'nested')
+            for name in ('chain', 'apply_if_finite', 'inject', 'nested')
         ),
     ],
 )
@@ -193,7 +186,7 @@ def test_in_a_loop_of_ones_own(wrap):
     }[wrap]()
     params = network()
     state = optimizer.init(params)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 13)), jnp.float32)
+    x = np.float32(np.random.default_rng(0).normal(size=(8, 13)))
 
     def loss_fn(params, x):
         hidden = jnp.tanh(x @ params['fc1']['kernel'] + params['fc1']['bias'][None])
@@ -211,12 +204,9 @@ def test_in_a_loop_of_ones_own(wrap):
         return optax.apply_updates(params, updates), state, loss
 
     with jax.numpy_dtype_promotion('standard'):
-        lowered = step.lower(params, state, x).as_text()
-        assert 'callback' not in lowered
-        traces.clear()
         for _ in range(14):
             params, state, _ = step(params, state, x)
-    assert len(traces) <= 1
+    assert len(traces) == 1
     sizes = measure_sizes(params, get_masks(state)).total
     assert sizes.kept == TOTAL // 4
     small = dns_jax.apply_masks(params, get_masks(state))

@@ -95,15 +95,6 @@ def test_values_are_float32_scalars(schedule):
     assert (value.shape, value.dtype) == ((), jnp.float32)
 
 
-def test_numbers_of_the_paper():
-    sigma = update_probability(gamma=1e-4, power=1.0, stop=14_000)
-    assert float(sigma(0)) == 1.0
-    np.testing.assert_allclose(sigma(10_000), 0.5, rtol=1e-6)
-    np.testing.assert_allclose(sigma(13_999), 0.41668403, rtol=1e-6)
-    assert float(sigma(14_000)) == 0.0
-    np.testing.assert_allclose(caffe_inv(0.01, 1e-4, 0.75)(10_000), 0.0059460356, rtol=1e-6)
-
-
 def test_step_changes_exactly_at_multiples_for_all_sizes():
     sizes = np.arange(1, 51)
     schedules = [caffe_step(1.0, 0.5, int(size)) for size in sizes]

@@ -36,14 +36,17 @@ def test_state_at_the_start():
         np.testing.assert_allclose([*state.thresholds[layer]], want, rtol=1e-5)
 
 
+jitted_drift = jax.jit(drift)
+
+
 def test_one_step_is_update_masks_with_the_key_and_probability_of_the_count():
     params, key = network(), jax.random.key(4)
     transform = surgery(RULES, key)
-    state = transform.init(params)
+    state, update = transform.init(params), jax.jit(transform.update)
     masks = state.masks
     for count in range(STEPS):
-        moved = drift(params, jnp.int32(count))
-        _, state = transform.update(moved, state, moved)
+        moved = jitted_drift(params, jnp.int32(count))
+        _, state = update(moved, state, moved)
         sigma = {'fc1': 1 / (1 + 0.1 * count), 'fc2': 1 / (1 + 0.5 * count) if count < 15 else 0.0}
         folded = jax.random.fold_in(key, count)
         masks = update_masks(folded, moved, masks, state.thresholds, sigma)
@@ -106,7 +109,7 @@ def test_masks_follow_the_weights_of_the_gradient_not_the_updated_ones():
     params, gradients = jnp.array([0.5, 2.0]), jnp.array([-10.0, 10.0])
     for order in (lambda *parts: parts, lambda *parts: reversed(parts)):
         optimizer = optax.chain(*order(surgery(always, jax.random.key(0)), optax.sgd(1.0)))
-        _, state = optimizer.update(gradients, optimizer.init(params), params)
+        _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
         assert get_masks(state).tolist() == [False, True]
 
 
@@ -152,10 +155,15 @@ def test_a_pruned_weight_learns_and_comes_back():
     state = optimizer.init(params)
     value_and_grad = masked_value_and_grad(lambda weights: jnp.sum((weights - 2.0) ** 2) / 2)
     kept, values = [], []
-    for _ in range(6):
+
+    @jax.jit
+    def step(params, state):
         value, gradient = value_and_grad(params, get_masks(state))
         updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        return value, optax.apply_updates(params, updates), state
+
+    for _ in range(6):
+        value, params, state = step(params, state)
         values.append(float(value))
         kept.append(bool(get_masks(state)[0]))
     # 0.5 is below the band: pruned. At zero its gradient is −2, so it grows to 0.875, 1.375, 1.875.

@@ -10,7 +10,6 @@ import pytest
 from situations import slow_but
 from surgery_runs import (
     REFRESHED,
-    RULES,
     init_masks,
     network,
     states_of_run,
@@ -32,15 +31,7 @@ from dns_jax import (
 )
 
 
-def test_thresholds_stay_those_of_the_reference():
-    params = network()
-    transform = surgery(RULES, jax.random.key(0))
-    state = transform.init(params)
-    _, after = transform.update(params, state, jax.tree.map(lambda leaf: 10 * leaf, params))
-    chex.assert_trees_all_equal(after.thresholds, state.thresholds)
-
-
-@pytest.mark.parametrize('how', slow_but(['jit', 'vmap of scan', 'plain'], 'jit', 'vmap of scan'))
+@pytest.mark.parametrize('how', slow_but(['jit', 'vmap of scan', 'plain'], 'jit'))
 def test_thresholds_are_asked_for_again_when_they_should_be(how):
     params, key = three_layers(), jax.random.key(4)
     steps = 4 if how == 'plain' else 12  # without jit every refresh is compiled anew
@@ -116,7 +107,13 @@ def test_every_refresh_reaches_the_density(factory, hysteresis):
     assert np.all(kept[21:24] != kept[20])
 
 
-@pytest.mark.parametrize('rule', [layer_density(0.3), global_density(0.2, hysteresis=0.2)])
+@pytest.mark.parametrize(
+    'rule',
+    [
+        pytest.param(layer_density(0.3), marks=pytest.mark.slow),
+        global_density(0.2, hysteresis=0.2),
+    ],
+)
 def test_without_refresh_thresholds_stay_those_of_the_start(rule):
     params = three_layers()
     once = Rule(rule, update_probability(gamma=0.1), refresh_every=0)

@@ -44,15 +44,6 @@ def test_pooling_is_that_of_caffe(pooling):
     np.testing.assert_array_equal(found, of_each(caffe_layers.pool, images, size, stride))
 
 
-@pytest.mark.parametrize(
-    ('side', 'pooled'), [(55, 27), (27, 13), (13, 6), (16, 8), (8, 4), (4, 2), (3, 1), (2, 1)]
-)
-def test_sizes_of_windows_of_three_by_two(side, pooled):
-    images = jax.ShapeDtypeStruct((1, side, side, 1), jnp.float32)
-    shape = jax.eval_shape(lambda images: pool_as_caffe(images, 3, 2), images).shape
-    assert shape == (1, pooled, pooled, 1)
-
-
 @pytest.mark.parametrize(('height', 'width'), [(9, 7), (5, 11)])
 def test_the_gradient_of_pooling_is_that_of_flax(height, width):
     """Where all windows lie within the image and maxima are single, as of random numbers."""

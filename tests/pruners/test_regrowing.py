@@ -63,19 +63,21 @@ def test_regrow_grows_nothing_of_no_importance():
         0.4, 1, 20, KEY, 0.5, growth=importance.magnitude, initial=importance.magnitude, **ALL
     )
     weights = {'fc1': jnp.arange(1.0, 51.0)}
-    _, state = pruner.update(weights, pruner.init(weights), weights)
-    left = jax.tree.map(lambda leaf, mask: jnp.where(mask, leaf, 0), weights, state.masks)
-    _, state = pruner.update(weights, state, left)
+    update = jax.jit(pruner.update)
+    _, state = update(weights, pruner.init(weights), weights)
+    left = dns_jax.apply_masks(weights, state.masks)
+    _, state = update(weights, state, left)
     # What was dropped is all that has a magnitude, so it comes back.
     np.testing.assert_array_equal(state.masks['fc1'], left['fc1'] > 0)
 
 
 def test_regrow_begins_at_random_unless_told():
-    counts, masks = [], []
+    pruner = pruners.regrow(0.4, 10, 20, KEY, **ALL)
+    counts, masks, update = [], [], jax.jit(pruner.update)
     for seed in range(2):
-        pruner = pruners.regrow(0.4, 10, 20, jax.random.key(seed), **ALL)
         weights, gradients = HISTORY[0]
-        _, state = pruner.update(gradients, pruner.init(weights), weights)
+        state = pruners.regrow(0.4, 10, 20, jax.random.key(seed), **ALL).init(weights)
+        _, state = update(gradients, state, weights)
         counts.append(dns_jax.count_kept(state.masks))
         masks.append(state.masks['fc1']['kernel'])
     assert counts == [{'fc1': 28, 'fc2': 16}] * 2
@@ -88,12 +90,13 @@ def test_regrow_keeps_its_number_where_gradients_and_weights_are_zero(drop):
     pruner = pruners.regrow(0.4, 1, 20, KEY, drop, initial=importance.magnitude, **ALL)
     weights = {'fc1': jnp.arange(1.0, 51.0)}
     zeros = {'fc1': jnp.zeros(50)}
-    _, state = pruner.update(zeros, pruner.init(weights), weights)
+    update = jax.jit(pruner.update)
+    _, state = update(zeros, pruner.init(weights), weights)
     first = np.array(state.masks['fc1'])
-    _, state = pruner.update(zeros, state, weights)
+    _, state = update(zeros, state, weights)
     assert state.masks['fc1'].sum() == 20
     assert (np.array(state.masks['fc1']) == first).all() == (drop == 0)
-    _, state = pruner.update(zeros, state, zeros)
+    _, state = update(zeros, state, zeros)
     assert state.masks['fc1'].sum() == 20
 
 
@@ -102,7 +105,7 @@ def test_regrow_keeps_a_weight_that_is_not_a_number():
     pruner = pruners.regrow(0.75, 1, 9, KEY, drop=0.4, initial=importance.magnitude, **ALL)
     weights = {'fc1': jnp.array([jnp.nan, 1.0, 2.0, 3.0])}
     gradients = {'fc1': jnp.array([1e-9, 1.0, 2.0, 3.0])}
-    state = pruner.init(weights)
+    state, update = pruner.init(weights), jax.jit(pruner.update)
     for _ in range(2):
-        _, state = pruner.update(gradients, state, weights)
+        _, state = update(gradients, state, weights)
         np.testing.assert_array_equal(state.masks['fc1'], [True, False, True, True])
