@@ -76,7 +76,14 @@ TRANSFORMATIONS = {
     'gradual': lambda key: pruners.gradual(0.2, 0, 9, 3, key, importance=importance.chance, **ALL),
 }
 # Of these another key changes nothing.
-COINLESS = ('Han', 'iterative', 'RigL', 'straight-through', 'one of two')
+COINLESS = (
+    'Han',
+    'iterative',
+    'RigL',
+    'straight-through',
+    'one of two',
+    'surgery of kernels as one',
+)
 # The trees that a structure does not divide.
 UNFIT = {'one of two': ('tuples', 'bare array')}
 # Those that change masks at the first step.
