@@ -63,6 +63,13 @@ def exact(array: np.ndarray, aval: Any) -> Known:
     return tidy(np.ones((1,) * array.ndim, bool), array, aval)
 
 
+def widen(numbers: np.ndarray) -> np.ndarray:
+    """Gives numbers the widest dtype of their kind, to sum them in."""
+    if np.issubdtype(numbers.dtype, np.complexfloating):
+        return numbers.astype(np.complex128)
+    return numbers.astype(np.int64 if np.issubdtype(numbers.dtype, np.integer) else np.float64)
+
+
 def spread(part: np.ndarray, shape: Sequence[int], axes: Sequence[int]) -> np.ndarray:
     """Gives some axes their full length."""
     lengths = [shape[axis] if axis in axes else size for axis, size in enumerate(part.shape)]
@@ -81,12 +88,9 @@ def known_slices(known: Known, region: Region) -> Region:
     """Finds along each axis the entries all of which, within a region, are known."""
     found = []
     for axis, chosen in enumerate(region):
-        others = tuple(np.ones(1, bool) if at == axis else each for at, each in enumerate(region))
-        along = np.moveaxis(known.mask, axis, -1)
-        others = tuple(each for at, each in enumerate(others) if at != axis)
-        along = restrict(along, (*others, np.ones(known.mask.shape[axis], bool)))
-        alike = along.all(tuple(range(along.ndim - 1)))
-        found.append(np.broadcast_to(alike, chosen.shape))
+        column = (*region[:axis], np.ones_like(chosen), *region[axis + 1 :])
+        others = tuple(other for other in range(len(region)) if other != axis)
+        found.append(np.broadcast_to(restrict(known.mask, column).all(others), chosen.shape))
     return tuple(found)
 
 

@@ -1,0 +1,378 @@
+"""Rules of the primitives that move entries, and compute nothing with them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from dns_jax.inference._known import Known, Region, nothing, sizes, spread, tidy, whole
+from dns_jax.inference._program import evaluate
+from dns_jax.inference._rule import Call, Rule, arrange, take, take_regions
+
+
+def layout_rules() -> dict[str, Rule]:
+    """Gives the rules by the names of their primitives."""
+    return {
+        'broadcast_in_dim': Rule(_broadcast_known, _broadcast_asks, _broadcast_run),
+        'concatenate': Rule(_concatenate_known, _concatenate_asks, _concatenate_run),
+        'dynamic_slice': Rule(_slice_known, _slice_asks, _slice_run),
+        'gather': Rule(_gather_known, _gather_asks, _gather_run),
+        'pad': Rule(_pad_known, _pad_asks, _pad_run),
+        'reshape': Rule(_reshape_known, _reshape_asks, _reshape_run),
+        'rev': Rule(_moved(_rev), _rev_asks, _bound),
+        'slice': Rule(_slice_known, _slice_asks, _slice_run),
+        'split': Rule(_split_known, _split_asks, _split_run),
+        'squeeze': Rule(_moved(_squeeze), _squeeze_asks, _bound),
+        'transpose': Rule(_moved(_transpose), _transpose_asks, _bound),
+    }
+
+
+def _moved(move):
+    """Says that what is known moves as the entries do."""
+
+    def known(call: Call) -> list[Known]:
+        (operand,) = call.known
+        return [Known(*(move(call, part) for part in operand))]
+
+    return known
+
+
+def _bound(call: Call, operands, asked, held) -> list[Any]:
+    del asked, held
+    return evaluate(call.equation, operands)
+
+
+def _transpose(call: Call, part: np.ndarray) -> np.ndarray:
+    return part.transpose(call.params['permutation'])
+
+
+def _transpose_asks(call: Call, held) -> list[Region]:
+    asked = dict(zip(call.params['permutation'], held[0], strict=True))
+    return [tuple(asked[axis] for axis in range(len(asked)))]
+
+
+def _squeeze(call: Call, part: np.ndarray) -> np.ndarray:
+    return part.squeeze(call.params['dimensions'])
+
+
+def _squeeze_asks(call: Call, held) -> list[Region]:
+    left = iter(held[0])
+    return [
+        tuple(
+            np.ones(1, bool) if axis in call.params['dimensions'] else next(left)
+            for axis in range(len(call.operands[0].shape))
+        )
+    ]
+
+
+def _rev(call: Call, part: np.ndarray) -> np.ndarray:
+    return np.flip(part, call.params['dimensions'])
+
+
+def _rev_asks(call: Call, held) -> list[Region]:
+    dimensions = call.params['dimensions']
+    return [
+        tuple(each[::-1] if axis in dimensions else each for axis, each in enumerate(held[0]))
+    ]
+
+
+def _broadcast_known(call: Call) -> list[Known]:
+    shape = [1] * len(call.results[0].shape)
+    for axis, length in zip(
+        call.params['broadcast_dimensions'], call.known[0].mask.shape, strict=True
+    ):
+        shape[axis] = length
+    return [Known(*(part.reshape(shape) for part in call.known[0]))]
+
+
+def _broadcast_asks(call: Call, held) -> list[Region]:
+    shape, axes = call.operands[0].shape, call.params['broadcast_dimensions']
+    return [
+        tuple(
+            held[0][axis] if length == len(held[0][axis]) else np.ones(1, bool)
+            for length, axis in zip(shape, axes, strict=True)
+        )
+    ]
+
+
+def _broadcast_run(call: Call, operands, asked, held) -> list[Any]:
+    del asked
+    return evaluate(call.equation, operands, shape=sizes(held[0]))
+
+
+def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Finds which neighbouring axes a reshape makes into which."""
+    groups, left, right = [], 0, 0
+    while left < len(before) or right < len(after):
+        start, end = left, right
+        left, right = min(left + 1, len(before)), min(right + 1, len(after))
+        while (one := math.prod(before[start:left])) != (other := math.prod(after[end:right])):
+            left, right = (left + 1, right) if one < other else (left, right + 1)
+        groups.append((slice(start, left), slice(end, right)))
+    return groups
+
+
+def _grid(region: Region) -> np.ndarray:
+    """The entries of a region, as one boolean array."""
+    grid = np.ones((1,) * len(region), bool)
+    for axis, chosen in enumerate(region):
+        grid = grid & chosen.reshape([-1 if at == axis else 1 for at in range(len(region))])
+    return grid
+
+
+def _reshape_known(call: Call) -> list[Known]:
+    before, after = call.operands[0].shape, call.results[0].shape
+    known, shape = call.known[0], []
+    for own, theirs in _groups(before, after):
+        alike = all(size == 1 for size in known.mask.shape[own])
+        shape += [1] * len(after[theirs]) if alike else after[theirs]
+        if not alike:
+            axes = range(len(before))[own]
+            known = Known(*(spread(part, before, axes) for part in known))
+    return [tidy(*(part.reshape(shape) for part in known), call.results[0])]
+
+
+def _reshape_asks(call: Call, held) -> list[Region]:
+    before, after = call.operands[0].shape, call.results[0].shape
+    asked: list[np.ndarray] = []
+    for own, theirs in _groups(before, after):
+        if before[own] == after[theirs]:
+            asked += held[0][theirs]
+            continue
+        grid = _grid(held[0][theirs]).reshape(before[own])
+        for axis in range(grid.ndim):
+            asked.append(grid.any(tuple(other for other in range(grid.ndim) if other != axis)))
+    return [tuple(asked)]
+
+
+def _reshape_run(call: Call, operands, asked, held) -> list[Any]:
+    before, after = call.operands[0].shape, call.results[0].shape
+    groups = _groups(before, after)
+    given = [_grid(asked[0][own]).ravel() for own, _ in groups]
+    array = lax.reshape(operands[0], [int(each.sum()) for each in given])
+    for axis, (each, (_, theirs)) in enumerate(zip(given, groups, strict=True)):
+        wanted = _grid(held[0][theirs]).ravel()
+        array = take(array, np.flatnonzero(wanted[each]), axis)
+    return [lax.reshape(array, sizes(held[0]))]
+
+
+def _sliced(call: Call) -> list[slice] | None:
+    """The slice along each axis; None where it is not known where they begin."""
+    if call.equation.primitive.name == 'slice':
+        strides = call.params['strides'] or (1,) * len(call.operands[0].shape)
+        ends = call.params['start_indices'], call.params['limit_indices']
+        return [slice(*each) for each in zip(*ends, strides, strict=True)]
+    starts = call.known[1 : 1 + len(call.operands[0].shape)]
+    slices = []
+    lengths = call.operands[0].shape, call.params['slice_sizes']
+    for start, length, size in zip(starts, *lengths, strict=True):
+        if length == size:  # then it can begin nowhere else
+            slices.append(slice(0, length))
+        elif start.mask.all():
+            begin = int(np.clip(start.numbers, 0, length - size))
+            slices.append(slice(begin, begin + size))
+        else:
+            return None
+    return slices
+
+
+def _slice_known(call: Call) -> list[Known]:
+    slices, operand = _sliced(call), call.known[0]
+    if slices is None:
+        return [nothing(call.results[0])]
+    shape = call.operands[0].shape
+    taken = tuple(
+        part if size == length else slice(None)
+        for part, size, length in zip(slices, operand.mask.shape, shape, strict=True)
+    )
+    return [tidy(*(part[taken] for part in operand), call.results[0])]
+
+
+def _slice_asks(call: Call, held) -> list[Region]:
+    slices, asked = _sliced(call), []
+    starts = [()] * (len(call.operands) - 1)
+    for axis, length in enumerate(call.operands[0].shape):
+        chosen = np.zeros(length, bool)
+        if slices:
+            chosen[slices[axis]] = held[0][axis]
+        else:
+            same = length == len(held[0][axis])
+            chosen[:] = held[0][axis] if same else True
+        asked.append(chosen)
+    return [tuple(asked), *starts]
+
+
+def _slice_run(call: Call, operands, asked, held) -> list[Any]:
+    if _sliced(call) is not None:
+        return [operands[0]]
+    given = [
+        int(own.sum()) if len(own) == length else length
+        for own, length in zip(asked[0], call.params['slice_sizes'], strict=True)
+    ]
+    (result,) = evaluate(call.equation, operands, slice_sizes=tuple(given))
+    passed = [
+        wanted if len(own) == len(wanted) else np.ones_like(wanted)
+        for own, wanted in zip(asked[0], held[0], strict=True)
+    ]
+    return [take_regions(result, tuple(passed), held[0])]
+
+
+def _parts(call: Call, arrays: Sequence[Any], axis: int) -> list[slice]:
+    """Where each of some arrays lies along an axis of them together."""
+    del call
+    ends = np.cumsum([0, *(each.shape[axis] for each in arrays)])
+    return [slice(int(start), int(end)) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _concatenate_known(call: Call) -> list[Known]:
+    axis = call.params['dimension']
+    parts = []
+    for operand, known in zip(call.operands, call.known, strict=True):
+        parts.append([spread(part, operand.shape, (axis,)) for part in known])
+    joined = []
+    for pieces in zip(*parts, strict=True):
+        shape = np.maximum.reduce([piece.shape for piece in pieces])
+        shapes = [[*shape[:axis], piece.shape[axis], *shape[axis + 1 :]] for piece in pieces]
+        pieces = [np.broadcast_to(*each) for each in zip(pieces, shapes, strict=True)]
+        joined.append(np.concatenate(pieces, axis))
+    return [tidy(*joined, call.results[0])]
+
+
+def _concatenate_asks(call: Call, held) -> list[Region]:
+    axis = call.params['dimension']
+    return [
+        (*held[0][:axis], held[0][axis][part], *held[0][axis + 1 :])
+        for part in _parts(call, call.operands, axis)
+    ]
+
+
+def _concatenate_run(call: Call, operands, asked, held) -> list[Any]:
+    del asked, held
+    return [lax.concatenate([each for each in operands if each is not None], call.params['dimension'])]
+
+
+def _split_known(call: Call) -> list[Known]:
+    axis, operand = call.params['axis'], call.known[0]
+    if operand.mask.shape[axis] == 1:
+        return [operand for _ in call.results]
+    before = (slice(None),) * axis
+    return [
+        tidy(*(each[*before, part] for each in operand), aval)
+        for part, aval in zip(_parts(call, call.results, axis), call.results, strict=True)
+    ]
+
+
+def _split_asks(call: Call, held) -> list[Region]:
+    axis = call.params['axis']
+    along = np.concatenate([region[axis] for region in held])
+    asked = [
+        along if at == axis else np.logical_or.reduce([region[at] for region in held])
+        for at in range(len(held[0]))
+    ]
+    return [tuple(asked)]
+
+
+def _split_run(call: Call, operands, asked, held) -> list[Any]:
+    axis, results = call.params['axis'], []
+    for part, wanted in zip(_parts(call, call.results, axis), held, strict=True):
+        own = np.zeros_like(asked[0][axis])
+        own[part] = wanted[axis]
+        region = (*wanted[:axis], own, *wanted[axis + 1 :])
+        results.append(take_regions(operands[0], asked[0], region))
+    return results
+
+
+def _sources(call: Call) -> list[np.ndarray]:
+    """For each axis of a padded value, which entry of the operand is there; -1 for padding."""
+    sources = []
+    widths = call.operands[0].shape, call.results[0].shape, call.params['padding_config']
+    for length, padded, (low, _, interior) in zip(*widths, strict=True):
+        places = low + np.arange(length) * (interior + 1)
+        inside = (places >= 0) & (places < padded)
+        source = np.full(padded, -1)
+        source[places[inside]] = np.flatnonzero(inside)
+        sources.append(source)
+    return sources
+
+
+def _pad_known(call: Call) -> list[Known]:
+    operand, filler = call.known
+    sources, shape = _sources(call), call.operands[0].shape
+    moved = [
+        axis
+        for axis, source in enumerate(sources)
+        if not np.array_equal(source, np.arange(shape[axis]))
+    ]
+    parts, missing = [spread(part, shape, moved) for part in operand], np.zeros((), bool)
+    for axis in moved:
+        parts = [np.take(part, np.maximum(sources[axis], 0), axis) for part in parts]
+        lengths = [-1 if at == axis else 1 for at in range(len(shape))]
+        missing = missing | (sources[axis] < 0).reshape(lengths)
+    fillers = [filler.mask, filler.numbers]
+    return [tidy(*map(lambda f, p: np.where(missing, f, p), fillers, parts), call.results[0])]
+
+
+def _pad_asks(call: Call, held) -> list[Region]:
+    asked = []
+    for length, source, wanted in zip(
+        call.operands[0].shape, _sources(call), held[0], strict=True
+    ):
+        chosen = np.zeros(length, bool)
+        read = source[wanted]
+        chosen[read[read >= 0]] = True
+        asked.append(chosen)
+    return [tuple(asked), ()]
+
+
+def _pad_run(call: Call, operands, asked, held) -> list[Any]:
+    places = []
+    for given, source, wanted in zip(asked[0], _sources(call), held[0], strict=True):
+        rank = np.cumsum(given) - 1
+        read = source[wanted]
+        places.append(np.where(read < 0, -1, rank[np.maximum(read, 0)]) if len(rank) else read)
+    return [arrange(operands[0], places, operands[1])]
+
+
+def _passed(call: Call) -> dict[int, int]:
+    """The axes that a gather takes whole, and where in its result they are."""
+    numbers, lengths = call.params['dimension_numbers'], call.params['slice_sizes']
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    left = [axis for axis in range(len(lengths)) if axis not in gone]
+    shape = call.operands[0].shape
+    return {
+        axis: place
+        for axis, place in zip(left, numbers.offset_dims, strict=True)
+        if lengths[axis] == shape[axis]
+    }
+
+
+def _gather_known(call: Call) -> list[Known]:
+    known, passed = call.known[0], _passed(call)
+    others = tuple(axis for axis in range(known.mask.ndim) if axis not in passed)
+    low, high = (part.min(others, keepdims=True) for part in known), known.numbers
+    mask, numbers = low
+    mask = mask & (high == numbers).all(others, keepdims=True)
+    shape = [1] * len(call.results[0].shape)
+    for axis, place in passed.items():
+        shape[place] = mask.shape[axis]
+    return [tidy(mask.reshape(shape), numbers.reshape(shape), call.results[0])]
+
+
+def _gather_asks(call: Call, held) -> list[Region]:
+    asked = list(whole(call.operands[0].shape))
+    for axis, place in _passed(call).items():
+        asked[axis] = held[0][place]
+    return [tuple(asked), whole(call.operands[1].shape)]
+
+
+def _gather_run(call: Call, operands, asked, held) -> list[Any]:
+    lengths, given = list(call.params['slice_sizes']), list(whole(call.results[0].shape))
+    for axis, place in _passed(call).items():
+        lengths[axis] = int(asked[0][axis].sum())
+        given[place] = held[0][place]
+    (result,) = evaluate(call.equation, operands, slice_sizes=tuple(lengths))
+    return [take_regions(result, tuple(given), held[0])]
+
+
