@@ -73,9 +73,7 @@ def _rev(call: Call, part: np.ndarray) -> np.ndarray:
 
 def _rev_asks(call: Call, held) -> list[Region]:
     dimensions = call.params['dimensions']
-    return [
-        tuple(each[::-1] if axis in dimensions else each for axis, each in enumerate(held[0]))
-    ]
+    return [tuple(each[::-1] if axis in dimensions else each for axis, each in enumerate(held[0]))]
 
 
 def _broadcast_known(call: Call) -> list[Known]:
@@ -250,7 +248,9 @@ def _concatenate_asks(call: Call, held) -> list[Region]:
 
 def _concatenate_run(call: Call, operands, asked, held) -> list[Any]:
     del asked, held
-    return [lax.concatenate([each for each in operands if each is not None], call.params['dimension'])]
+    return [
+        lax.concatenate([each for each in operands if each is not None], call.params['dimension'])
+    ]
 
 
 def _split_known(call: Call) -> list[Known]:
@@ -316,9 +316,7 @@ def _pad_known(call: Call) -> list[Known]:
 
 def _pad_asks(call: Call, held) -> list[Region]:
     asked = []
-    for length, source, wanted in zip(
-        call.operands[0].shape, _sources(call), held[0], strict=True
-    ):
+    for length, source, wanted in zip(call.operands[0].shape, _sources(call), held[0], strict=True):
         chosen = np.zeros(length, bool)
         read = source[wanted]
         chosen[read[read >= 0]] = True
@@ -374,5 +372,3 @@ def _gather_run(call: Call, operands, asked, held) -> list[Any]:
         given[place] = held[0][place]
     (result,) = evaluate(call.equation, operands, slice_sizes=tuple(lengths))
     return [take_regions(result, tuple(given), held[0])]
-
-

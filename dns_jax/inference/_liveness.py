@@ -81,7 +81,9 @@ def analyze(program: Program, leaves: Sequence[np.ndarray]) -> Plan:
         held.update(zip(equation.results, regions, strict=True))
         steps.append(Step(_forget(call, kinds), rule, read, regions, added))
     for number in program.leaves:
-        held[number] = _one_at_least(needed.get(number), program.avals[number].shape)
+        held[number] = needed.get(number, nowhere(program.avals[number].shape))
+        if kinds[number] == ACTIVATION:  # a key of random numbers
+            held[number] = whole(program.avals[number].shape)
     for number in (*program.inputs, *program.constants):
         if kinds[number] == ACTIVATION:
             held[number] = whole(program.avals[number].shape)
@@ -100,7 +102,9 @@ def _look_forward(program: Program, leaves):
         kinds[number] = CONSTANT
         known[number] = exact(as_numpy(value, program.avals[number]), program.avals[number])
     for number, leaf in zip(program.leaves, leaves, strict=True):
-        kinds[number], known[number] = WEIGHT, exact(leaf, program.avals[number])
+        if _has_numbers(program.avals[number]):
+            aval = program.avals[number]
+            kinds[number], known[number] = WEIGHT, exact(leaf.astype(aval.dtype), aval)
     sums: list[frozenset[int]] = [frozenset()] * count
     makers: dict[int, Equation] = {}
     for equation in program.equations:
@@ -170,14 +174,6 @@ def _compute_whole(call: Call) -> list[Known]:
 
 def _has_numbers(aval: Any) -> bool:
     return hasattr(aval, 'shape') and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
-
-
-def _one_at_least(needed: Region | None, shape: Sequence[int]) -> Region:
-    """Keeps an entry along each axis, so that no array is empty."""
-    return tuple(
-        chosen if chosen.any() else np.arange(len(chosen)) == 0
-        for chosen in needed or nowhere(shape)
-    )
 
 
 def _sum_to_one(program: Program, equation: Equation, makers, sums) -> frozenset[int]:

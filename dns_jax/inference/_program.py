@@ -74,9 +74,8 @@ def trace(apply: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Prog
 
 def evaluate(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
     """Computes the results of an equation, with some of its parameters changed."""
-    params = {**equation.params, **changed}
-    functions, params = equation.primitive.get_bind_params(params)
-    results = equation.primitive.bind(*functions, *operands, **params)
+    params = equation.primitive.get_bind_params({**equation.params, **changed})
+    results = equation.primitive.bind(*operands, **params)
     return list(results) if equation.primitive.multiple_results else [results]
 
 

@@ -132,5 +132,3 @@ def _along_run(axes_of):
         return [take_regions(result, given, held[0])]
 
     return run
-
-

@@ -26,9 +26,7 @@ def replay(plan: Plan, leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Any
     """
     program = plan.program
     arrays = dict(zip((*program.leaves, *program.inputs), (*leaves, *inputs), strict=True))
-    arrays |= {
-        number: value for number, value in program.constants.items() if plan.kinds[number]
-    }
+    arrays |= {number: value for number, value in program.constants.items() if plan.kinds[number]}
     for step in plan.steps:
         operands = [
             None if region is None else _fetch(plan, arrays, number, region)

@@ -121,8 +121,6 @@ def arrange(array: Any, places: Sequence[np.ndarray], filler: Any) -> Any:
     return lax.select(jnp.broadcast_to(missing, shape), filler, array)
 
 
-
-
 def _is_run(places: np.ndarray) -> bool:
     """Says whether the entries that are there follow each other without a gap."""
     there = np.flatnonzero(places >= 0)
