@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dns_jax.inference._known import Known, Region, sizes
+from dns_jax.inference._known import Known, Region
 from dns_jax.inference._program import Equation, evaluate
 
 
