@@ -33,7 +33,7 @@ def check(apply, params, masks, *inputs, atol=1e-5):
     masked = apply_masks(params, masks)
     others = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[::-1], leaf]), inputs)
     for batch in (inputs, others):
-        wanted, given = apply(masked, *batch), jax.jit(small.apply)(small.params, *batch)
+        wanted, given = jax.jit(apply)(masked, *batch), jax.jit(small.apply)(small.params, *batch)
         jax.tree.map(
             lambda one, other: np.testing.assert_allclose(one, other, atol=atol, rtol=1e-4),
             given,
