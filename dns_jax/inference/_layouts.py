@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dns_jax.inference._known import Known, Region, nothing, sizes, spread, tidy, whole
+from dns_jax.inference._known import Known, Region, nothing, restrict, sizes, spread, tidy, whole
 from dns_jax.inference._program import evaluate
 from dns_jax.inference._rule import Call, Rule, arrange, take, take_regions
 
@@ -346,22 +347,60 @@ def _passed(call: Call) -> dict[int, int]:
     }
 
 
+def _picked(call: Call) -> tuple[int, np.ndarray] | None:
+    """Which entries a gather picks, along one axis; None if that depends on the inputs."""
+    numbers, picks = call.params['dimension_numbers'], call.known[1]
+    if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
+        return None
+    (axis,), length = numbers.collapsed_slice_dims, len(call.operands[0].shape)
+    if numbers.start_index_map != (axis,) or len(_passed(call)) != length - 1:
+        return None
+    inside = (picks.numbers >= 0) & (picks.numbers < call.operands[0].shape[axis])
+    if not (picks.mask.all() and inside.all()):
+        return None
+    shape = call.operands[1].shape
+    return axis, spread(picks.numbers, shape, range(len(shape))).astype(np.int32)
+
+
+def _places(call: Call) -> list[int]:
+    """The axes of the result of a gather that come from its indices."""
+    offsets = call.params['dimension_numbers'].offset_dims
+    return [axis for axis in range(len(call.results[0].shape)) if axis not in offsets]
+
+
 def _gather_known(call: Call) -> list[Known]:
     known, passed = call.known[0], _passed(call)
+    if picked := _picked(call):
+        axis, picks = picked
+        places = _places(call)
+        parts = [
+            np.moveaxis(
+                np.take(spread(part, call.operands[0].shape, (axis,)), picks[..., 0], axis),
+                range(axis, axis + len(places)),
+                places,
+            )
+            for part in known
+        ]
+        return [tidy(*parts, call.results[0])]
     others = tuple(axis for axis in range(known.mask.ndim) if axis not in passed)
-    low, high = (part.min(others, keepdims=True) for part in known), known.numbers
-    mask, numbers = low
-    mask = mask & (high == numbers).all(others, keepdims=True)
+    first = known.numbers[
+        tuple(slice(1) if axis in others else slice(None) for axis in range(known.mask.ndim))
+    ]
+    mask = (known.mask & (known.numbers == first)).all(others, keepdims=True)
     shape = [1] * len(call.results[0].shape)
     for axis, place in passed.items():
         shape[place] = mask.shape[axis]
-    return [tidy(mask.reshape(shape), numbers.reshape(shape), call.results[0])]
+    return [tidy(mask.reshape(shape), first.reshape(shape), call.results[0])]
 
 
 def _gather_asks(call: Call, held) -> list[Region]:
     asked = list(whole(call.operands[0].shape))
     for axis, place in _passed(call).items():
         asked[axis] = held[0][place]
+    if picked := _picked(call):
+        axis, picks = picked
+        wanted = restrict(picks, (*(held[0][place] for place in _places(call)), np.ones(1, bool)))
+        asked[axis] = np.isin(np.arange(len(asked[axis])), wanted)
     return [tuple(asked), whole(call.operands[1].shape)]
 
 
@@ -370,5 +409,10 @@ def _gather_run(call: Call, operands, asked, held) -> list[Any]:
     for axis, place in _passed(call).items():
         lengths[axis] = int(asked[0][axis].sum())
         given[place] = held[0][place]
+    if picked := _picked(call):
+        axis, picks = picked
+        rank = np.cumsum(asked[0][axis]) - 1
+        places = np.maximum(rank[picks], 0)  # some that nobody wants are not there
+        operands = [operands[0], jnp.asarray(places, operands[1].dtype)]
     (result,) = evaluate(call.equation, operands, slice_sizes=tuple(lengths))
     return [take_regions(result, tuple(given), held[0])]

@@ -68,8 +68,17 @@ def analyze(program: Program, leaves: Sequence[np.ndarray]) -> Plan:
             _hold(kinds[number], known[number], needed.get(number), program.avals[number])
             for number in equation.results
         ]
-        if kinds[equation.results[0]] == CONSTANT or all(map(is_empty, regions)):
+        if all(region is None for region in regions):
             continue
+        held |= {
+            number: region
+            for number, region in zip(equation.results, regions, strict=True)
+            if region is not None
+        }
+        regions = [
+            nowhere(program.avals[number].shape) if region is None else region
+            for number, region in zip(equation.results, regions, strict=True)
+        ]
         call, rule = _call(program, equation, kinds, known, sums), _rule(program, equation)
         asked = rule.asks(call, regions) if rule else [whole(each.shape) for each in call.operands]
         added = rule.fold(call, asked, regions) if rule else None
@@ -78,7 +87,6 @@ def analyze(program: Program, leaves: Sequence[np.ndarray]) -> Plan:
             if region is not None:
                 before = needed.get(number, nowhere(program.avals[number].shape))
                 needed[number] = union(before, region)
-        held.update(zip(equation.results, regions, strict=True))
         steps.append(Step(_forget(call, kinds), rule, read, regions, added))
     for number in program.leaves:
         held[number] = needed.get(number, nowhere(program.avals[number].shape))
@@ -87,8 +95,10 @@ def analyze(program: Program, leaves: Sequence[np.ndarray]) -> Plan:
     for number in (*program.inputs, *program.constants):
         if kinds[number] == ACTIVATION:
             held[number] = whole(program.avals[number].shape)
-    for number in program.leaves:
-        known[number] = nothing(program.avals[number])
+    known = [
+        nothing(aval) if kind == WEIGHT else each
+        for aval, kind, each in zip(program.avals, kinds, known, strict=True)
+    ]
     return Plan(program, kinds, known, held, steps[::-1])
 
 
@@ -122,16 +132,14 @@ def _look_forward(program: Program, leaves):
     return kinds, known, sums
 
 
-def _hold(kind: int, known: Known, needed: Region | None, aval: Any) -> Region:
+def _hold(kind: int, known: Known, needed: Region | None, aval: Any) -> Region | None:
     """What must be computed of a value: what is needed, unless it is known without weights."""
-    if needed is None or kind == CONSTANT:
-        return nowhere(aval.shape)
+    if needed is None or kind == CONSTANT or (aval.shape == () and known.mask and kind != WEIGHT):
+        return None
     if kind == ACTIVATION:
         slices = known_slices(known, needed)
         needed = tuple(one & ~other for one, other in zip(needed, slices, strict=True))
-        if not needed and known.mask.all():  # a scalar has no axis to leave it out of
-            return nowhere(aval.shape)
-    return nowhere(aval.shape) if is_empty(needed) else needed
+    return None if is_empty(needed) else needed
 
 
 def _call(program: Program, equation: Equation, kinds, known, sums) -> Call:

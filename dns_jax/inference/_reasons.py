@@ -62,7 +62,8 @@ def find_stayed(plan: Plan) -> list[Stayed]:
 
 def _look_at(plan: Plan, number: int, free, readers, stayed: list[Stayed]) -> Region:
     """Finds the entries of a value that stayed, and gives those that are wanted with them."""
-    shape, held = plan.program.avals[number].shape, plan.held[number]
+    shape = plan.program.avals[number].shape
+    held = plan.held.get(number, nowhere(shape))
     asked = free.get(number, nowhere(shape))
     wanted = []
     for axis, (own, others) in enumerate(zip(held, asked, strict=True)):
@@ -86,11 +87,13 @@ def _ask(plan: Plan, step: Step, wanted, free, readers) -> None:
     for axis in rule.reads_all(step.call):
         asked[0][axis] = np.zeros_like(asked[0][axis])
         readers[equation.operands[0], axis] = equation.primitive.name
-    for number, region in zip(equation.operands, asked, strict=True):
-        if plan.kinds[number] == CONSTANT:
+    for number, region, read in zip(equation.operands, asked, step.asked, strict=True):
+        if plan.kinds[number] == CONSTANT or read is None:
             continue
         shape = plan.program.avals[number].shape
-        free[number] = union(free.get(number, nowhere(shape)), tuple(region))
+        # The plan knew the weights, and so asked for less.
+        region = tuple(one & other for one, other in zip(region, read, strict=True))
+        free[number] = union(free.get(number, nowhere(shape)), region)
         if rule.is_elementwise:
             for axis, (length, other) in enumerate(
                 zip(shape, plan.program.avals[equation.results[0]].shape, strict=False)

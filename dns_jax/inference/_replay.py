@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from dns_jax.inference._known import Region, restrict, sizes, whole
-from dns_jax.inference._liveness import CONSTANT, Plan
+from dns_jax.inference._liveness import Plan
 from dns_jax.inference._program import evaluate
 from dns_jax.inference._rule import arrange, take_regions
 
@@ -58,7 +58,7 @@ def _fetch(plan: Plan, arrays, number: int, region: Region) -> Any:
     """Gives a region of a value; what was not computed is known."""
     held = plan.held.get(number)
     numbers = restrict(plan.known[number].numbers, region)
-    if plan.kinds[number] == CONSTANT or held is None or not all(each.any() for each in held):
+    if held is None:
         aval = plan.program.avals[number]
         return jnp.broadcast_to(jnp.asarray(numbers, aval.dtype), sizes(region))
     places = [

@@ -175,7 +175,9 @@ def test_heads_and_units_of_a_transformer():
     wanted, given = (
         flops(*each, tokens) for each in ((apply, params), (small.apply, small.params))
     )
-    sizes = [sum(np.size(leaf) for leaf in jax.tree.leaves(tree)) for tree in (params, small.params)]
+    sizes = [
+        sum(np.size(leaf) for leaf in jax.tree.leaves(tree)) for tree in (params, small.params)
+    ]
     assert given / wanted < sizes[1] / sizes[0] + 0.15
 
 
@@ -215,7 +217,9 @@ def test_depthwise_and_grouped_convolutions():
     params = {'deep': normal(3, 3, 1, 8), 'mix': normal(1, 1, 8, 6), 'groups': normal(2, 2, 2, 9)}
 
     def apply(params, x):
-        x = convolve(x, params['deep'], window_strides=(1, 1), padding='SAME', feature_group_count=8)
+        x = convolve(
+            x, params['deep'], window_strides=(1, 1), padding='SAME', feature_group_count=8
+        )
         x = convolve(jnp.tanh(x), params['mix'], window_strides=(2, 1), padding='VALID')
         return convolve(
             x, params['groups'], window_strides=(1, 1), padding=((1, 0), (0, 2)),
