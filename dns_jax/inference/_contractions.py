@@ -17,7 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dns_jax.inference._known import Known, Region, nothing, restrict, spread, tidy, whole, widen
+from dns_jax.inference._known import (
+    Known,
+    Region,
+    exact,
+    nothing,
+    other_axes,
+    restrict,
+    spread,
+    tidy,
+    whole,
+    widen,
+)
 from dns_jax.inference._program import evaluate
 from dns_jax.inference._rule import Call, Rule, take_regions
 
@@ -96,7 +107,7 @@ def _dot_known(call: Call) -> list[Known]:
     if call.sums[0] or call.sums[1]:
         mean, mean_numbers = _means(call, left, right)
         mask, numbers = mask | mean, np.where(mean, mean_numbers, numbers)
-    return [tidy(mask.reshape(shape), numbers.reshape(shape), call.results[0])]
+    return [tidy(call.results[0], mask.reshape(shape), numbers.reshape(shape))]
 
 
 def _means(call: Call, left: _Side, right: _Side) -> tuple[np.ndarray, np.ndarray]:
@@ -139,9 +150,9 @@ def _dot_asks(call: Call, held) -> list[Region]:
     if not needed.any():  # one at least, so that no array is empty
         needed = np.arange(needed.size).reshape(needed.shape) == 0
     for axis in range(needed.ndim):
-        along = needed.any(tuple(other for other in range(needed.ndim) if other != axis))
-        for side in (0, 1):
-            regions[side][_axes(call, side)[2][axis]] = along
+        along = needed.any(other_axes(needed.ndim, axis))
+        for side, region in enumerate(regions):
+            region[_axes(call, side)[2][axis]] = along
     return [tuple(region) for region in regions]
 
 
@@ -171,17 +182,18 @@ class _Filters(NamedTuple):
 
 
 def _spec(call: Call) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The axes of operand, kernel and result: batch, channels and the others, or units first."""
     return call.params['dimension_numbers']
 
 
-def _grouped(call: Call, known: Known | None = None) -> _Filters:
+def _grouped(call: Call) -> _Filters:
     """Looks at the kernel, the groups of units apart."""
     spec, groups = _spec(call)[1], call.params['feature_group_count']
-    known = _finite(known or call.known[1])
+    known = _finite(call.known[1])
     parts = []
     for part in (~known.zero, ~known.mask):
         part = spread(part, call.operands[1].shape, spec[:2]).transpose(spec)
-        part = part.any(tuple(range(2, part.ndim)))
+        part = part.any(other_axes(part.ndim, 0, 1))
         parts.append(part.reshape(groups, -1, part.shape[1]))
     return _Filters(*parts)
 
@@ -190,7 +202,7 @@ def _channels(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Says which channels may be other than 0 somewhere, which are unknown there, and numbers."""
     known, axis = _finite(call.known[0]), _spec(call)[0][1]
     groups, length = call.params['feature_group_count'], call.operands[0].shape[axis]
-    others = tuple(each for each in range(known.mask.ndim) if each != axis)
+    others = other_axes(known.mask.ndim, axis)
     open_, unknown = (
         np.broadcast_to(part.any(others), length).reshape(groups, -1)
         for part in (~known.zero, ~known.mask)
@@ -215,12 +227,12 @@ def _conv_known(call: Call) -> list[Known]:
     axis, ndim = _spec(call)[2][1], len(call.results[0].shape)
     mask = known.reshape([-1 if each == axis else 1 for each in range(ndim)])
     numbers = _convolve(call, np.ones(call.operands[0].shape[_spec(call)[0][1]], bool))
-    return [tidy(mask, np.zeros((), np.float32) if numbers is None else numbers, call.results[0])]
+    return [tidy(call.results[0], mask, np.zeros((), np.float32) if numbers is None else numbers)]
 
 
 def _convolve(call: Call, channels: np.ndarray) -> np.ndarray | None:
     """Convolves what is known of some channels; None if that is 0. At borders it sees padding."""
-    lhs, rhs, out = _spec(call)
+    lhs, rhs, _ = _spec(call)
     numbers, weights = _finite(call.known[0]).numbers, _finite(call.known[1]).numbers
     chosen = channels.reshape([-1 if axis == lhs[1] else 1 for axis in range(numbers.ndim)])
     numbers = np.where(chosen, numbers, np.zeros((), numbers.dtype))
@@ -234,7 +246,6 @@ def _convolve(call: Call, channels: np.ndarray) -> np.ndarray | None:
             call.equation, wide, preferred_element_type=None, precision=lax.Precision.HIGHEST
         )
         result = np.asarray(result)
-    del out
     return result if result.any() else None
 
 
@@ -260,12 +271,11 @@ def _conv_fold(call: Call, asked, held) -> np.ndarray | None:
     if not call.folds or call.params['batch_group_count'] != 1:
         return None
     left_out = ~asked[0][_spec(call)[0][1]]
-    # A group none of whose units is wanted adds nothing that is.
     numbers = _convolve(call, left_out) if left_out.any() else None
     if numbers is None:
         return None
-    whole_known = tidy(np.ones((1,) * numbers.ndim, bool), numbers, call.results[0])
-    return restrict(whole_known.numbers, held[0])
+    added = exact(numbers, call.results[0]).numbers  # at length 1 where all along an axis is alike
+    return restrict(added, held[0])
 
 
 def _conv_run(call: Call, operands, asked, held) -> list[Any]:

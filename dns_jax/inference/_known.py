@@ -36,13 +36,13 @@ def nothing(aval: Any) -> Known:
     return Known(np.zeros(shape, bool), np.zeros(shape, dtype))
 
 
-def tidy(mask: Any, numbers: Any, aval: Any) -> Known:
+def tidy(aval: Any, mask: Any, numbers: Any) -> Known:
     """Makes knowledge of a value, axes along which all is alike at length 1.
 
     Example:
       >>> import jax, numpy as np
       >>> aval = jax.ShapeDtypeStruct((2, 3), np.float32)
-      >>> tidy(np.array([[True, True, False]] * 2), np.array([[1, 2, 3]] * 2), aval).numbers
+      >>> tidy(aval, np.array([[True, True, False]] * 2), np.array([[1, 2, 3]] * 2)).numbers
       array([[1., 2., 0.]], dtype=float32)
     """
     mask = np.asarray(mask)
@@ -60,7 +60,7 @@ def tidy(mask: Any, numbers: Any, aval: Any) -> Known:
 
 def exact(array: np.ndarray, aval: Any) -> Known:
     """Says that a value is wholly known."""
-    return tidy(np.ones((1,) * array.ndim, bool), array, aval)
+    return tidy(aval, np.ones((1,) * array.ndim, bool), array)
 
 
 def widen(numbers: np.ndarray) -> np.ndarray:
@@ -89,9 +89,14 @@ def known_slices(known: Known, region: Region) -> Region:
     found = []
     for axis, chosen in enumerate(region):
         column = (*region[:axis], np.ones_like(chosen), *region[axis + 1 :])
-        others = tuple(other for other in range(len(region)) if other != axis)
-        found.append(np.broadcast_to(restrict(known.mask, column).all(others), chosen.shape))
+        alike = restrict(known.mask, column).all(other_axes(len(region), axis))
+        found.append(np.broadcast_to(alike, chosen.shape))
     return tuple(found)
+
+
+def other_axes(ndim: int, *axes: int) -> Any:
+    """All axes but some."""
+    return tuple(axis for axis in range(ndim) if axis not in axes)
 
 
 def whole(shape: Sequence[int]) -> Region:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dns_jax.inference._known import (
     Known,
@@ -107,7 +108,7 @@ def _look_forward(program: Program, leaves):
     count = len(program.avals)
     kinds, known = [ACTIVATION] * count, [nothing(aval) for aval in program.avals]
     for number, value in program.constants.items():
-        if not _has_numbers(program.avals[number]) or isinstance(value, jax.core.Tracer):
+        if not _has_numbers(program.avals[number]) or isinstance(value, Tracer):
             continue
         kinds[number] = CONSTANT
         known[number] = exact(as_numpy(value, program.avals[number]), program.avals[number])

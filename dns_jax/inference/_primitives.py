@@ -10,6 +10,7 @@ from dns_jax.inference._layouts import layout_rules
 from dns_jax.inference._program import evaluate
 from dns_jax.inference._reductions import reduction_rules
 from dns_jax.inference._rule import Call, Rule, compute
+from dns_jax.inference._slices import slice_rules
 
 _ONE_OPERAND = (
     *('abs', 'acos', 'acosh', 'asin', 'asinh', 'atan', 'atanh', 'cbrt', 'ceil', 'conj', 'copy'),
@@ -45,7 +46,7 @@ def _known(call: Call) -> list[Known]:
         return [nothing(call.results[0])]
     shape = np.broadcast_shapes(*(each.shape for each in numbers))
     (result,) = compute(call, [np.broadcast_to(each, shape) for each in numbers])
-    return [tidy(mask, result, call.results[0])]
+    return [tidy(call.results[0], mask, result)]
 
 
 def _product_known(call: Call) -> list[Known]:
@@ -58,7 +59,7 @@ def _product_known(call: Call) -> list[Known]:
     zero = zero & ~known.mask
     if not zero.any():
         return [known]
-    return [tidy(zero | known.mask, known.numbers, call.results[0])]
+    return [tidy(call.results[0], zero | known.mask, known.numbers)]
 
 
 def _select_known(call: Call) -> list[Known]:
@@ -73,7 +74,7 @@ def _select_known(call: Call) -> list[Known]:
         chosen = which & (index == place)
         mask = np.where(chosen, case_mask, mask)
         result = np.where(chosen, number, result)
-    return [tidy(mask, result, call.results[0])]
+    return [tidy(call.results[0], mask, result)]
 
 
 def _asks(call: Call, held) -> list[Region]:
@@ -99,6 +100,7 @@ RULES: dict[str, Rule] = {
     'mul': _ELEMENTWISE._replace(known=_product_known),
     'select_n': _ELEMENTWISE._replace(known=_select_known),
     **layout_rules(),
+    **slice_rules(),
     **reduction_rules(),
     **contraction_rules(),
 }

@@ -55,8 +55,8 @@ def trace(apply: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Prog
       ValueError: if the function has side effects, such as prints.
 
     Example:
-      >>> import jax
-      >>> program = trace(lambda w, x: jax.nn.relu(x @ w), jax.numpy.ones((3, 2)), [jax.numpy.ones(3)])
+      >>> import jax, numpy as np
+      >>> program = trace(lambda w, x: jax.nn.relu(x @ w), np.ones((3, 2)), [np.ones(3)])
       >>> [equation.primitive.name for equation in program.equations]
       ['dot_general', 'max']
     """

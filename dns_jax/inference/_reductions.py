@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from dns_jax.inference._known import Known, Region, nothing, restrict, spread, tidy, widen
+from dns_jax.inference._known import (
+    Known,
+    Region,
+    nothing,
+    other_axes,
+    restrict,
+    spread,
+    tidy,
+    widen,
+)
 from dns_jax.inference._program import evaluate
 from dns_jax.inference._rule import Call, Rule, compute, take_regions
 
@@ -54,8 +63,8 @@ def _known(axes_of: Callable[[Call], Sequence[int]]) -> Callable[[Call], list[Kn
             return [nothing(aval) for aval in call.results]
         (numbers,) = compute(call, [spread(call.known[0].numbers, shape, axes)])
         if axes_of is _reduced:
-            mask = mask.squeeze(tuple(axes))
-        return [tidy(mask, numbers, call.results[0])]
+            mask = mask.all(tuple(axes))
+        return [tidy(call.results[0], mask, numbers)]
 
     return known
 
@@ -79,8 +88,8 @@ def _sum_asks(call: Call, held) -> list[Region]:
     # What is known along one axis is left out there; along two, either is left out by itself.
     for axis in _reduced(call):
         region = (*asked[:axis], np.ones_like(asked[axis]), *asked[axis + 1 :])
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        open_ = ~np.broadcast_to(restrict(mask, region).all(others), asked[axis].shape)
+        known_all = restrict(mask, region).all(other_axes(mask.ndim, axis))
+        open_ = ~np.broadcast_to(known_all, asked[axis].shape)
         if not open_.any():
             open_ = np.arange(len(open_)) == 0
         asked[axis] = open_

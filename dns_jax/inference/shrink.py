@@ -140,8 +140,8 @@ def _hold_leaves(plan: Plan, kept: Sequence[Region], names: Sequence[str]) -> Pl
         lacking = (one & ~other for one, other in zip(needed, region, strict=True))
         if not is_empty(needed) and any(each.any() for each in lacking):
             raise ValueError(
-                f'inputs of these shapes need entries of params[{name!r}] that went when the network was '
-                'shrunk; shrink it with inputs of these shapes'
+                f'inputs of these shapes need entries of params[{name!r}] that went when the '
+                'network was shrunk; shrink it with inputs of these shapes'
             )
         plan.held[number] = region
     return plan
