@@ -194,7 +194,7 @@ def _grouped(call: Call) -> _Filters:
     for part in (~known.zero, ~known.mask):
         part = spread(part, call.operands[1].shape, spec[:2]).transpose(spec)
         part = part.any(other_axes(part.ndim, 0, 1))
-        parts.append(part.reshape(groups, -1, part.shape[1]))
+        parts.append(part.reshape(groups, -1, call.operands[1].shape[spec[1]]))
     return _Filters(*parts)
 
 

@@ -58,12 +58,13 @@ def _known(axes_of: Callable[[Call], Sequence[int]]) -> Callable[[Call], list[Kn
 
     def known(call: Call) -> list[Known]:
         axes, shape = axes_of(call), call.operands[0].shape
-        mask = call.known[0].mask.all(tuple(axes), keepdims=True)
+        together: Any = tuple(axes)
+        mask = call.known[0].mask.all(together, keepdims=True)
         if not mask.any():
             return [nothing(aval) for aval in call.results]
         (numbers,) = compute(call, [spread(call.known[0].numbers, shape, axes)])
         if axes_of is _reduced:
-            mask = mask.all(tuple(axes))
+            mask = mask.all(together)
         return [tidy(call.results[0], mask, numbers)]
 
     return known

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shrinking import check, convolve, ones_like, shapes
 
-from dns_jax import apply_masks
 from dns_jax.inference.chain import Dense, Relu, run_chain
 from dns_jax.inference.compact import compact
 from dns_jax.inference.shrink import shrink
@@ -21,30 +21,6 @@ def normal(*shape):
 def randomized(tree):
     """A tree like another, with no number in it 0."""
     return jax.tree.map(lambda leaf: np.abs(normal(*leaf.shape)) + np.float32(0.1), tree)
-
-
-def ones_like(tree):
-    return jax.tree.map(lambda leaf: np.ones(np.shape(leaf), bool), tree)
-
-
-def check(apply, params, masks, *inputs, atol=1e-5):
-    """Shrinks, compares outputs, also of a batch of another size, and gives the small network."""
-    small = shrink(apply, params, masks, *inputs)
-    masked = apply_masks(params, masks)
-    others = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[::-1], leaf]), inputs)
-    for batch in (inputs, others):
-        wanted, given = jax.jit(apply)(masked, *batch), jax.jit(small.apply)(small.params, *batch)
-        jax.tree.map(
-            lambda one, other: np.testing.assert_allclose(one, other, atol=atol, rtol=1e-4),
-            given,
-            wanted,
-        )
-        assert jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, wanted)
-    return small
-
-
-def shapes(small):
-    return {path: after for path, (_, after) in small.leaves.items()}
 
 
 def flops(function, *arguments):
@@ -207,22 +183,14 @@ def test_heads_of_plain_matrices():
     }
 
 
-def convolve(x, kernel, **settings):
-    return jax.lax.conv_general_dilated(
-        x, kernel, dimension_numbers=('NHWC', 'HWIO', 'NHWC'), **settings
-    )
-
-
 def test_depthwise_and_grouped_convolutions():
     params = {'deep': normal(3, 3, 1, 8), 'mix': normal(1, 1, 8, 6), 'groups': normal(2, 2, 2, 9)}
 
     def apply(params, x):
-        x = convolve(
-            x, params['deep'], window_strides=(1, 1), padding='SAME', feature_group_count=8
-        )
-        x = convolve(jnp.tanh(x), params['mix'], window_strides=(2, 1), padding='VALID')
+        x = convolve(x, params['deep'], padding='SAME', feature_group_count=8)
+        x = convolve(jnp.tanh(x), params['mix'], window_strides=(2, 1))
         return convolve(
-            x, params['groups'], window_strides=(1, 1), padding=((1, 0), (0, 2)),
+            x, params['groups'], padding=((1, 0), (0, 2)),
             rhs_dilation=(1, 2), feature_group_count=3,
         )[..., :6]  # the last group goes  # fmt: skip
 
@@ -263,9 +231,9 @@ def test_constants_go_through_gelu_and_batch_norm_into_a_convolution_that_pads()
     mean, scale = normal(1, 1, 1, 4), normal(1, 1, 1, 4)
 
     def apply(params, x):
-        x = convolve(x, params['a'], window_strides=(1, 1), padding='VALID')
+        x = convolve(x, params['a'])
         x = jax.nn.gelu(x + params['bias'].reshape(1, 1, 1, 4), approximate=False)
-        return convolve((x - mean) * scale, params['b'], window_strides=(1, 1), padding='SAME')
+        return convolve((x - mean) * scale, params['b'], padding='SAME')
 
     masks = ones_like(params)
     masks['a'][..., 1:3] = False
