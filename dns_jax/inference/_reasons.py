@@ -4,8 +4,6 @@ Owns the search for them. A reduction such as a mean over features reads all of 
 wanted of its result. An entry that only such a primitive reads is dead but for it.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from dns_jax.inference._known import Region, is_empty, nowhere, union, whole
@@ -15,27 +13,21 @@ _ALL = 'is not followed, so all of its operands stay'
 _ALONG = 'over an axis needs all entries along it, as in LayerNorm'
 
 
-class Stayed(NamedTuple):
-    """Entries of a value that stayed for one primitive."""
-
-    shape: tuple[int, ...]  #: of the value
-    axis: int | None  #: along which they lie; None if all of the value had to stay
-    units: tuple[int, ...]  #: their indices along it; empty if all
-    primitive: str
-    why: str
+Reason = tuple[tuple[int, ...], int | None, tuple[int, ...], str, str]
+"""The shape of a value, an axis, entries along it, the primitive that reads them, and why."""
 
 
-def find_stayed(plan: Plan) -> list[Stayed]:
+def find_stayed(plan: Plan) -> list[Reason]:
     """Finds them, first equations first.
 
     Args:
       plan: the plan of a program.
 
     Returns:
-      One entry for each axis of a value that has some, and one for each operand of a primitive that
-      is not followed.
+      One for each axis of a value that has some, and one for each operand of a primitive that is not
+      followed, without axis and entries.
     """
-    stayed: list[Stayed] = []
+    stayed: list[Reason] = []
     free = {number: whole(plan.program.avals[number].shape) for number in plan.program.outputs}
     readers: dict[tuple[int, int], str] = {}  # of an axis, by a primitive that reads all along it
     for step in reversed(plan.steps):
@@ -43,7 +35,7 @@ def find_stayed(plan: Plan) -> list[Stayed]:
         wanted = [_look_at(plan, number, free, readers, stayed) for number in equation.results]
         if not step.rule:
             stayed += [
-                Stayed(aval.shape, None, (), equation.primitive.name, _ALL)
+                (aval.shape, None, (), equation.primitive.name, _ALL)
                 for number, aval in zip(equation.operands, step.call.operands, strict=True)
                 if plan.kinds[number] != CONSTANT
             ]
@@ -60,7 +52,7 @@ def find_stayed(plan: Plan) -> list[Stayed]:
     return stayed[::-1]
 
 
-def _look_at(plan: Plan, number: int, free, readers, stayed: list[Stayed]) -> Region:
+def _look_at(plan: Plan, number: int, free, readers, stayed: list[Reason]) -> Region:
     """Finds the entries of a value that stayed, and gives those that are wanted with them."""
     shape = plan.program.avals[number].shape
     held = plan.held.get(number, nowhere(shape))
@@ -72,7 +64,7 @@ def _look_at(plan: Plan, number: int, free, readers, stayed: list[Stayed]) -> Re
             name = readers.get((number, axis))
             if name:
                 units = tuple(map(int, dead))
-                stayed.append(Stayed(shape, axis, units, name, _ALONG))
+                stayed.append((shape, axis, units, name, _ALONG))
             others = own
         wanted.append(own & others)
     return tuple(wanted)

@@ -16,10 +16,20 @@ from dns_jax._trees import check_parallel
 from dns_jax.inference._known import Region, is_empty
 from dns_jax.inference._liveness import Plan, analyze
 from dns_jax.inference._program import trace
-from dns_jax.inference._reasons import Stayed, find_stayed
+from dns_jax.inference._reasons import find_stayed
 from dns_jax.inference._replay import replay
 from dns_jax.layers import map_leaves, named_leaves
 from dns_jax.typing import Masks, Params
+
+
+class Stayed(NamedTuple):
+    """Entries of a value that nothing needs, but that stayed for one primitive."""
+
+    shape: tuple[int, ...]  #: of the value, before
+    axis: int | None  #: along which they lie; None if all of the value had to stay
+    units: tuple[int, ...]  #: their indices along it; empty if all
+    primitive: str
+    why: str
 
 
 class SmallNetwork(NamedTuple):
@@ -104,7 +114,7 @@ def shrink(apply: Callable[..., Any], params: Params, masks: Masks, *inputs: Any
         small_apply,
         jax.tree.unflatten(structure, small),
         dict(zip(names, shapes, strict=True)),
-        find_stayed(plan),
+        [Stayed(*reason) for reason in find_stayed(plan)],
     )
 
 

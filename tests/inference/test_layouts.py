@@ -20,12 +20,24 @@ from dns_jax.inference._layouts import _groups
         (lambda x: x.reshape(3, 8), (4, 6), None, np.s_[1], ((2, 6), (1, 8))),
         (lambda x: x.reshape(1, 6, 1), (2, 3), None, np.s_[:, :3], ((1, 3), (1, 3, 1))),
         (lambda x: x.T, (3, 4), np.s_[1], np.s_[2:], ((2, 2), (2, 2))),
-        (lambda x: jnp.transpose(x, (2, 0, 1)), (2, 3, 4), None, np.s_[0, :, 1:], ((2, 2, 1), (1, 2, 2))),
+        (
+            lambda x: jnp.transpose(x, (2, 0, 1)),
+            (2, 3, 4),
+            None,
+            np.s_[0, :, 1:],
+            ((2, 2, 1), (1, 2, 2)),
+        ),
         (lambda x: lax.rev(x, (1,)), (2, 3), np.s_[:, 0], np.s_[:, 1:], ((2, 1), (2, 1))),
         (lambda x: lax.squeeze(x, (1,)), (2, 1, 3), None, np.s_[:, 1:], ((2, 1, 2), (2, 2))),
-        (lambda x: lax.broadcast_in_dim(x, (2, 3, 4), (0, 2)), (1, 4), np.s_[:, 0], np.s_[1], ((1, 3), (1, 3, 3))),
+        (
+            lambda x: lax.broadcast_in_dim(x, (2, 3, 4), (0, 2)),
+            (1, 4),
+            np.s_[:, 0],
+            np.s_[1],
+            ((1, 3), (1, 3, 3)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_read_is_what_is_left(function, shape, constant, wanted, left):
     assert follow(function, shape, constant=constant, wanted=wanted) == left
 

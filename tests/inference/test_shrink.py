@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from shrinking import check, convolve, ones_like, shapes
 
+from dns_jax import apply_masks
 from dns_jax.inference.chain import Dense, Relu, run_chain
 from dns_jax.inference.compact import compact
 from dns_jax.inference.shrink import shrink
@@ -289,3 +290,93 @@ def test_network_of_which_nothing_is_left():
     )  # fmt: skip
     assert shapes(small) == {'a/kernel': (1, 1), 'a/bias': (1,), 'b/kernel': (1, 1), 'b/bias': (1,)}
     assert not small.params['a']['kernel'].any()
+
+
+def test_a_mask_of_no_axes_keeps_its_leaf_and_dtypes_stay():
+    params = {'a': normal(3, 5).astype(jnp.bfloat16), 'b': normal(5, 2)}
+    masks = {'a': np.array(False), 'b': np.arange(10).reshape(5, 2) > 3}
+
+    def apply(params, x):
+        return jnp.tanh(x @ params['a']).astype(np.float32) @ params['b']
+
+    small = shrink(apply, params, masks, normal(4, 3).astype(jnp.bfloat16))
+    assert small.leaves == {'a': ((3, 5), (3, 3)), 'b': ((5, 2), (3, 2))}
+    assert small.params['a'].dtype == jnp.bfloat16
+    x = normal(4, 3).astype(jnp.bfloat16)
+    wanted = apply(apply_masks(params, masks), x)
+    np.testing.assert_allclose(small.apply(small.params, x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'said'),
+    [
+        ({'masks': {'a': np.ones((3, 2), bool)}}, ValueError, 'lack'),
+        ({'masks': {'a': np.ones((3, 2))}, 'params': {'a': np.ones((3, 2))}}, TypeError, 'boolean'),
+        (
+            {'params': {'a': np.full((3, 2), np.inf), 'b': np.ones((2, 1))}},
+            ValueError,
+            'not finite',
+        ),
+        ({'apply': lambda params, x: jax.debug.print('{}', x)}, ValueError, 'side effects'),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, error, said):
+    params = {'a': np.ones((3, 2), np.float32), 'b': np.ones((2, 1), np.float32)}
+    settings = {
+        'apply': lambda params, x: x @ params['a'] @ params['b'],
+        'params': params,
+        'masks': ones_like(params),
+        **changes,
+    }
+    with pytest.raises(error, match=said):
+        shrink(*settings.values(), np.ones((1, 3), np.float32))
+
+
+def test_what_the_small_network_refuses():
+    params = {'a': normal(4, 3)}
+    masks = ones_like(params)
+    masks['a'][:2] = False
+
+    def apply(params, x):
+        rows = params['a'] if x.shape[0] > 3 else params['a'][:, :2]
+        return x @ rows
+
+    small = shrink(apply, params, masks, normal(2, 4))
+    assert shapes(small) == {'a': (2, 2)}
+    with pytest.raises(ValueError, match=r"params\['a'\] that went"):
+        small.apply(small.params, normal(5, 4))
+    with pytest.raises(ValueError, match=r"params\['a'\] must have the shape \(2, 2\)"):
+        small.apply(params, normal(2, 4))
+    with pytest.raises(ValueError, match='tree'):
+        small.apply({'b': small.params['a']}, normal(2, 4))
+
+
+def test_the_small_weights_can_be_trained():
+    params = {'a': dense(3, 5), 'b': dense(5, 2)}
+    masks = ones_like(params)
+    masks['b']['kernel'][1] = False
+    x = normal(4, 3)
+
+    def apply(params, x):
+        return run_dense(params['b'], jax.nn.relu(run_dense(params['a'], x)))
+
+    small = shrink(apply, params, masks, x)
+    wanted = jax.grad(lambda params: apply(params, x).sum())(apply_masks(params, masks))
+    given = jax.grad(lambda params: small.apply(params, x).sum())(small.params)
+    left = [0, 2, 3, 4]
+    np.testing.assert_allclose(given['a']['kernel'], wanted['a']['kernel'][:, left], rtol=1e-4)
+    np.testing.assert_allclose(given['b']['kernel'], wanted['b']['kernel'][left], rtol=1e-4)
+
+
+def test_keys_of_random_numbers_are_left_as_they_are():
+    params = {'a': normal(3, 4), 'key': jax.random.key(0)}
+    masks = {'a': np.arange(4)[None] > np.zeros((3, 1)), 'key': np.array(True)}
+
+    def apply(params, x):
+        return jax.random.normal(params['key'], (1, 4)) + jnp.tanh(x @ params['a'])
+
+    x = normal(2, 3)
+    small = shrink(apply, params, masks, x)
+    assert shapes(small) == {'a': (3, 3), 'key': ()}
+    masked = {'a': np.where(masks['a'], params['a'], 0), 'key': params['key']}
+    np.testing.assert_allclose(small.apply(small.params, x), apply(masked, x), atol=1e-6)

@@ -153,7 +153,7 @@ class Network:
             q, k, v = (
                 (
                     jnp.tensordot(x, params[name], 1)
-                    + params[bias].reshape((1, 1) + params[bias].shape)
+                    + params[bias].reshape((1, 1, *params[bias].shape))
                 ).reshape(batch, length, heads, size)
                 for name, bias in zip(names, biases, strict=True)
             )

@@ -18,16 +18,46 @@ def place(x):
         (lambda x: x[1:, ::2], (3, 6), np.s_[:, 2], np.s_[1], ((1, 2), (1, 2))),
         (lambda x: lax.dynamic_slice(x, (1, 9), (2, 2)), (3, 6), None, np.s_[:1], ((1, 2), (1, 2))),
         (place, (2, 6), None, np.s_[1:], ((2, 6), (1, 3))),
-        (lambda x: lax.pad(x, np.float32(2), [(1, -1, 0), (2, 0, 1)]), (3, 4), np.s_[:, 0], np.s_[1:, :6], ((2, 1), (2, 1))),
-        (lambda x: lax.pad(x, np.float32(2), [(0, 0, 0), (2, 1, 0)]), (3, 4), None, np.s_[1:], ((2, 4), (2, 4))),
-        (lambda x: jnp.concatenate([x, x + 1], 0), (2, 3), np.s_[:, 1], np.s_[1:3], ((2, 2), (2, 2))),
-        (lambda x: jnp.concatenate([x, jnp.zeros_like(x)], 1), (2, 3), None, np.s_[:, 2:], ((2, 1), (2, 1))),
+        (
+            lambda x: lax.pad(x, np.float32(2), [(1, -1, 0), (2, 0, 1)]),
+            (3, 4),
+            np.s_[:, 0],
+            np.s_[1:, :6],
+            ((2, 1), (2, 1)),
+        ),
+        (
+            lambda x: lax.pad(x, np.float32(2), [(0, 0, 0), (2, 1, 0)]),
+            (3, 4),
+            None,
+            np.s_[1:],
+            ((2, 4), (2, 4)),
+        ),
+        (
+            lambda x: jnp.concatenate([x, x + 1], 0),
+            (2, 3),
+            np.s_[:, 1],
+            np.s_[1:3],
+            ((2, 2), (2, 2)),
+        ),
+        (
+            lambda x: jnp.concatenate([x, jnp.zeros_like(x)], 1),
+            (2, 3),
+            None,
+            np.s_[:, 2:],
+            ((2, 1), (2, 1)),
+        ),
         (lambda x: jnp.split(x, [1, 4], 1)[1], (2, 6), np.s_[:, 2], np.s_[:1], ((1, 2), (1, 2))),
         (lambda x: x[:, np.array([4, 1, 1])], (2, 6), np.s_[:, 4], np.s_[:1], ((1, 1), (1, 2))),
         (lambda x: x[:, np.array([[4], [0]])], (2, 6), None, np.s_[:, 1:], ((2, 1), (2, 1, 1))),
-        (lambda x: x[jnp.array([0, 1]), (x[0, :2] > 0).astype(np.int32)], (2, 3), None, ..., ((2, 3), (2,))),
+        (
+            lambda x: x[jnp.array([0, 1]), (x[0, :2] > 0).astype(np.int32)],
+            (2, 3),
+            None,
+            ...,
+            ((2, 3), (2,)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_read_is_what_is_left(function, shape, constant, wanted, left):
     assert follow(function, shape, constant=constant, wanted=wanted) == left
 
