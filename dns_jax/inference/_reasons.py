@@ -24,8 +24,8 @@ def find_stayed(plan: Plan) -> list[Reason]:
       plan: the plan of a program.
 
     Returns:
-      One for each axis of a value that has some, and one for each operand of a primitive that is not
-      followed, without axis and entries.
+      One for each axis of a value that has some; one, without axis and entries, for each operand of
+      a primitive that is not followed.
     """
     stayed: list[Reason] = []
     free = {number: whole(plan.program.avals[number].shape) for number in plan.program.outputs}

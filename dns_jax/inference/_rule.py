@@ -130,9 +130,9 @@ def arrange(array: Any, places: Sequence[np.ndarray], filler: Any) -> Any:
         return array
     if filler.ndim == 0 and all(_is_run(each) for each in places):
         edges = [(int(np.argmax(each >= 0)), int(np.argmax(each[::-1] >= 0)), 0) for each in places]
-        inner = [each[each >= 0] for each in places]
-        for axis, each in enumerate(inner):
-            array = take(array, each, axis)
+        for axis, each in enumerate(places):
+            if (each < 0).any():
+                array = take(array, each[each >= 0], axis)
         return lax.pad(array, filler, edges)
     for axis, each in enumerate(places):
         if (each < 0).any():

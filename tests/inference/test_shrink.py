@@ -304,7 +304,8 @@ def test_a_mask_of_no_axes_keeps_its_leaf_and_dtypes_stay():
     assert small.params['a'].dtype == jnp.bfloat16
     x = normal(4, 3).astype(jnp.bfloat16)
     wanted = apply(apply_masks(params, masks), x)
-    np.testing.assert_allclose(small.apply(small.params, x), wanted, atol=1e-5)
+    # Sums in bfloat16 are rounded in another order.
+    np.testing.assert_allclose(small.apply(small.params, x), wanted, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +363,7 @@ def test_the_small_weights_can_be_trained():
 
     small = shrink(apply, params, masks, x)
     wanted = jax.grad(lambda params: apply(params, x).sum())(apply_masks(params, masks))
+    wanted = jax.tree.map(np.asarray, wanted)
     given = jax.grad(lambda params: small.apply(params, x).sum())(small.params)
     left = [0, 2, 3, 4]
     np.testing.assert_allclose(given['a']['kernel'], wanted['a']['kernel'][:, left], rtol=1e-4)
