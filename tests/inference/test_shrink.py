@@ -5,12 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import LENET5, LENET300
 from shrinking import check, convolve, ones_like, shapes
 
 from dns_jax import apply_masks
+from dns_jax.files.sparse import load_sparse
 from dns_jax.inference.chain import Dense, Relu, run_chain
 from dns_jax.inference.compact import compact
 from dns_jax.inference.shrink import shrink
+from dns_jax.layers import named_leaves
+from experiments.zoo import FOLDER
 
 RANDOM = np.random.default_rng(0)
 
@@ -55,6 +59,23 @@ def test_units_go_as_compact_lets_them_go():
     }
     assert shapes(small)['b/kernel'] == (5, 4)
     assert small.params['b']['kernel'].dtype == np.float32
+
+
+@pytest.mark.parametrize(('name', 'chain'), [('lenet5', LENET5), ('lenet300', LENET300)])
+def test_networks_of_the_zoo_get_as_small_as_by_compact(name, chain):
+    network = load_sparse(FOLDER / f'{name}.safetensors')
+    images = np.random.default_rng(0).random((2, 28, 28, 1), np.float32)
+
+    def apply(params, x):
+        return run_chain(chain, params, x)
+
+    small = check(apply, network.params, network.masks, images)
+    compacted = compact(chain, network.params, network.masks, (28, 28, 1))
+    assert shapes(small) == {path: leaf.shape for path, leaf in named_leaves(compacted.params)}
+    wanted = flops(
+        lambda params, x: run_chain(compacted.chain, params, x), compacted.params, images
+    )
+    assert flops(small.apply, small.params, images) < 1.01 * wanted
 
 
 class Residual(nn.Module):
