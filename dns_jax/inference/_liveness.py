@@ -188,6 +188,8 @@ def _has_numbers(aval: Any) -> bool:
 def _sum_to_one(program: Program, equation: Equation, makers, sums) -> frozenset[int]:
     """Knows the last step of a softmax: a value divided by its own sum along an axis."""
     first = equation.operands[0] if equation.operands else -1
+    if not jnp.issubdtype(program.avals[equation.results[0]].dtype, jnp.floating):
+        return frozenset()  # whole numbers do not sum to 1 any more
     match equation.primitive.name:
         case 'transpose':
             places = {axis: place for place, axis in enumerate(equation.params['permutation'])}

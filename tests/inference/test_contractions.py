@@ -95,11 +95,18 @@ def test_weights_that_sum_to_one_leave_a_constant_as_it_is():
     small = check(apply, params, masks, normal(4, 4), other_batch=False)
     assert shapes(small)['score'] == (4, 4)
 
-    def along(params, x):
-        return apply(params, x, 0)
-
-    small = check(along, params, masks, normal(4, 4), other_batch=False)
+    small = check(lambda *both: apply(*both, 0), params, masks, normal(4, 4), other_batch=False)
     assert shapes(small)['score'] == (1, 1)
+
+    # Nor do they when they are rounded.
+    def rounded(params, x):
+        weights = jnp.round(5 * jax.nn.softmax(x @ params['score'])).astype(np.int32)
+        values = x @ params['value'] + params['bias'][None]
+        whole = jax.nn.softmax(x @ params['score']).astype(np.int32)
+        return (weights + whole).astype(np.float32) @ values @ params['out']
+
+    small = check(rounded, params, masks, normal(4, 4), other_batch=False)
+    assert shapes(small)['score'] == (4, 4)
 
 
 def test_an_infinite_constant_is_no_known_factor():
