@@ -81,6 +81,18 @@ def test_products_of_weights_stay_products():
     assert shapes(check(apply, params, masks, normal(3, 5))) == {'left': (5, 2), 'right': (2, 3)}
 
 
+def test_convolutions_of_weights_stay_convolutions():
+    params = {'left': normal(2, 3, 3, 4), 'right': normal(2, 2, 4, 5)}
+    masks = ones_like(params)
+    masks['right'][:, :, 1] = False
+
+    def apply(params, x):
+        return jnp.tanh(convolve(x, convolve(params['left'], params['right'])))
+
+    small = check(apply, params, masks, normal(2, 3, 4, 2))
+    assert shapes(small) == {'left': (2, 3, 3, 3), 'right': (2, 2, 3, 5)}
+
+
 def test_weights_that_sum_to_one_leave_a_constant_as_it_is():
     params = {'score': normal(4, 4), 'value': normal(4, 6), 'bias': normal(6), 'out': normal(6, 2)}
     masks = ones_like(params)
@@ -97,6 +109,15 @@ def test_weights_that_sum_to_one_leave_a_constant_as_it_is():
 
     small = check(lambda *both: apply(*both, 0), params, masks, normal(4, 4), other_batch=False)
     assert shapes(small)['score'] == (1, 1)
+
+    # What is divided by the sums of other rows does not.
+    def crossed(params, x):
+        weights = jnp.exp(x @ params['score'])
+        values = x @ params['value'] + params['bias'][None]
+        return (weights / weights.sum(1)[None]) @ values @ params['out']
+
+    small = check(crossed, params, masks, normal(4, 4), other_batch=False)
+    assert shapes(small)['score'] == (4, 4)
 
     # Nor do they when they are rounded.
     def rounded(params, x):

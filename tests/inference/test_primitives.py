@@ -40,6 +40,10 @@ def test_a_choice_is_known_where_all_that_may_be_chosen_is():
         return jnp.where(y > 0, jnp.minimum(x, 0), np.float32(0))
 
     assert follow(choose, (3, 5), (3, 5), constant=np.s_[1]) == ((2, 5), (2, 5), (2, 5))
+    # What may be chosen is known, but not which.
+    assert follow(
+        lambda x, y: jnp.where(y > 0.9, x, 2 * x), (3, 5), (3, 5), constant=np.s_[:, 2:]
+    ) == ((3, 2), (3, 5), (3, 5))
     assert follow(
         lambda x, y: jnp.where(np.arange(5)[None] < 3, x, y), (3, 5), (3, 5), constant=np.s_[:, 2:]
     ) == ((3, 2), (3, 4), (3, 4))  # column 2 is that of x

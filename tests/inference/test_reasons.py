@@ -46,6 +46,17 @@ def test_entries_that_are_known_need_not_stay():
     ]
 
 
+def test_entries_that_weights_of_zero_read_are_dead():
+    params = np.float32(np.eye(5) + np.eye(5)[::-1])
+    params[[0, 4]] = 0
+
+    def apply(params, x):
+        units = jnp.sin(x)
+        return root_normalize(units)[:, 1:], units @ params
+
+    assert stayed(apply, params) == [(1, (0,), 'reduce_sum')]
+
+
 def test_what_is_pooled_is_not_dead():
     assert stayed(lambda params, x: (x * params).mean(1)) == []
     assert stayed(lambda params, x: (x * params).reshape(2, 5, 1).max(1)) == []

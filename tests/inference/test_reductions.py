@@ -4,11 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from shrinking import follow
+from shrinking import check, follow, shapes
 
 
 def pool(function, first, padding='VALID'):
     return lambda x: lax.reduce_window(x, first, function, (1, 2, 1), (1, 2, 1), padding)
+
+
+def stride(x):
+    """Windows of one entry, but not of every entry."""
+    return lax.reduce_window(x, -np.inf, lax.max, (1, 1, 1), (1, 2, 1), 'VALID')
 
 
 @pytest.mark.parametrize(
@@ -18,6 +23,7 @@ def pool(function, first, padding='VALID'):
         (lambda x: x.sum(1), (2, 3, 4), np.s_[:, 1], np.s_[:, 1:], ((2, 2, 3), (2, 3))),
         (lambda x: x.sum((0, 2)), (2, 3, 4), np.s_[..., 1:3], np.s_[1:], ((2, 2, 2), (2,))),
         (lambda x: x.sum(1), (2, 3), np.s_[:1], ..., ((1, 3), (1,))),
+        (lambda x: x.sum(1), (2, 3), np.s_[0, 1], ..., ((2, 3), (2,))),
         (lambda x: x.max(1), (2, 3, 4), np.s_[:, 1], np.s_[:, 1:], ((2, 2, 3), (2, 3))),
         (lambda x: x.max(1), (2, 3, 4), np.s_[..., 1], np.s_[:, 1:], ((2, 3, 2), (2, 2))),
         (lambda x: x.min(0), (2, 3), None, np.s_[:1], ((2, 1), (1,))),
@@ -46,6 +52,7 @@ def pool(function, first, padding='VALID'):
             ((2, 2), (2, 2)),
         ),
         (lambda x: lax.cumlogsumexp(x, 0), (2, 3), None, np.s_[:, 1:], ((2, 2), (2, 2))),
+        (stride, (2, 4, 3), None, np.s_[:, 1:, 1:], ((2, 4, 2), (2, 1, 2))),
         (pool(lax.max, -np.inf), (2, 4, 3), np.s_[..., 1], np.s_[:, 1:], ((2, 4, 2), (2, 1, 2))),
         (
             pool(lax.add, 0.0, 'SAME'),
@@ -59,3 +66,15 @@ def pool(function, first, padding='VALID'):
 )
 def test_what_is_read_is_what_is_left(function, shape, constant, wanted, left):
     assert follow(function, shape, constant=constant, wanted=wanted) == left
+
+
+def test_sums_of_weights_stay_sums():
+    params = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
+    masks = np.ones((3, 4), bool)
+    masks[1] = False
+
+    def apply(params, x):
+        return jnp.sin(x * params.sum(0)[None])
+
+    x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+    assert shapes(check(apply, params, masks, x)) == {'': (2, 4)}

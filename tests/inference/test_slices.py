@@ -62,6 +62,13 @@ def test_what_is_read_is_what_is_left(function, shape, constant, wanted, left):
     assert follow(function, shape, constant=constant, wanted=wanted) == left
 
 
+def test_fixed_indices_out_of_bounds_are_left_to_jax():
+    def apply(x):
+        return x.at[:, np.array([1, 9])].get(mode='fill', fill_value=2.0)
+
+    assert follow(apply, (2, 3), wanted=np.s_[:1]) == ((1, 3), (1, 2))
+
+
 def test_features_of_a_table_of_embeddings():
     random = np.random.default_rng(0)
     params = {
