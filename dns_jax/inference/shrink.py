@@ -56,8 +56,8 @@ def shrink(apply: Callable[..., Any], params: Params, masks: Masks, *inputs: Any
     attention head whose values are constant goes too, for its weights sum to 1. Primitives that are
     not known (`scan`, `while`, `cond`, `sort` and others) get all they read; `stayed` names them.
 
-    Arrays stay rectangular, so an entry goes along an axis as a whole: a feature of queries that one
-    head alone does not need stays with the others.
+    Arrays stay rectangular, so an entry goes along an axis as a whole: a feature of queries that
+    one head alone does not need stays with the others.
 
     Constants are those of the given weights: whoever trains the small network trains what is left
     of it. Activations must be finite, since 0 · ∞ is not 0, and indices of a lookup within its
