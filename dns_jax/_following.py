@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dns_jax import _counts, _search
-from dns_jax._counts import Count
+from dns_jax._core import counts, search
+from dns_jax._core.counts import Count
 from dns_jax._sharing import Divide, Division, Layers, middle, single_weights
 from dns_jax.thresholds import make_band
 from dns_jax.typing import LayerArrays, Thresholds
@@ -50,7 +50,7 @@ class DensityRule:
 
         def find(excess_at, starts, aims):
             del aims
-            return _search.bisect(excess_at, len(starts))
+            return search.bisect(excess_at, len(starts))
 
         return self._solve(layers, step, nothing, jnp.array(True), find)
 
@@ -62,7 +62,7 @@ class DensityRule:
         exactly: jax.Array,
     ) -> dict[str, Thresholds]:
         """Finds thresholds that keep what is wanted from the last ones, in a few passes."""
-        return self._solve(layers, step, last, exactly, _search.search)
+        return self._solve(layers, step, last, exactly, search.search)
 
     def follow(
         self,
@@ -97,8 +97,8 @@ class DensityRule:
         reach = {name: layer.reach() for name, layer in layers.items()}
 
         def within_reach(share):
-            together = _counts.add([reach[name] for name in share.layers])
-            return share._replace(wanted=_counts.minimum(share.wanted, together))
+            together = counts.add([reach[name] for name in share.layers])
+            return share._replace(wanted=counts.minimum(share.wanted, together))
 
         return [
             division._replace(shares=[within_reach(share) for share in division.shares])
@@ -115,7 +115,7 @@ class DensityRule:
         if not floors:
             return bands
         kept = _count_by_layer(layers, bands)
-        excess = {layer: _counts.minus(kept[layer], floors[layer]) for layer in bands}
+        excess = {layer: counts.minus(kept[layer], floors[layer]) for layer in bands}
         lacking = [count.high < 0 for count in excess.values()]
         return jax.lax.cond(
             functools.reduce(jnp.logical_or, lacking, jnp.array(False)),
@@ -139,9 +139,9 @@ class DensityRule:
 
         def excess_at(thresholds):
             kept = _count_by_layer(layers, bands_at(thresholds))
-            kept |= {layer: _counts.maximum(kept[layer], floor) for layer, floor in floors.items()}
+            kept |= {layer: counts.maximum(kept[layer], floor) for layer, floor in floors.items()}
             return [
-                _counts.minus(_counts.add([kept[layer] for layer in share.layers]), share.wanted)
+                counts.minus(counts.add([kept[layer] for layer in share.layers]), share.wanted)
                 for share in shares
             ]
 
@@ -165,7 +165,7 @@ class DensityRule:
             return [
                 jax.tree.map(
                     lambda part, lacks=excess[layer].high < 0: jnp.where(lacks, part, 0),
-                    _counts.minus(kept[layer], floors[layer]),
+                    counts.minus(kept[layer], floors[layer]),
                 )
                 for layer in bands
             ]
@@ -186,14 +186,14 @@ def _near(division: Division, layers, kept, slack) -> list[jax.Array]:
     """Says of each share whether its number is near what is wanted, and of all floors together."""
     near = []
     for share in division.shares:
-        together = _counts.add([kept[layer] for layer in share.layers])
-        excess = _counts.to_float(_counts.minus(together, share.wanted))
+        together = counts.add([kept[layer] for layer in share.layers])
+        excess = counts.to_float(counts.minus(together, share.wanted))
         near.append(jnp.abs(excess) <= slack * _tolerance(share.wanted, share.layers, layers))
 
     def reaches(floors):
         by_layer = (
-            _counts.to_float(_counts.minus(kept[layer], floor))
-            >= -slack * TOLERANCE * _counts.to_float(floor)
+            counts.to_float(counts.minus(kept[layer], floor))
+            >= -slack * TOLERANCE * counts.to_float(floor)
             for layer, floor in floors.items()
         )
         return functools.reduce(jnp.logical_and, by_layer, jnp.array(True))
@@ -210,12 +210,12 @@ def _factors(division: Division, layers, kept) -> dict[str, jax.Array]:
     """Guesses by what factor the thresholds of each layer are to move."""
     factors = {}
     for share in division.shares:
-        together = _counts.to_float(_counts.add([kept[layer] for layer in share.layers]))
-        factor = _search.guess_factor(together, _aim(share.wanted, share.layers, layers))
+        together = counts.to_float(counts.add([kept[layer] for layer in share.layers]))
+        factor = search.guess_factor(together, _aim(share.wanted, share.layers, layers))
         factors |= dict.fromkeys(share.layers, factor)
     for layer, floor in division.floors.items():
-        number, aim = _counts.to_float(kept[layer]), _aim(floor, [layer], layers)
-        to_floor = jnp.minimum(factors[layer], _search.guess_factor(number, aim))
+        number, aim = counts.to_float(kept[layer]), _aim(floor, [layer], layers)
+        to_floor = jnp.minimum(factors[layer], search.guess_factor(number, aim))
         at_floor = jnp.abs(number - aim.wanted) <= 2 * TOLERANCE * aim.wanted
         factors[layer] = jnp.where(at_floor, to_floor, factors[layer])
     return factors
@@ -228,17 +228,17 @@ def _count_by_layer(layers: Layers, bands) -> dict[str, Count]:
 
 def _within_reach(floors, layers) -> dict[str, Count]:
     """Caps floors at the weights that are not zero: those that are tie, and all would be kept."""
-    return {layer: _counts.minimum(floor, layers[layer].reach()) for layer, floor in floors.items()}
+    return {layer: counts.minimum(floor, layers[layer].reach()) for layer, floor in floors.items()}
 
 
-def _aim(wanted: Count, names: Sequence[str], layers: Layers, slack: Any = 0.0) -> _search.Aim:
+def _aim(wanted: Count, names: Sequence[str], layers: Layers, slack: Any = 0.0) -> search.Aim:
     """Says what one threshold of some layers is to keep, give or take `slack` tolerances."""
     whole = float(sum(layers[layer].size for layer in names))
     tolerance = slack * _tolerance(wanted, names, layers)
-    return _search.Aim(_counts.to_float(wanted), whole, tolerance)
+    return search.Aim(counts.to_float(wanted), whole, tolerance)
 
 
 def _tolerance(wanted: Count, names: Sequence[str], layers: Layers) -> jax.Array:
     """By how many connections a followed number may be off: a share of it, or less than a group."""
     group = max(number for name in names for number in layers[name].members())
-    return jnp.maximum(TOLERANCE * _counts.to_float(wanted), float(group - 1))
+    return jnp.maximum(TOLERANCE * counts.to_float(wanted), float(group - 1))

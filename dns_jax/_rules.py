@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dns_jax._checks import abridge, as_table, check_step
+from dns_jax._core.checks import abridge, as_table, check_step
 from dns_jax._following import DensityRule
 from dns_jax._sharing import Layer, Layers
 from dns_jax.importance import magnitude

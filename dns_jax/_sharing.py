@@ -1,6 +1,6 @@
 """What layers share of a number of connections, and in what units their weights are compared.
 
-Owns the layers as h_k sees them, of single weights or of groups. Counts are exact (`_counts`).
+Owns the layers as h_k sees them, of single weights or of groups. Counts are exact (`_core.counts`).
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dns_jax import _counts, _search
-from dns_jax._counts import Count
+from dns_jax._core import counts, search
+from dns_jax._core.counts import Count
 from dns_jax.masks import discriminate
 from dns_jax.typing import LayerArrays, Thresholds
 
@@ -46,10 +46,10 @@ class Layer:
     def count(self, kept: Sequence[jax.Array]) -> Count:
         """Counts the connections of the groups that are True."""
         if set(members := self.members()) <= {1}:
-            return _counts.count_all(kept)
-        return _counts.add(
+            return counts.count_all(kept)
+        return counts.add(
             [
-                _counts.times(_counts.count_all([leaf]), number)
+                counts.times(counts.count_all([leaf]), number)
                 for leaf, number in zip(kept, members, strict=True)
             ]
         )
@@ -183,7 +183,7 @@ def _erdos_renyi_kernel(layers, densities: jax.Array) -> list[dict[str, jax.Arra
 def _unit(layer: Layer, score: str) -> jax.Array:
     """The unit of a layer, 0 where all its weights are 0."""
     # A square may leave the range of float32 where the weight does not.
-    scale = _search.range_scale(layer.weights)
+    scale = search.range_scale(layer.weights)
     magnitudes = [jnp.abs(leaf).astype(jnp.float32) / scale for leaf in layer.weights]
     kept = layer.masks if score == 'norm' else [None] * len(magnitudes)
     squares = sum(
@@ -212,14 +212,14 @@ def _settle(units, layers, last) -> dict[str, jax.Array]:
         threshold, own = middle(last[layer]), layers[layer]
         middles[layer] = jnp.where((threshold > 0) & (threshold <= _LARGEST), threshold, unit)
         logs[layer] = jnp.log(middles[layer]) - jnp.log(unit)
-        numbers[layer] = jnp.maximum(_counts.to_float(own.count(own.masks)), 1.0)
+        numbers[layer] = jnp.maximum(counts.to_float(own.count(own.masks)), 1.0)
     common = sum(numbers[layer] * logs[layer] for layer in units) / sum(numbers.values())
     for layer, unit in units.items():
         around = Thresholds(middles[layer] * 15 / 16, middles[layer] * 17 / 16)
         own = layers[layer]
         crossed = own.count([_is_within(leaf, around) for leaf in own.weights])
         # By how many percent their number falls where t rises by 1 %, then u.
-        fall = _counts.to_float(crossed) / numbers[layer] * 8
+        fall = counts.to_float(crossed) / numbers[layer] * 8
         fall *= jnp.minimum(numbers[layer] * jnp.square(middles[layer] / unit), 1.0) / 2
         # Far away the fall may be another.
         step = jnp.clip((common - logs[layer]) / (1 + fall), -0.25, 0.25)
@@ -241,9 +241,9 @@ def _sizes(layers: Layers) -> dict[str, int]:
 
 
 def _share(count: Count, sizes: Mapping[str, int]) -> jax.Array:
-    return _counts.to_float(count) / float(max(sum(sizes.values()), 1))
+    return counts.to_float(count) / float(max(sum(sizes.values()), 1))
 
 
 def _floor(share: jax.Array, size: int) -> Count:
     """At least one connection, of a layer that has any."""
-    return _counts.from_share(share, size) if size else _counts.from_int(0)
+    return counts.from_share(share, size) if size else counts.from_int(0)

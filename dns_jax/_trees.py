@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dns_jax._checks import abridge
+from dns_jax._core.checks import abridge
 from dns_jax.layers import named_leaves
 from dns_jax.typing import Masks, Params
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from dns_jax._checks import abridge
+from dns_jax._core.checks import abridge
 from dns_jax._trees import nest_leaves
 from dns_jax.layers import is_kernel, named_leaves
 from dns_jax.stacking import slice_paths, unstack

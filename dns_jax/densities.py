@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dns_jax import _counts
-from dns_jax._checks import check_density, check_hysteresis
+from dns_jax._core import counts
+from dns_jax._core.checks import check_density, check_hysteresis
 from dns_jax._following import DensityRule
 from dns_jax._sharing import share_by_axes, share_by_layer, share_by_units
 from dns_jax.typing import Schedule, ThresholdRule
@@ -105,7 +105,7 @@ def global_density(
         raise ValueError(f'floor must be in [0, 1], but is {floor!r}')
 
     def wanted(step, sizes):
-        return _counts.from_share(schedule(step), sum(sizes.values()))
+        return counts.from_share(schedule(step), sum(sizes.values()))
 
     divide = share_by_axes(wanted) if score == 'erk' else share_by_units(wanted, score, floor)
     return DensityRule(divide, hysteresis, callable(density))

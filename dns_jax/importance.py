@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dns_jax._checks import abridge
+from dns_jax._core.checks import abridge
 from dns_jax.calibration import Inputs
 from dns_jax.layers import map_leaves, named_leaves
 from dns_jax.schedules import check_finite

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from dns_jax._checks import abridge
+from dns_jax._core.checks import abridge
 from dns_jax.typing import LayerOf, Role, TakesPart
 
 _Value = TypeVar('_Value')

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from dns_jax._checks import abridge
-from dns_jax._counts import count_all, to_int
+from dns_jax._core.checks import abridge
+from dns_jax._core.counts import count_all, to_int
 from dns_jax._trees import check_parallel
 from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
 from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dns_jax._checks import abridge
-from dns_jax._counts import count_all, to_int
+from dns_jax._core.checks import abridge
+from dns_jax._core.counts import count_all, to_int
 from dns_jax._trees import check_parallel
 from dns_jax.layers import group_by_layer, named_leaves, parent_path, role
 from dns_jax.typing import LayerOf, Masks, Params

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dns_jax import _counts
-from dns_jax._checks import check_density, check_step
+from dns_jax._core import counts
+from dns_jax._core.checks import check_density, check_step
 from dns_jax._following import DensityRule
 from dns_jax._sharing import share_by_units
 from dns_jax.importance import magnitude
@@ -120,9 +120,9 @@ def prune_to(
             first = all_of_them if given is None else given
             share = float(final) + float(first - final) * (1.0 - done) ** 3
             share = share / float(all_of_them)
-            falling = _counts.from_share(share, all_of_them)
+            falling = counts.from_share(share, all_of_them)
             at_end = functools.partial(jnp.where, step >= start + ramp_steps)
-            return jax.tree.map(at_end, _counts.from_int(final), falling)
+            return jax.tree.map(at_end, counts.from_int(final), falling)
 
         rule = Rule(
             DensityRule(share_by_units(wanted), _HYSTERESIS, changes=True), sigma, None, structure
@@ -147,7 +147,7 @@ def prune_to(
 def _count_given(masks: Masks) -> int:
     """Counts the connections that masks keep of what takes part."""
     with_axes = [mask for _, mask in named_leaves(masks) if jnp.ndim(mask)]
-    return _counts.to_int(_counts.count_all(with_axes))
+    return counts.to_int(counts.count_all(with_axes))
 
 
 def _final_number(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import check_density, check_step, check_steps
+from dns_jax._core.checks import check_density, check_step, check_steps
 from dns_jax.typing import Schedule
 
 _LARGEST = float(np.finfo(np.float32).max)

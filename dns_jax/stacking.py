@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dns_jax._checks import abridge
+from dns_jax._core.checks import abridge
 from dns_jax._trees import nest_leaves
 from dns_jax.layers import map_leaves, named_leaves
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dns_jax._checks import check_hysteresis
-from dns_jax._search import range_scale
+from dns_jax._core.checks import check_hysteresis
+from dns_jax._core.search import range_scale
 
 _PAIRWISE = 16  # up to this length, pairs are faster than a sort or a reduction
 
@@ -106,12 +106,12 @@ class _Groups(Structure):
         if self.pool not in _POOLS:
             raise ValueError(f'pool must be one of {sorted(_POOLS)}, but is {self.pool!r}')
 
-    def sizes(self, path: str, shape: Sequence[int]) -> Sequence[int]:
+    def _sizes(self, path: str, shape: Sequence[int]) -> Sequence[int]:
         """Says how long a group is along each axis of a leaf."""
         raise NotImplementedError
 
     def check(self, path, shape):
-        for axis, (size, length) in enumerate(zip(self.sizes(path, shape), shape, strict=True)):
+        for axis, (size, length) in enumerate(zip(self._sizes(path, shape), shape, strict=True)):
             if length % size:
                 raise ValueError(
                     f'{self} must divide the axes of {path!r}, but axis {axis} of its shape '
@@ -141,7 +141,7 @@ class _Groups(Structure):
     def _cut(self, shape) -> tuple[list[int], tuple[int, ...]]:
         """Splits axes into groups; gives the new shape and which axes lie within a group."""
         cut, within = [], []
-        for length, size in zip(shape, self.sizes('', shape), strict=True):
+        for length, size in zip(shape, self._sizes('', shape), strict=True):
             if 1 < size < length:
                 cut.append(length // size)
             cut.append(size if size > 1 else length)
@@ -186,7 +186,7 @@ class Blocks(_Groups):
         if not self.shape or any(size != -1 and size < 1 for size in self.shape):
             raise ValueError(f'shape must have sizes of at least 1, or -1, but is {self.shape!r}')
 
-    def sizes(self, path, shape):
+    def _sizes(self, path, shape):
         """Says how long a block is along each axis of a leaf."""
         if len(self.shape) > len(shape):
             raise ValueError(f'{self} has more axes than {path!r}, whose shape is {tuple(shape)}')
@@ -218,7 +218,7 @@ class Units(_Groups):
     axis: int | tuple[int, ...] = -1
     pool: str = 'rms'
 
-    def sizes(self, path, shape):
+    def _sizes(self, path, shape):
         """Says how long a unit is along each axis of a leaf."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
         if any(not -len(shape) <= axis < len(shape) for axis in axes):
@@ -270,7 +270,15 @@ class NofM(Structure):
             raise ValueError(f'n must be from 1 to m, but n is {self.n!r} and m is {self.m!r}')
 
     def check(self, path, shape):
-        """Refuses a leaf that has not the axis, or whose axis M does not divide."""
+        """Refuses a leaf that has not the axis, or whose axis M does not divide.
+
+        Args:
+          path: of the leaf.
+          shape: of the leaf.
+
+        Raises:
+          ValueError: if it is such a leaf.
+        """
         if not -len(shape) <= self.axis < len(shape):
             raise ValueError(f'{self} asks for an axis that {path!r} of shape {shape} has not')
         if (length := shape[self.axis]) % self.m:
@@ -280,7 +288,15 @@ class NofM(Structure):
             )
 
     def limit(self, scores, mask):
-        """Says which weights are among the N of their M."""
+        """Says which weights are among the N of their M.
+
+        Args:
+          scores: weights, or any importance of them.
+          mask: of the leaf, bool.
+
+        Returns:
+          A bool for each weight.
+        """
         magnitudes = jnp.abs(scores).astype(jnp.float32)
         # A NaN counts as above everything, as in h_k.
         magnitudes = jnp.where(jnp.isnan(magnitudes), jnp.inf, magnitudes)

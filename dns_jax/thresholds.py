@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dns_jax._checks import check_hysteresis
-from dns_jax._search import range_scale
+from dns_jax._core.checks import check_hysteresis
+from dns_jax._core.search import range_scale
 from dns_jax.schedules import check_finite
 from dns_jax.typing import ThresholdRule, Thresholds
 

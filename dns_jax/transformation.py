@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from dns_jax._checks import as_table
+from dns_jax._core.checks import as_table
 from dns_jax._rules import LayersByRule, complete_rule, once_if
 from dns_jax._trees import check_parallel, find_holes, nest_leaves
 from dns_jax.importance import magnitude
@@ -235,6 +235,7 @@ def unpack_masks(masks: Masks) -> Masks:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from dns_jax.typing import PackedMask
       >>> unpack_masks(PackedMask(jnp.array([128 + 64], jnp.uint8), 3))
       Array([ True,  True, False], dtype=bool)
     """

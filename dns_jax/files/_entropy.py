@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dns_jax._checks import needs_extra
+from dns_jax._core.checks import needs_extra
 
 with needs_extra('codec'):
     import constriction

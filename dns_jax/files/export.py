@@ -18,7 +18,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import needs_extra
+from dns_jax._core.checks import needs_extra
 from dns_jax.files._contents import check_float32, check_metadata, sort_metadata
 from dns_jax.files.writing import write_whole
 from dns_jax.inference.chain import (

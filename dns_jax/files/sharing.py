@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import as_table, needs_extra
+from dns_jax._core.checks import as_table, needs_extra
 from dns_jax._trees import check_parallel
 from dns_jax.files._contents import check_float32
 from dns_jax.layers import map_leaves, match_patterns, named_leaves, parent_path

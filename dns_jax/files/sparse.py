@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import needs_extra
+from dns_jax._core.checks import needs_extra
 from dns_jax._trees import check_parallel, nest_leaves
 from dns_jax.files._contents import check_float32, check_metadata, sort_metadata
 from dns_jax.files.writing import write_whole

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import needs_extra
+from dns_jax._core.checks import needs_extra
 from dns_jax.inference import native
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, Select, max_pool
 from dns_jax.inference.stages import Stage, is_in_order

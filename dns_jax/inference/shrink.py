@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import abridge
+from dns_jax._core.checks import abridge
 from dns_jax._trees import check_parallel
 from dns_jax.inference._known import Region, is_empty
 from dns_jax.inference._liveness import Plan, analyze

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dns_jax._checks import as_table, check_density, check_step, check_steps
+from dns_jax._core.checks import as_table, check_density, check_step, check_steps
 from dns_jax.densities import layer_density
 from dns_jax.schedules import polynomial_density, update_at
 from dns_jax.structures import SINGLE_WEIGHTS, Structure

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dns_jax import _counts
-from dns_jax._checks import check_step
+from dns_jax._core import counts
+from dns_jax._core.checks import check_step
+from dns_jax._core.search import bisect
 from dns_jax._rules import LayersByRule
-from dns_jax._search import bisect
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
 from dns_jax.layers import (
@@ -180,11 +180,11 @@ def _keep_largest(tree, wanted, layer_of) -> dict[str, jax.Array]:
     """Makes masks of the largest magnitudes: of each layer as many as wanted, and what ties."""
     thresholds = {}
     for layer, leaves in group_by_layer(tree, layer_of).items():
-        least = _counts.from_array(jnp.maximum(jnp.int32(wanted[layer]), 1))
+        least = counts.from_array(jnp.maximum(jnp.int32(wanted[layer]), 1))
 
         def excess_at(found, leaves=leaves, least=least):
             kept = [jnp.abs(leaf).astype(jnp.float32) >= found[0] for leaf in leaves]
-            return [_counts.minus(_counts.count_all(kept), least)]
+            return [counts.minus(counts.count_all(kept), least)]
 
         (thresholds[layer],) = bisect(excess_at, 1)
 

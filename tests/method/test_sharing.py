@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dns_jax import Thresholds
-from dns_jax._counts import to_int
+from dns_jax._core.counts import to_int
 from dns_jax._sharing import Layer, single_weights
 
 # A kernel in groups of 6 and a bias in single weights.

@@ -31,7 +31,7 @@ def test_the_table_adds_up_and_all_survivors_are_explained():
 @pytest.mark.parametrize(('module', 'code', 'became', 'why'), SURVIVORS)
 def test_the_code_of_a_survivor_is_still_there(module, code, became, why):
     # Some went into private modules since.
-    sources = [path.read_text(encoding='utf-8') for path in (ROOT / 'dns_jax').glob('*.py')]
+    sources = [path.read_text(encoding='utf-8') for path in (ROOT / 'dns_jax').rglob('*.py')]
     assert any(code.replace(r'\|', '|') in source for source in sources), module
     assert code != became
     assert why

@@ -33,6 +33,7 @@ def modules():
             path.read_text(encoding='utf-8')
         )
         for path in sorted(PACKAGE.rglob('[!_]*.py'))
+        if not path.parent.name.startswith('_')
     }
 
 

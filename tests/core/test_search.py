@@ -1,4 +1,4 @@
-"""Tests of _search: found from near and from far, in few passes."""
+"""Tests of search: found from near and from far, in few passes."""
 
 import jax
 import jax.numpy as jnp

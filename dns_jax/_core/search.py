@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dns_jax import _counts
-from dns_jax._counts import Count
+from dns_jax._core import counts
+from dns_jax._core.counts import Count
 
 _INFINITY = 0x7F800000  # as bits
 
@@ -33,8 +33,8 @@ def bisect(excess_at: Excess, number: int) -> list[jax.Array]:
     Example:
       >>> import jax.numpy as jnp
       >>> weights = jnp.array([1.0, 3.0, 2.0])
-      >>> two = _counts.from_int(2)
-      >>> excess = lambda t: [_counts.minus(_counts.count_all([weights >= t[0]]), two)]
+      >>> two = counts.from_int(2)
+      >>> excess = lambda t: [counts.minus(counts.count_all([weights >= t[0]]), two)]
       >>> bisect(excess, 1)
       [Array(2., dtype=float32)]
     """
@@ -112,8 +112,8 @@ def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) 
     Example:
       >>> import jax.numpy as jnp
       >>> weights = jnp.array([1.0, 3.0, 2.0])
-      >>> two = _counts.from_int(2)
-      >>> excess = lambda t: [_counts.minus(_counts.count_all([weights >= t[0]]), two)]
+      >>> two = counts.from_int(2)
+      >>> excess = lambda t: [counts.minus(counts.count_all([weights >= t[0]]), two)]
       >>> (threshold,) = search(excess, [jnp.float32(0.5)], [Aim(jnp.float32(2), 3, 0)])
       >>> 1 < float(threshold) <= 2
       True
@@ -124,9 +124,7 @@ def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) 
 
     def narrow(bracket):
         passes, candidate = bracket.passes, bracket.candidate
-        number = jnp.stack(
-            [_counts.to_float(excess) for excess in excess_at(_as_floats(candidate))]
-        )
+        number = jnp.stack([counts.to_float(excess) for excess in excess_at(_as_floats(candidate))])
         enough = number >= 0
         low = jnp.where(enough, candidate, bracket.low)
         high = jnp.where(enough, bracket.high, candidate)

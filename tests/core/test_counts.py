@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import dns_jax
-from dns_jax import Rule, _counts, _sharing, count_events, count_kept, surgery
-from dns_jax._counts import count_true
+from dns_jax import Rule, _sharing, count_events, count_kept, surgery
+from dns_jax._core import counts
+from dns_jax._core.counts import count_true
 
 COMPAT_TABLE = 'field'
 BORDERS = [0, 1, 65535, 65536, 65537, 2**24 + 1, 2**31 - 1, 2**31, 2**32 + 5, 8 * 10**9, 2**45 - 1]
@@ -17,41 +18,39 @@ def test_arithmetic_against_integers():
     random = np.random.default_rng(0)
     numbers = [*BORDERS, *(int(n) for n in random.integers(0, 2**45, 40))]
     for number in numbers:
-        assert _counts.to_int(_counts.from_int(number)) == number
+        assert counts.to_int(counts.from_int(number)) == number
         np.testing.assert_allclose(
-            float(_counts.to_float(_counts.from_int(number))), float(number), rtol=2e-7
+            float(counts.to_float(counts.from_int(number))), float(number), rtol=2e-7
         )
     pairs = jax.jit(
         lambda a, b: (
-            _counts.minus(a, b),
-            _counts.add([a, b, a]),
-            _counts.maximum(a, b),
-            _counts.minimum(a, b),
-            _counts.to_float(_counts.minus(a, b)),
+            counts.minus(a, b),
+            counts.add([a, b, a]),
+            counts.maximum(a, b),
+            counts.minimum(a, b),
+            counts.to_float(counts.minus(a, b)),
         )
     )
     for a, b in zip(numbers, random.permutation(numbers), strict=True):
         a, b = int(a), int(b)
-        minus, total, largest, smallest, difference = pairs(
-            _counts.from_int(a), _counts.from_int(b)
-        )
-        assert _counts.to_int(minus) == a - b
+        minus, total, largest, smallest, difference = pairs(counts.from_int(a), counts.from_int(b))
+        assert counts.to_int(minus) == a - b
         assert (int(minus.high) < 0) == (a < b)
-        assert _counts.to_int(total) == 2 * a + b
-        assert (_counts.to_int(largest), _counts.to_int(smallest)) == (max(a, b), min(a, b))
+        assert counts.to_int(total) == 2 * a + b
+        assert (counts.to_int(largest), counts.to_int(smallest)) == (max(a, b), min(a, b))
         assert (float(difference) == 0) == (a == b)
         assert np.sign(float(difference)) == np.sign(a - b)
 
 
 @pytest.mark.parametrize('whole', [1, 2, 3, 127, 1000, 266_610, 2**24, 2**31 - 1, 2**31, 8 * 10**9])
 def test_a_share_of_a_whole(whole):
-    share_of = jax.jit(lambda share: _counts.from_share(share, whole))
+    share_of = jax.jit(lambda share: counts.from_share(share, whole))
     for share in (0.0, 1e-9, 0.001, 0.05, 0.1, 1 / 3, 0.5, 0.9, 1 - 2**-24, 1.0):
         exact = float(np.float32(share)) * whole
-        found = _counts.to_int(share_of(jnp.float32(share)))
+        found = counts.to_int(share_of(jnp.float32(share)))
         assert 1 <= found <= whole
         assert abs(found - min(max(exact, 1), whole)) <= 0.5 + 1.3e-7 * whole, share
-    assert _counts.to_int(share_of(jnp.float32(1))) == whole
+    assert counts.to_int(share_of(jnp.float32(1))) == whole
 
 
 @pytest.mark.parametrize(
@@ -62,9 +61,9 @@ def test_true_entries_against_numpy(shape):
     for share in (0.0, 0.3, 1.0):
         mask = random.random(shape) < share
         for array in (mask, jnp.asarray(mask)):
-            assert int(_counts.count_true(array)) == mask.sum()
-            assert _counts.to_int(_counts.count_all([array, array])) == 2 * mask.sum()
-    assert _counts.to_int(_counts.count_all([])) == 0
+            assert int(counts.count_true(array)) == mask.sum()
+            assert counts.to_int(counts.count_all([array, array])) == 2 * mask.sum()
+    assert counts.to_int(counts.count_all([])) == 0
 
 
 def test_sharded_masks(mesh):
@@ -88,7 +87,7 @@ def in_one(path):
 
 def test_beyond_2_31_in_one_layer_of_many_leaves(monkeypatch):
     # As if each had so many connections, which take seconds to count.
-    monkeypatch.setattr(_counts, 'count_true', lambda mask: jnp.int32(2**23))
+    monkeypatch.setattr(counts, 'count_true', lambda mask: jnp.int32(2**23))
     masks = {f'fc{number}': {'kernel': jnp.ones(1, bool)} for number in range(257)}
     assert dns_jax.count_kept(masks, in_one) == {'all': 257 * 2**23}
 
@@ -159,10 +158,10 @@ def test_what_is_wanted_of_nine_billion(density):
     layers = _sharing.single_weights(leaves, leaves)
     (division,) = dns_jax.layer_density(density).divide(layers, [jnp.int32(0)])
     for share in division.shares:
-        assert abs(_counts.to_int(share.wanted) / (density * 3e9) - 1) < 2e-7
+        assert abs(counts.to_int(share.wanted) / (density * 3e9) - 1) < 2e-7
     rule = dns_jax.global_density(density, 'erk')
     (division,) = rule.divide(layers, [jnp.int32(0)])
-    total = sum(_counts.to_int(share.wanted) for share in division.shares)
+    total = sum(counts.to_int(share.wanted) for share in division.shares)
     assert abs(total / (density * 9e9) - 1) < 1e-5
 
 

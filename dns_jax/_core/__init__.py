@@ -1,0 +1,1 @@
+"""What the method stands on: checks of arguments, exact counts, and the search for thresholds."""
