@@ -95,6 +95,7 @@ class Structure:
 
 
 SINGLE_WEIGHTS = Structure()
+"""Each weight decided by itself."""
 
 
 class _Groups(Structure):
@@ -269,7 +270,7 @@ class NofM(Structure):
         if not 1 <= self.n <= self.m:
             raise ValueError(f'n must be from 1 to m, but n is {self.n!r} and m is {self.m!r}')
 
-    def check(self, path, shape):
+    def check(self, path, shape) -> None:
         """Refuses a leaf that has not the axis, or whose axis M does not divide.
 
         Args:

@@ -71,6 +71,7 @@ EFFECTIVE_BY_DENSITY = {
 EFFECTIVE_WITH = {  # the flags that the flag needs, or whose pruner reads it
     'pruner': ('rigl', BY_DENSITY),
     'importance': ('taylor', BY_DENSITY),
+    'structure': ('fc1:units', BY_DENSITY),
     'splicing': (False, BY_DENSITY | {'learning_rate': 'fixed:0.3'}),
     'refresh_statistics': (1, {'learning_rate': 'fixed:0.3'}),
     'rounds': (1, BY_DENSITY | {'pruner': 'iterative', 'rounds': 2}),
