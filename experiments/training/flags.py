@@ -195,7 +195,7 @@ class Config:
         '',
         'What is pruned and spliced together: units (outputs of a layer), inputs, blocks as 4x4, '
         'or 2of4 along the inputs; one for all layers, or LAYER:STRUCTURE,…, where conv* is a '
-        'LAYER too. Layers left out, and all biases, are pruned weight by weight.',
+        'LAYER too. By default, in layers left out, and for biases, weights are pruned one by one.',
     )
     prune_biases: bool = flag(True, 'Whether biases take part in surgery.')
 

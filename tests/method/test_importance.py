@@ -159,3 +159,23 @@ def test_obs_refuses_what_it_cannot_invert(damping):
     lean = {'0': inputs['0']._replace(grams=None)}
     with pytest.raises(ValueError, match=r"^inputs\['0'\] have no products"):
         importance.obs(lean)
+
+
+@pytest.mark.parametrize('values', ['narrow', 'half', 'zeros'])
+def test_a_density_of_untied_weights_keeps_its_number(values):
+    weights = np.random.default_rng(0).normal(size=(300, 40))
+    params = {
+        'narrow': jnp.asarray(weights, jnp.bfloat16),
+        'half': jnp.asarray(weights, jnp.float16),
+        'zeros': jnp.zeros((300, 40)),
+    }[values]
+    tree = {'kernel': params}
+    kept = {}
+    for of_weights in (importance.magnitude, importance.untied):
+        pruner = pruners.one_shot(0.3, 0, jax.random.key(0), importance=of_weights)
+        masks = jax.jit(pruner.update)(tree, pruner.init(tree), tree)[1].masks['kernel']
+        kept[of_weights] = int(masks.sum())
+    assert kept[importance.untied] == 3_600 < kept[importance.magnitude]
+    # The order of unequal weights stays.
+    by_size = jnp.abs(params[masks]).min() >= jnp.abs(params[~masks]).max()
+    assert bool(by_size)
