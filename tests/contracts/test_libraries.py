@@ -110,6 +110,28 @@ def expected(library):
     return by_layer(params), *train(names, apply, params)
 
 
+@pytest.mark.parametrize('library', ROWS)
+def test_units_and_n_of_m_in_every_library(library, compat):
+    compat('libraries', f'{ROWS[library][0]}: units, N of M')
+    params = run_recipe(library)['params']
+    kernels = dict(named_leaves(params))
+    half = dns_jax.layer_density(0.5)
+    for structure, thresholds in ((dns_jax.Units(), half), (dns_jax.NofM(1, 2, -1), None)):
+        rule = dns_jax.Rule(thresholds, structure=structure)
+        pruner = dns_jax.surgery(rule, jax.random.key(0))
+        _, state = jax.jit(pruner.update)(params, pruner.init(params), params)
+        for path, mask in named_leaves(get_masks(state)):
+            weights, own = np.abs(kernels[path]), np.asarray(mask)
+            if own.ndim and thresholds:
+                units = np.square(weights).reshape(-1, own.shape[-1]).sum(0)
+                wanted = np.broadcast_to(units >= np.median(units), own.shape)
+                np.testing.assert_array_equal(own, wanted)
+            elif own.ndim:
+                largest = weights.reshape(*own.shape[:-1], -1, 2).argmax(-1)
+                np.testing.assert_array_equal(own[..., 1::2], largest == 1)
+                np.testing.assert_array_equal(own[..., ::2], largest == 0)
+
+
 def test_every_recipe_is_tried():
     assert list(RECIPES) == list(ROWS)
 
