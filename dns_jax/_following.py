@@ -94,14 +94,14 @@ class DensityRule:
         """Asks what is wanted, and wants no more than the limits let be kept."""
         if all(limit is None for layer in layers.values() for limit in layer.limits):
             return self.divide(layers, steps)
-        reach = {name: layer.reach() for name, layer in layers.items()}
+        allowed = {name: layer.allowed() for name, layer in layers.items()}
 
-        def within_reach(share):
-            together = counts.add([reach[name] for name in share.layers])
+        def within_limits(share):
+            together = counts.add([allowed[name] for name in share.layers])
             return share._replace(wanted=counts.minimum(share.wanted, together))
 
         return [
-            division._replace(shares=[within_reach(share) for share in division.shares])
+            division._replace(shares=[within_limits(share) for share in division.shares])
             for division in self.divide(layers, steps)
         ]
 

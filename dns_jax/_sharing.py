@@ -61,6 +61,15 @@ class Layer:
             for leaf, mask, limit in zip(self.weights, self.masks, self.limits, strict=True)
         ]
 
+    def allowed(self) -> Count:
+        """Counts the connections that the limits let be kept."""
+        return self.count(
+            [
+                _within(limit, jnp.ones_like(mask))
+                for limit, mask in zip(self.limits, self.masks, strict=True)
+            ]
+        )
+
     def reach(self) -> Count:
         """Counts the connections that thresholds above 0 can keep."""
         alive = zip(self.limits, self.weights, strict=True)

@@ -111,6 +111,9 @@ def make_plan(config: Config) -> Plan:
 
     finetuning = _make_phase(config, 'finetuning', 'finetuning_', make_frozen, dropout)
     surgery.make_optimizer(shapes)  # what does not fit the network is refused
+    for layer, structure in pruning.structures.items():
+        kernel = shapes[layer]['kernel']
+        named('structure', structure.check, f'{layer}/kernel', kernel.shape)
     return Plan(config, pruning, reference, surgery, finetuning)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from transformations import gradients_at, make
 
@@ -50,3 +51,16 @@ def test_a_sharded_axis_stays_so(mesh):
     state = pruner.init(params)
     _, state = jax.jit(pruner.update)(params, state, params)
     assert state.masks['kernel'].bits.sharding.is_equivalent_to(spread, 2)
+
+
+def test_packed_masks_go_through_a_checkpoint(tmp_path):
+    params = params_of_odd_sizes()
+    pruner = pack(make('surgery'))
+    _, state = jax.jit(pruner.update)(params, pruner.init(params), params)
+    kept = state.masks, state.thresholds  # as arrays alone
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / 'state', kept)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / 'state', kept)
+    jax.tree.map(np.testing.assert_array_equal, restored, kept)
+    assert restored[0]['a']['kernel'].length == 13

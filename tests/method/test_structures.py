@@ -182,6 +182,17 @@ def test_two_of_four_are_kept_exactly_at_every_update_and_come_back():
         assert (np.diff(own.astype(int), axis=0) == 1).any()
 
 
+def test_a_density_of_one_prunes_no_zeros_beside_n_of_m():
+    params = {'a': {'kernel': jnp.ones((4, 2))}, 'b': {'kernel': jnp.zeros((2, 2))}}
+    rule = Rule(global_density(1.0), structure={'a': NofM(2, 4)})
+    transform = surgery(rule, jax.random.key(0))
+    _, state = jax.jit(transform.update)(params, transform.init(params), params)
+    assert {layer: int(own['kernel'].sum()) for layer, own in state.masks.items()} == {
+        'a': 4,
+        'b': 4,
+    }
+
+
 def test_the_band_of_n_of_m_decides_between_near_equals():
     mask = jnp.array([[True], [False]])
     for larger, changes in ((1.2, False), (1.3, True)):  # 1.1 / 0.9 is 1.22

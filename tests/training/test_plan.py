@@ -312,3 +312,16 @@ def test_a_configuration_visits_few_rooms(make_config, monkeypatch):
 def test_few_classes_are_not_refused_for_those_of_imagenet():
     config = ImageConfig('alexnet', compression=250.0, width=0.05, prune_biases=False)
     assert make_plan(config).pruning.compression == 250.0
+
+
+@pytest.mark.parametrize(
+    ('structure', 'message'),
+    [
+        ('conv1:2of4', "--structure: NofM.* must divide axis -2 of 'conv1/kernel'"),
+        ('fc1:3by4', "--structure: 'fc1:3by4' in 'fc1:3by4' is not PATTERN:"),
+        ('fc9:units', '--structure: pattern .fc9. is the first match of no layer'),
+    ],
+)
+def test_a_structure_that_does_not_fit_is_refused_by_its_flag(structure, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(Config(network='lenet5', compression=10.0, structure=structure))
