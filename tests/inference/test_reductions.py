@@ -38,7 +38,7 @@ def stride(x):
         ),
         (lambda x: x.argmax(1) - x.argmin(1), (2, 3, 4), None, np.s_[:, 1:], ((2, 3, 3), (2, 3))),
         (
-            lambda x: jnp.cumsum(x, 1) + lax.cummax(x, 1),
+            lambda x: jnp.cumsum(x, axis=1) + lax.cummax(x, 1),
             (2, 3, 4),
             np.s_[..., 1],
             np.s_[:, 1:],
