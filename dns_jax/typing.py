@@ -76,6 +76,6 @@ class Rule(NamedTuple):
     #: steps from one asking of the thresholds to the next; 0 asks once, at init. By default
     #: densities are followed at every step, and all other rules asked once.
     refresh_every: int | None = None
-    #: what is pruned and spliced together, in all layers or as `{pattern: structure}`; where no
-    #: pattern matches, single weights
+    #: what is pruned and spliced together, in all layers or as a table by patterns of their names;
+    #: layers that no pattern matches have single weights
     structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS
