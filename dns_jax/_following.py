@@ -188,7 +188,8 @@ def _near(division: Division, layers, kept, slack) -> list[jax.Array]:
     for share in division.shares:
         together = counts.add([kept[layer] for layer in share.layers])
         excess = counts.to_float(counts.minus(together, share.wanted))
-        near.append(jnp.abs(excess) <= slack * _tolerance(share.wanted, share.layers, layers))
+        aim = _aim(share.wanted, share.layers, layers, slack)
+        near.append((excess >= -aim.lack) & (excess <= aim.slack))
 
     def reaches(floors):
         by_layer = (
@@ -232,13 +233,13 @@ def _within_reach(floors, layers) -> dict[str, Count]:
 
 
 def _aim(wanted: Count, names: Sequence[str], layers: Layers, slack: Any = 0.0) -> search.Aim:
-    """Says what one threshold of some layers is to keep, give or take `slack` tolerances."""
+    """Says what one threshold of some layers is to keep, give or take `slack` tolerances.
+
+    A tolerance is a share of the number; what is too much may also be less than a group. What is
+    too little may not, or a layer that is to keep less than a group would keep nothing.
+    """
+    number = counts.to_float(wanted)
     whole = float(sum(layers[layer].size for layer in names))
-    tolerance = slack * _tolerance(wanted, names, layers)
-    return search.Aim(counts.to_float(wanted), whole, tolerance)
-
-
-def _tolerance(wanted: Count, names: Sequence[str], layers: Layers) -> jax.Array:
-    """By how many connections a followed number may be off: a share of it, or less than a group."""
-    group = max(number for name in names for number in layers[name].members())
-    return jnp.maximum(TOLERANCE * counts.to_float(wanted), float(group - 1))
+    group = max(members for name in names for members in layers[name].members())
+    lack = slack * TOLERANCE * number
+    return search.Aim(number, whole, jnp.maximum(lack, slack * float(group - 1)), lack)

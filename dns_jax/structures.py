@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from dns_jax._core.checks import check_hysteresis
-from dns_jax._core.search import range_scale
 
 _PAIRWISE = 16  # up to this length, pairs are faster than a sort or a reduction
 
@@ -345,10 +344,10 @@ def _rank(order: jax.Array, axis: int) -> jax.Array:
 
 
 def _root_mean_square(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    # A square may leave the range of float32 where the weight does not.
-    scale = range_scale([leaf])
-    squares = jnp.square(leaf.astype(jnp.float32) / scale)
-    return scale * jnp.sqrt(_mean(squares, axes))
+    # A square may leave the range of float32 where the weight does not, so each group has a scale.
+    largest = _max(leaf, axes)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    return scale * jnp.sqrt(_mean(jnp.square(leaf.astype(jnp.float32) / scale), axes))
 
 
 def _mean(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -52,7 +52,8 @@ class Aim(NamedTuple):
 
     wanted: jax.Array  #: shape=(), dtype=jnp.float32
     whole: jax.typing.ArrayLike  #: how many there are
-    slack: jax.typing.ArrayLike  #: by how many the number kept may be off
+    slack: jax.typing.ArrayLike  #: how many more may be kept
+    lack: jax.Array | float = 0.0  #: how many fewer
 
 
 def guess_factor(kept: jax.Array, aim: Aim) -> jax.Array:
@@ -148,7 +149,7 @@ def search(excess_at: Excess, starts: Sequence[jax.Array], aims: Sequence[Aim]) 
         between = low + jnp.clip(part, 1.0, 2.0**30).astype(jnp.int32)
         bracketed = (low > 0) & (high < _INFINITY)
         following = jnp.clip(jnp.where(bracketed, between, wider), low + 1, high - 1)
-        near, closed = jnp.abs(number) <= aim.slack, high - low <= 1
+        near, closed = (number >= -aim.lack) & (number <= aim.slack), high - low <= 1
         found = jnp.where(near, candidate, low)
         new = following, low, high, above, below, enough, found, near | closed
         # What is done stays, while others are searched for.

@@ -223,6 +223,25 @@ def test_a_root_mean_square_stays_in_the_range_of_floats(scale):
     np.testing.assert_allclose(score[0] / scale, [12.5**0.5, 1.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize('odd', [jnp.inf, jnp.nan, 1e30])
+def test_an_odd_weight_changes_no_other_group(odd):
+    score = Units().score(jnp.ones((2, 4)).at[0, 0].set(odd))[0]
+    assert not score[0] <= 1
+    np.testing.assert_array_equal(score[1:], 1.0)
+
+
+def test_a_followed_density_of_less_than_a_group_empties_no_layer():
+    walk = np.concatenate(
+        [wandering()['fc']['kernel'][:, :8], wandering()['fc']['kernel'][:, 4:]], 1
+    )
+    transform = surgery(Rule(layer_density(0.1), structure=Units()), jax.random.key(0))
+    update, state = jax.jit(transform.update), transform.init({'kernel': jnp.asarray(walk[0])})
+    for step in [*range(STEPS), *[STEPS - 1] * 20]:  # it wanders, then stands still
+        params = {'kernel': jnp.asarray(walk[step])}
+        _, state = update(params, state, params)
+        assert state.masks['kernel'].any(), step
+
+
 def test_blocks_of_one_weight_are_weights():
     weights = jnp.asarray(wandering()['fc']['kernel'][0])
     assert Blocks((1, 1)).score(weights) is weights
