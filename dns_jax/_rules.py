@@ -257,7 +257,7 @@ def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: boo
             f'structure of {pattern!r} must be one of dns_jax.structures, or a table of them, but '
             f'is {rule.structure!r}'
         )
-    if rule.thresholds is None and all(isinstance(own, NofM) for own in structures):
+    if rule.thresholds is None and structures and all(isinstance(own, NofM) for own in structures):
         rule = rule._replace(thresholds=_no_thresholds)
     if not callable(rule.thresholds):
         raise TypeError(

@@ -305,11 +305,12 @@ class NofM(Structure):
         order = jnp.where(mask | (magnitudes > 0), magnitudes * advantage, -1.0)
         return self.largest(order)
 
-    def largest(self, order: jax.Array) -> jax.Array:
+    def largest(self, order: jax.Array, as_many_as: jax.Array | None = None) -> jax.Array:
         """Finds the N largest of every M; of equals the first.
 
         Args:
           order: numbers, of the shape of a leaf.
+          as_many_as: a mask of that shape; of each M as many are found as it keeps, in place of N.
 
         Returns:
           True at N of every M, bool.
@@ -318,7 +319,10 @@ class NofM(Structure):
         groups = list(order.shape)
         groups[axis : axis + 1] = groups[axis] // self.m, self.m
         ranks = _rank(order.reshape(groups), axis + 1)
-        return (ranks < self.n).reshape(order.shape)
+        most: Any = self.n
+        if as_many_as is not None:
+            most = as_many_as.reshape(groups).sum(axis + 1, keepdims=True)
+        return (ranks < most).reshape(order.shape)
 
 
 def _rank(order: jax.Array, axis: int) -> jax.Array:

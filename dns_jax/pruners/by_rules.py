@@ -5,6 +5,7 @@ So they keep the contract of `dns_jax.transformation`: updates pass through, the
 `{pattern: number}` as `surgery` takes rules.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import numpy as np
 from dns_jax._core.checks import as_table, check_density, check_step, check_steps
 from dns_jax.densities import layer_density
 from dns_jax.schedules import polynomial_density, update_at
-from dns_jax.structures import SINGLE_WEIGHTS, Structure
+from dns_jax.structures import SINGLE_WEIGHTS, NofM, Structure
 from dns_jax.thresholds import weight_std
 from dns_jax.transformation import Surgery, surgery
 from dns_jax.typing import Rule, Schedule, ThresholdRule
@@ -279,9 +280,13 @@ def straight_through(
       Bengio et al. 2013, Estimating or propagating gradients through stochastic neurons; Zhou et
       al. 2021, Learning N:M fine-grained structured sparse neural networks from scratch.
     """
+    bandless = {
+        pattern: dataclasses.replace(own, hysteresis=0.0) if isinstance(own, NofM) else own
+        for pattern, own in as_table(structure).items()
+    }
     rules = {
         # Thresholds that are followed may keep a little more or less.
-        pattern: Rule(density_rule(wanted, hysteresis=0.0), refresh_every=1, structure=structure)
+        pattern: Rule(density_rule(wanted, hysteresis=0.0), refresh_every=1, structure=bandless)
         for pattern, wanted in as_table(density).items()
     }
     return surgery(rules, key, **options)

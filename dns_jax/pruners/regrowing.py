@@ -172,7 +172,7 @@ def _exchange(share, scores, weights, masks, structures, layer_of) -> dict[str, 
     for path, structure in structures.items():
         if isinstance(structure, NofM):
             order = jnp.where(survivors[path], jnp.inf, jnp.abs(candidates[path]))
-            grown[path] = structure.largest(order)
+            grown[path] = structure.largest(order, masks[path])
     return {path: survivors[path] | (new & (candidates[path] != 0)) for path, new in grown.items()}
 
 

@@ -311,6 +311,7 @@ def test_what_does_not_fit_a_leaf_is_refused_by_name(structure, message):
         (lambda: NofM(2, 4, hysteresis=1.0), ValueError, 'hysteresis'),
         (lambda: surgery(Rule(), jax.random.key(0)), TypeError, 'thresholds'),
         (lambda: surgery(Rule(structure=Units()), jax.random.key(0)), TypeError, 'thresholds'),
+        (lambda: surgery(Rule(structure={}), jax.random.key(0)), TypeError, 'thresholds'),
         (
             lambda: surgery(Rule(mean_std(0.0), structure='2:4'), jax.random.key(0)),
             TypeError,

@@ -120,3 +120,12 @@ def test_nothing_returns_at_a_threshold_of_zero():
     masks = {'fc1': jnp.array([True, False])}
     _, state = pruner.update(weights, state._replace(masks=masks), weights)
     np.testing.assert_array_equal(state.masks['fc1'], [True, False])
+
+
+def test_straight_through_has_no_band_under_n_of_m_either():
+    pruner = pruners.straight_through(0.5, KEY, structure=dns_jax.NofM(1, 2))
+    state = pruner.init({'kernel': jnp.ones((2, 1))})
+    for second in (1.0, 2.2):
+        params = {'kernel': jnp.array([[2.0], [second]])}
+        _, state = pruner.update(params, state, params)
+    np.testing.assert_array_equal(state.masks['kernel'], [[False], [True]])

@@ -1,5 +1,7 @@
 """Regrowing against NumPy, from the words of the papers, on weights that wander."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,3 +111,19 @@ def test_regrow_keeps_a_weight_that_is_not_a_number():
     for _ in range(2):
         _, state = update(gradients, state, weights)
         np.testing.assert_array_equal(state.masks['fc1'], [True, False, True, True])
+
+
+def test_under_n_of_m_each_m_grows_what_it_dropped():
+    structure = dns_jax.NofM(2, 4)
+    pruner = pruners.regrow(0.1, 1, 9, KEY, initial=importance.magnitude, structure=structure)
+    random = np.random.default_rng(0)
+    params = {'kernel': jnp.asarray(random.normal(size=(64, 20)), jnp.float32)}
+    state, update, masks = pruner.init(params), jax.jit(pruner.update), []
+    for _ in range(4):
+        slopes = {'kernel': jnp.asarray(random.normal(size=(64, 20)), jnp.float32)}
+        _, state = update(slopes, state, params)
+        masks.append(np.asarray(state.masks['kernel']).reshape(16, 4, 20))
+    for before, after in itertools.pairwise(masks):
+        np.testing.assert_array_equal(before.sum(1), after.sum(1))
+        assert (before != after).any()
+    assert masks[-1].sum() == 128
