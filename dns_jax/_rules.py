@@ -26,6 +26,7 @@ from dns_jax.structures import SINGLE_WEIGHTS, NofM, Structure
 from dns_jax.typing import (
     Importance,
     LayerOf,
+    Masks,
     Params,
     Rule,
     TakesPart,
@@ -94,11 +95,6 @@ class LayersByRule:
     def gather_groups(self, masks) -> dict[str, jax.Array]:
         """Gives the masks of groups."""
         return {path: own.gather(mask) for path, own, mask in self._under_rules(masks)}
-
-    def unify_groups(self, masks):
-        """Gives all members of a group one mask, where masks are given that do not."""
-        own = self.structures
-        return map_leaves(lambda path, mask: own[path].unify(mask) if path in own else mask, masks)
 
     def spread_groups(self, group_masks, masks):
         """Gives all weights the masks of their groups; what is under no rule stays."""
@@ -207,6 +203,17 @@ class LayersByRule:
                         kept &= mask
                     updated[path] = jnp.where(coins[name], kept, mask)
         return updated
+
+
+def having_mask(masks: Masks, stacked: Mapping[str, int]) -> TakesPart:
+    """Makes the predicate of the leaves whose mask has axes, with all their slices."""
+    paths = {
+        name
+        for path, mask in named_leaves(masks)
+        if has_axes(path, mask)
+        for name in slice_paths(stacked, path, mask)
+    }
+    return lambda path, leaf: path in paths
 
 
 def once_if(

@@ -157,6 +157,7 @@ def share_by_units(wanted: Wanted, score: str = 'norm', floor: float = 0.05) -> 
 
 
 def middle(band: Thresholds) -> jax.Array:
+    """Gives the threshold that a band lies around."""
     return (band.low + band.high) / 2
 
 

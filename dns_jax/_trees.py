@@ -10,7 +10,7 @@ import optax
 
 from dns_jax._core.checks import abridge
 from dns_jax.layers import named_leaves
-from dns_jax.typing import Masks, Params
+from dns_jax.typing import Masks, PackedMask, Params
 
 _MAX_PARTS = 100  # of a path: JAX cannot walk trees much deeper than a few times that
 _HOLE = object()  # holes have no leaves, and so no paths of their own
@@ -63,6 +63,33 @@ def find_holes(tree: Any) -> list[str]:
     return [path for path, leaf in named_leaves(marked) if leaf is _HOLE]
 
 
+def unpack_masks(masks: Masks) -> Masks:
+    """Gives masks as bool arrays, those that are packed and those that are not.
+
+    Args:
+      masks: such as those of a state, where a `PackedMask` may stand for one (`dns_jax.packing`).
+
+    Returns:
+      The masks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dns_jax.typing import PackedMask
+      >>> unpack_masks(PackedMask(jnp.array([128 + 64], jnp.uint8), 3))
+      Array([ True,  True, False], dtype=bool)
+    """
+
+    def is_packed(node):
+        return isinstance(node, PackedMask)
+
+    def unpack(mask):
+        if not is_packed(mask):
+            return mask
+        return jnp.unpackbits(mask.bits, axis=-1, count=mask.length).astype(bool)
+
+    return jax.tree.map(unpack, masks, is_leaf=is_packed)
+
+
 def check_parallel(params: Params, masks: Masks) -> Masks:
     """Checks that the masks belong to the weights, by the paths of their leaves.
 
@@ -88,6 +115,7 @@ def check_parallel(params: Params, masks: Masks) -> Masks:
         ...
       ValueError: masks['fc1'] has shape (2,); its weights have shape (3,)
     """
+    masks = unpack_masks(masks)
     weights_of, masks_of, left_out = named_leaves(params), named_leaves(masks), find_holes(masks)
     if jax.tree.structure(params) != jax.tree.structure(masks) or left_out:
         masks = _in_structure_of(params, weights_of, dict(masks_of), left_out)

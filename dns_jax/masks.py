@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from dns_jax._core.checks import abridge
 from dns_jax._core.counts import count_all, to_int
-from dns_jax._trees import check_parallel
+from dns_jax._trees import check_parallel, unpack_masks
 from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
 from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
 
@@ -246,7 +246,7 @@ def count_kept(masks: Masks, layer_of: LayerOf = parent_path) -> dict[str, Any]:
       >>> count_kept({'fc1': {'kernel': jnp.array([True, False, True])}})
       {'fc1': 2}
     """
-    layers = group_by_layer(masks, layer_of)
+    layers = group_by_layer(unpack_masks(masks), layer_of)
     return {layer: _count(layer, leaves) for layer, leaves in layers.items()}
 
 
@@ -291,6 +291,7 @@ def count_events(before: Masks, after: Masks, layer_of: LayerOf = parent_path) -
       >>> count_events(jnp.array([True, True, False]), jnp.array([False, True, True]))
       {'': Events(pruned=1, spliced=1)}
     """
+    before, after = unpack_masks(before), unpack_masks(after)
     # Each as the masks of the other, so that neither may be a scalar or an integer alone.
     after = check_parallel(before, after)
     check_parallel(after, before)

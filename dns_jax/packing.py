@@ -1,19 +1,20 @@
 """Masks held packed, one bit a weight, in the state of an optimizer and in its checkpoints."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dns_jax.transformation import Surgery, unpack_masks
+from dns_jax._trees import unpack_masks
+from dns_jax.transformation import Surgery
 from dns_jax.typing import Masks, PackedMask
 
 
 def pack(pruner: Surgery) -> Surgery:
     """Holds the masks of a pruner packed, and unpacks them inside its update.
 
-    Results are the same, bit for bit. The state takes an eighth of the bytes; `get_masks` unpacks
-    them, which under jit XLA does where they are applied.
+    Results are the same, bit for bit, in an eighth of the bytes. `get_masks` unpacks them, and so
+    does every function here that takes masks.
 
     Args:
       pruner: `surgery`, `prune_to`, one of `dns_jax.pruners`, or `freeze`.
@@ -41,9 +42,9 @@ def pack(pruner: Surgery) -> Surgery:
 
     def update_fn(updates, state: Any, params=None, **extra_args):
         unpacked = state._replace(masks=unpack_masks(state.masks))
-        updates, new = pruner.update(updates, unpacked, params, **extra_args)
-        state = cast(Any, new)
-        return updates, state._replace(masks=_pack_masks(state.masks))
+        result: Any = pruner.update(updates, unpacked, params, **extra_args)
+        updates, new = result
+        return updates, new._replace(masks=_pack_masks(new.masks))
 
     return Surgery(init_fn, update_fn)
 

@@ -14,6 +14,7 @@ from dns_jax._core import counts
 from dns_jax._core.checks import check_density, check_step
 from dns_jax._following import DensityRule
 from dns_jax._sharing import share_by_units
+from dns_jax._trees import unpack_masks
 from dns_jax.importance import magnitude
 from dns_jax.layers import is_kernel, named_leaves, parent_path
 from dns_jax.schedules import check_finite, update_probability
@@ -106,7 +107,7 @@ def prune_to(
     check_step('steps', steps, 1)
     check_step('start', start)
     check_step('start + steps', start + steps, 1)
-    given = None if masks is None else _count_given(masks)
+    given = None if masks is None else _count_given(unpack_masks(masks))
     ramp_steps, changing = int(_RAMP * (steps - 1)), int(_CHANGING * (steps - 1)) + 1
     sigma = update_probability(power=0, start=start, stop=start + changing)
 

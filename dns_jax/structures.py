@@ -45,22 +45,11 @@ class Structure:
         """
         return leaf
 
-    def unify(self, mask: jax.Array) -> jax.Array:
-        """Gives all members of a group one mask: it is kept where any of them is.
+    def gather(self, mask: jax.Array) -> jax.Array:
+        """Gives the mask of each group: kept where any of its members is.
 
         Args:
           mask: of a leaf, bool.
-
-        Returns:
-          Another of the same shape.
-        """
-        return mask
-
-    def gather(self, mask: jax.Array) -> jax.Array:
-        """Gives the mask of each group.
-
-        Args:
-          mask: of a leaf, bool, the same in all members of a group.
 
         Returns:
           One bool for each group.
@@ -122,16 +111,9 @@ class _Groups(Structure):
         cut, within = self._cut(leaf.shape)
         return _POOLS[self.pool](leaf.reshape(cut), within) if within else leaf
 
-    def unify(self, mask):
-        cut, within = self._cut(mask.shape)
-        return self.spread(mask.reshape(cut).any(within, keepdims=True), mask)
-
     def gather(self, mask):
         cut, within = self._cut(mask.shape)
-        groups = mask.reshape(cut)
-        for axis in within:
-            groups = jax.lax.slice_in_dim(groups, 0, 1, axis=axis)
-        return groups
+        return mask.reshape(cut).any(within, keepdims=True)
 
     def spread(self, kept, mask):
         cut, _ = self._cut(mask.shape)
@@ -367,7 +349,8 @@ def _reduce(pair: Any, whole: Any, leaf: jax.Array, axes: tuple[int, ...]) -> ja
     """Reduces magnitudes along axes: short ones pair by pair, for XLA is slow along them."""
     leaf = jnp.abs(leaf).astype(jnp.float32)
     for axis in axes:
-        if (length := leaf.shape[axis]) > _PAIRWISE:
+        is_sharded = jax.typeof(leaf).sharding.spec[axis] is not None  # which cannot be sliced
+        if (length := leaf.shape[axis]) > _PAIRWISE or is_sharded:
             leaf = whole(leaf, axis, keepdims=True)
         else:
             entries = (jax.lax.slice_in_dim(leaf, at, at + 1, axis=axis) for at in range(length))

@@ -14,17 +14,16 @@ import optax
 from jax.core import Tracer
 
 from dns_jax._core.checks import as_table
-from dns_jax._rules import LayersByRule, complete_rule, once_if
-from dns_jax._trees import check_parallel, find_holes, nest_leaves
+from dns_jax._rules import LayersByRule, complete_rule, having_mask, once_if
+from dns_jax._trees import check_parallel, find_holes, nest_leaves, unpack_masks
 from dns_jax.importance import magnitude
-from dns_jax.layers import has_axes, is_kernel, named_leaves, parent_path
+from dns_jax.layers import is_kernel, named_leaves, parent_path
 from dns_jax.masks import apply_masks, init_masks
-from dns_jax.stacking import restack, slice_paths, unstack
+from dns_jax.stacking import restack, unstack
 from dns_jax.typing import (
     Importance,
     LayerOf,
     Masks,
-    PackedMask,
     Params,
     Rule,
     TakesPart,
@@ -127,7 +126,8 @@ def surgery(
     }
     _check_key(key)
     if masks is not None:
-        takes_part = _has_mask(masks, stacked or {})
+        masks = unpack_masks(masks)
+        takes_part = having_mask(masks, stacked or {})
     assign = functools.partial(
         LayersByRule, table, takes_part, layer_of, may_be_empty=masks is not None
     )
@@ -142,7 +142,7 @@ def surgery(
         else:
             start = check_parallel(params, masks)
             own = unstack(stacked, params, start)[1] if stacked else start
-            own = layers.unify_groups(own)
+            own = layers.spread_groups(layers.gather_groups(own), own)
             start = restack(stacked, params, own) if stacked else own
         count = jnp.zeros((), jnp.int32)
         thresholds = layers.start(weights, own, count)
@@ -224,30 +224,6 @@ def get_masks(state: Any) -> Masks:
     raise ValueError(f'the state has no masks: {type(state).__name__} without a SurgeryState')
 
 
-def unpack_masks(masks: Masks) -> Masks:
-    """Gives masks as bool arrays, those that are packed and those that are not.
-
-    Args:
-      masks: of a state, in which a `PackedMask` may stand for a mask (`dns_jax.packing`).
-
-    Returns:
-      The masks.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from dns_jax.typing import PackedMask
-      >>> unpack_masks(PackedMask(jnp.array([128 + 64], jnp.uint8), 3))
-      Array([ True,  True, False], dtype=bool)
-    """
-
-    def unpack(mask):
-        if not _is_packed(mask):
-            return mask
-        return jnp.unpackbits(mask.bits, axis=-1, count=mask.length).astype(bool)
-
-    return jax.tree.map(unpack, masks, is_leaf=_is_packed)
-
-
 def masked_value_and_grad(
     loss_fn: Callable[..., Any], has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any]]:
@@ -312,17 +288,6 @@ def _operate(layers: LayersByRule, seen, masks, state: SurgeryState, updates, sp
     return updates, masks, thresholds
 
 
-def _has_mask(masks: Masks, stacked: Mapping[str, int]) -> TakesPart:
-    """Says that those leaves take part whose mask has axes, with all their slices."""
-    paths = {
-        name
-        for path, mask in named_leaves(masks)
-        if has_axes(path, mask)
-        for name in slice_paths(stacked, path, mask)
-    }
-    return lambda path, leaf: path in paths
-
-
 def _refuse_shards(params: Params) -> None:
     """Refuses what would take one threshold for each shard."""
     way_out = 'thresholds need whole layers: call update under jit with sharded arrays instead'
@@ -358,10 +323,6 @@ def _after(first: Any, value: jax.Array, count: jax.Array) -> jax.Array:
 
 def _is_surgery_state(node: Any) -> bool:
     return isinstance(node, SurgeryState)
-
-
-def _is_packed(node: Any) -> bool:
-    return isinstance(node, PackedMask)
 
 
 def _has_field_masks(node: Any) -> bool:

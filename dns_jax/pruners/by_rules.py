@@ -7,7 +7,7 @@ So they keep the contract of `dns_jax.transformation`: updates pass through, the
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,8 @@ def han(
       c_rate: c of `dns_jax.thresholds.weight_std`, over the connections that the layer still keeps.
       rounds: the steps at which it prunes.
       key: as for `surgery`; only a random importance uses it.
-      structure: what is pruned together, as in a `Rule`.
+      structure: what is pruned together, as in a `Rule`. By groups s is the standard deviation of
+        their importances, which are above zero and differ less than weights do.
       **options: `takes_part`, `layer_of`, `importance`, `masks` and `stacked` of `surgery`.
 
     Returns:
@@ -375,11 +376,11 @@ def ac_dc(
     pruner = surgery(rules, key, **options)
 
     def update_fn(updates, state: Any, params: Any = None, **extra_args):
-        updates, new = pruner.update(updates, state, params, **extra_args)
+        result: Any = pruner.update(updates, state, params, **extra_args)
+        updates, new = result
         # All return, N of M too, which keeps no more whatever the density is.
         is_dense = ~is_pruned(state.count)
-        masks = jax.tree.map(lambda mask: mask | is_dense, cast(Any, new).masks)
-        return updates, cast(Any, new)._replace(masks=masks)
+        return updates, new._replace(masks=jax.tree.map(lambda mask: mask | is_dense, new.masks))
 
     return Surgery(pruner.init, update_fn)
 

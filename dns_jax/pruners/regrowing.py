@@ -12,15 +12,13 @@ import jax.numpy as jnp
 from dns_jax._core import counts
 from dns_jax._core.checks import check_step
 from dns_jax._core.search import bisect
-from dns_jax._rules import LayersByRule
+from dns_jax._rules import LayersByRule, having_mask
 from dns_jax.densities import layer_density
 from dns_jax.importance import chance, gradient
 from dns_jax.layers import (
     group_by_layer,
-    has_axes,
     is_kernel,
     map_leaves,
-    named_leaves,
     parent_path,
 )
 from dns_jax.masks import count_kept, discriminate
@@ -31,7 +29,6 @@ from dns_jax.transformation import Surgery
 from dns_jax.typing import (
     Importance,
     LayerOf,
-    Masks,
     Rule,
     Schedule,
     TakesPart,
@@ -129,7 +126,9 @@ def regrow(
             weights, masks, gradients = unstack(stacked, *trees) if stacked else trees
             scores = growth(jax.random.fold_in(state.key, count), weights, gradients)
             rules = {'*': Rule(structure=structure)}
-            groups = LayersByRule(rules, _among(masks), layer_of, weights, may_be_empty=True)
+            groups = LayersByRule(
+                rules, having_mask(masks, {}), layer_of, weights, may_be_empty=True
+            )
             exchanged = _exchange(
                 share,
                 groups.score_groups(scores),
@@ -147,12 +146,6 @@ def regrow(
         return updates, pruned._replace(masks=masks)
 
     return Surgery(start.init, update_fn)
-
-
-def _among(masks: Masks) -> TakesPart:
-    """Says that those leaves take part whose mask has axes."""
-    paths = {path for path, mask in named_leaves(masks) if has_axes(path, mask)}
-    return lambda path, leaf: path in paths
 
 
 def _exchange(share, scores, weights, masks, structures, layer_of) -> dict[str, jax.Array]:

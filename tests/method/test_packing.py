@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from transformations import gradients_at, make
 
+import dns_jax
 from dns_jax import get_masks
 from dns_jax.packing import pack
 from dns_jax.typing import PackedMask
@@ -42,6 +43,28 @@ def test_masks_and_weights_are_those_of_bytes(name):
     assert isinstance(packed['a']['kernel'], PackedMask)
     assert (packed['a']['kernel'].bits.shape, packed['a']['bias'].bits.shape) == ((5, 2), (1,))
     assert packed['scale'].shape == ()
+
+
+def test_whatever_takes_masks_takes_packed_ones():
+    params = params_of_odd_sizes()
+    pruner = pack(make('surgery'))
+    _, state = jax.jit(pruner.update)(params, pruner.init(params), params)
+    packed, masks = state.masks, get_masks(state)
+    assert dns_jax.count_kept(packed) == dns_jax.count_kept(masks)
+    empty = pack(dns_jax.freeze(jax.tree.map(jnp.zeros_like, masks))).init(params).masks
+    assert dns_jax.find_empty_layers(empty) == ['a']
+    assert dns_jax.count_events(packed, empty) == dns_jax.count_events(
+        masks, get_masks(dns_jax.freeze(empty).init(params))
+    )
+    assert dns_jax.measure_sizes(params, packed) == dns_jax.measure_sizes(params, masks)
+    pruned = dns_jax.apply_masks(params, packed)
+    jax.tree.map(np.testing.assert_array_equal, pruned, dns_jax.apply_masks(params, masks))
+    for make_pruner in (
+        dns_jax.freeze,
+        lambda masks: dns_jax.prune_to(density=0.2, steps=9, masks=masks),
+    ):
+        start = make_pruner(packed).init(params).masks
+        jax.tree.map(np.testing.assert_array_equal, start, masks)
 
 
 def test_a_sharded_axis_stays_so(mesh):

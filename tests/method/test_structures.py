@@ -1,6 +1,7 @@
 """Tests of structures: groups that are pruned and spliced together, against NumPy, step by step."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -326,3 +327,23 @@ def test_bad_structures_are_refused(make, error, message):
 
 def test_a_structure_is_single_weights_by_default():
     assert Rule(mean_std(0.0)).structure == Structure()
+
+
+@pytest.mark.parametrize(
+    ('structure', 'spec'),
+    [
+        *itertools.product([Units(), Units(-2), Blocks((-1, 1))], [('x', None), (None, 'x')]),
+        (NofM(2, 4), (None, 'x')),
+        (Blocks((4, 1)), (None, 'x')),
+    ],
+)
+def test_explicit_meshes_give_what_one_device_gives(structure, spec):
+    mesh = jax.make_mesh((8,), ('x',), (jax.sharding.AxisType.Explicit,))
+    params = {'kernel': jnp.asarray(np.random.default_rng(2).normal(size=(16, 32)), jnp.float32)}
+    thresholds = None if isinstance(structure, NofM) else layer_density(0.4)
+    transform = surgery(Rule(thresholds, structure=structure), jax.random.key(0))
+    _, alone = jax.jit(transform.update)(params, transform.init(params), params)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+        _, state = jax.jit(transform.update)(spread, transform.init(spread), spread)
+    np.testing.assert_array_equal(state.masks['kernel'], alone.masks['kernel'])

@@ -43,7 +43,7 @@ OF_PAPERS += ('sparse_training', 'thresholds', 'transformation')
 OUR_OWN = {f'masks.{name}' for name in ('init_masks', 'count_kept', 'count_events', 'throw_coins')}
 OUR_OWN |= {'masks.find_empty_layers', 'importance.chance', 'thresholds.make_band'}
 OUR_OWN |= {'schedules.update_at', 'schedules.log_linear_density', 'pruners.by_rules.one_shot'}
-OUR_OWN |= {'schedules.check_finite', 'transformation.unpack_masks', 'importance.untied'}
+OUR_OWN |= {'schedules.check_finite', 'importance.untied'}
 OUR_OWN |= {'densities.layer_density', 'transformation.freeze', 'transformation.get_masks'}
 
 each_function = pytest.mark.parametrize('name', FUNCTIONS)
