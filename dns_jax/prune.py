@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dns_jax._core import counts
 from dns_jax._core.checks import check_density, check_step
+from dns_jax._core.counts import Count
 from dns_jax._following import DensityRule
 from dns_jax._sharing import share_by_units
 from dns_jax._trees import unpack_masks
@@ -72,7 +73,8 @@ def prune_to(
       masks: as for `surgery`.
       stacked: as for `surgery`; needed where layers are scanned or vmapped.
       structure: what is pruned and spliced together, as in a `Rule`. By groups the number in the
-        end is that asked for or more, by less than one group.
+        end is that asked for or more, by less than one group, and at least a group of each layer.
+        By N of M it is at most what these keep.
 
     Returns:
       A transformation as of `surgery`.
@@ -115,15 +117,8 @@ def prune_to(
         parameters = sum(math.prod(jnp.shape(leaf)) for _, leaf in named_leaves(params))
 
         def wanted(step, sizes):
-            all_of_them = sum(sizes.values())
             final = _final_number(sizes, parameters, compression, density)
-            done = jnp.clip(_float32(step - start) / max(ramp_steps, 1), 0.0, 1.0)
-            first = all_of_them if given is None else given
-            share = float(final) + float(first - final) * (1.0 - done) ** 3
-            share = share / float(all_of_them)
-            falling = counts.from_share(share, all_of_them)
-            at_end = functools.partial(jnp.where, step >= start + ramp_steps)
-            return jax.tree.map(at_end, counts.from_int(final), falling)
+            return _ramp(step, start, ramp_steps, given, final, sum(sizes.values()))
 
         rule = Rule(
             DensityRule(share_by_units(wanted), _HYSTERESIS, changes=True), sigma, None, structure
@@ -143,6 +138,15 @@ def prune_to(
         lambda params: make(params).init(params),
         lambda updates, state, params=None, **extra: make(params).update(updates, state, params),
     )
+
+
+def _ramp(step, start: int, steps: int, first: int | None, final: int, whole: int) -> Count:
+    """Says how many connections are kept at a step, from the first number, or all, to the final."""
+    done = jnp.clip(_float32(step - start) / max(steps, 1), 0.0, 1.0)
+    falling = float((whole if first is None else first) - final) * (1.0 - done) ** 3
+    share = counts.from_share((float(final) + falling) / float(whole), whole)
+    at_end = functools.partial(jnp.where, step >= start + steps)
+    return jax.tree.map(at_end, counts.from_int(final), share)
 
 
 def _count_given(masks: Masks) -> int:

@@ -11,12 +11,15 @@ from dns_jax.schedules import check_finite
 T = TypeVar('T')
 
 
-def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
+def parse_table(
+    text: str, number: Callable[[str], T] = float, wanted: str = 'NUMBER'
+) -> dict[str, T]:
     """Reads numbers per layer, such as `conv*:2,fc1:4`; a lone number is for every layer.
 
     Args:
       text: `PATTERN:NUMBER` entries with commas between; the first that matches a layer counts.
       number: reads a number, as `float` does, or what else stands there.
+      wanted: what stands there, for the message.
 
     Returns:
       `{pattern: number}` in the order of the text.
@@ -34,7 +37,7 @@ def parse_table(text: str, number: Callable[[str], T] = float) -> dict[str, T]:
                 raise ValueError('there is no pattern')
             table[pattern or '*'] = number(digits)
         except ValueError as error:
-            raise ValueError(f'{entry!r} in {text!r} is not PATTERN:NUMBER') from error
+            raise ValueError(f'{entry!r} in {text!r} is not PATTERN:{wanted}') from error
     return table
 
 

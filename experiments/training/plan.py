@@ -161,6 +161,10 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         windows = _read_windows(config, rates or densities or ['*'])
     if '*' in windows or not rates:
         ramps = _read_ramps(config, windows)
+    wanted = 'STRUCTURE, as units, inputs, 4x4 or 2of4 are'
+    structures = _by_layer(config, 'structure', layers, parse_structure, wanted)
+    if config.cut and structures:
+        raise ValueError('--cut prunes single weights, and does not go with --structure')
     cut_at = _read_step(config, 'cut_at')
     if not 0 <= cut_at < steps:
         raise ValueError(f'--cut_at={config.cut_at} must be one of the {steps} steps')
@@ -184,7 +188,7 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         rounds=config.rounds,
         drop=config.drop,
         importance=IMPORTANCES[config.importance],
-        structures=_by_layer(config, 'structure', layers, parse_structure),
+        structures=structures,
         prune_biases=config.prune_biases,
         cut=config.cut,
         cut_at=cut_at,
@@ -201,12 +205,16 @@ def named(flag: str, read: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _by_layer(
-    config: Config, flag: str, layers: Iterable[str], number: Callable[[str], Any] = float
+    config: Config,
+    flag: str,
+    layers: Iterable[str],
+    number: Callable[[str], Any] = float,
+    wanted: str = 'NUMBER',
 ) -> dict[str, Any]:
     """Reads the table of a flag for the layers that it names."""
 
     def read(text: str) -> dict[str, Any]:
-        matches = dns_jax.match_patterns(parse_table(text, number), layers)
+        matches = dns_jax.match_patterns(parse_table(text, number, wanted), layers)
         return {layer: value for layer, (_, value) in matches.items()}
 
     return named(flag, read, getattr(config, flag))

@@ -177,5 +177,26 @@ def test_a_density_of_untied_weights_keeps_its_number(values):
         kept[of_weights] = int(masks.sum())
     assert kept[importance.untied] == 3_600 < kept[importance.magnitude]
     # The order of unequal weights stays.
-    by_size = jnp.abs(params[masks]).min() >= jnp.abs(params[~masks]).max()
-    assert bool(by_size)
+    assert jnp.abs(params[masks]).min() >= jnp.abs(params[~masks]).max()
+
+
+def test_equals_in_different_leaves_are_told_apart():
+    tree = {name: jnp.ones((16, 4), jnp.bfloat16) for name in 'abc'}
+    numbers = importance.untied(jax.random.key(0), tree, tree)
+    together = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(numbers)])
+    assert (np.diff(together) < 0).all()  # the first count most
+    zeros = importance.untied(jax.random.key(0), jnp.zeros(1000), None)
+    assert len(np.unique(zeros)) == 1000
+    assert float(zeros.min()) > 1e-37
+    assert float(zeros.max()) <= 2e-37
+
+
+def test_untied_keeps_shardings_and_refuses_what_is_wider():
+    mesh = jax.make_mesh((8,), ('x',), (jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spread = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+        params = jax.device_put(jnp.arange(16.0).reshape(8, 2), spread)
+        numbers = jax.jit(importance.untied)(jax.random.key(0), params, params)
+    assert numbers.sharding.is_equivalent_to(spread, 2)
+    with jax.enable_x64(True), pytest.raises(TypeError, match='float64'):
+        importance.untied(jax.random.key(0), jnp.ones(3, jnp.float64), None)

@@ -318,10 +318,18 @@ def test_few_classes_are_not_refused_for_those_of_imagenet():
     ('structure', 'message'),
     [
         ('conv1:2of4', "--structure: NofM.* must divide axis -2 of 'conv1/kernel'"),
-        ('fc1:3by4', "--structure: 'fc1:3by4' in 'fc1:3by4' is not PATTERN:"),
+        (
+            'fc1:3by4',
+            "--structure: 'fc1:3by4' in 'fc1:3by4' is not PATTERN:STRUCTURE, as units, inputs",
+        ),
         ('fc9:units', '--structure: pattern .fc9. is the first match of no layer'),
     ],
 )
 def test_a_structure_that_does_not_fit_is_refused_by_its_flag(structure, message):
     with pytest.raises(ValueError, match=message):
         make_plan(Config(network='lenet5', compression=10.0, structure=structure))
+
+
+def test_a_cut_of_single_weights_does_not_go_with_structures():
+    with pytest.raises(ValueError, match='--cut prunes single weights'):
+        make_plan(Config(network='lenet5', compression=10.0, structure='fc1:units', cut=0.2))
