@@ -158,6 +158,8 @@ class LayersByRule:
 
     def operate(self, weights, key, count, masks, bands, splicing):
         """Updates thresholds and masks: an iteration of Algorithm 1 up to its optimizer."""
+        # By count: XLA would score groups before the loop, where nothing may be due.
+        weights, _ = jax.lax.optimization_barrier((weights, count))
         scores, groups = self.score_groups(weights), self.gather_groups(masks)
         for rule, layers in self.by_rule(scores, groups):
             bands = bands | ask(rule, layers, count, _of(layers, bands))

@@ -7,6 +7,7 @@ weight by weight whatever the structure: an axis of them is no matrix to be cut.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from dns_jax._core.checks import check_hysteresis
 
 _PAIRWISE = 16  # up to this length, pairs are faster than a sort or a reduction
+_TINY, _HUGE = 1e-24, 1e38  # sums of squares between them have lost nothing that counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ class _Groups(Structure):
 
     def gather(self, mask):
         cut, within = self._cut(mask.shape)
-        return mask.reshape(cut).any(within, keepdims=True)
+        return _reduce(jnp.logical_or, jnp.any, mask.reshape(cut), within)
 
     def spread(self, kept, mask):
         cut, _ = self._cut(mask.shape)
@@ -279,12 +281,13 @@ class NofM(Structure):
         Returns:
           A bool for each weight.
         """
-        magnitudes = jnp.abs(scores).astype(jnp.float32)
-        # A NaN counts as above everything, as in h_k.
-        magnitudes = jnp.where(jnp.isnan(magnitudes), jnp.inf, magnitudes)
         advantage = jnp.where(mask, 1 + self.hysteresis, 1 - self.hysteresis)
+        # Nothing of the scores alone, which XLA would compute before the loop, and store.
+        order = jnp.abs(scores.astype(jnp.float32) * advantage)
+        # A NaN counts as above everything, as in h_k.
+        order = jnp.where(jnp.isnan(order), jnp.inf, order)
         # A pruned zero counts less than a kept one: without splicing, what is pruned is zero.
-        order = jnp.where(mask | (magnitudes > 0), magnitudes * advantage, -1.0)
+        order = jnp.where(mask | (order > 0), order, -1.0)
         return self.largest(order)
 
     def largest(self, order: jax.Array, as_many_as: jax.Array | None = None) -> jax.Array:
@@ -313,41 +316,49 @@ def _rank(order: jax.Array, axis: int) -> jax.Array:
     if length > _PAIRWISE:
         return jnp.argsort(jnp.argsort(-order, axis, stable=True), axis)
     entries = [jax.lax.index_in_dim(order, index, axis) for index in range(length)]
-    return jnp.concatenate(
-        [
-            sum(
-                (
-                    (other >= own if before < index else other > own).astype(jnp.int32)
-                    for before, other in enumerate(entries)
-                    if before != index
-                ),
-                jnp.zeros_like(own, jnp.int32),
-            )
-            for index, own in enumerate(entries)
-        ],
-        axis,
-    )
+    ranks = [jnp.zeros_like(entry, jnp.int32) for entry in entries]
+    for former, latter in itertools.combinations(range(length), 2):
+        is_before = (entries[former] >= entries[latter]).astype(jnp.int32)
+        ranks[latter] += is_before
+        ranks[former] += 1 - is_before
+    return jnp.concatenate(ranks, axis)
 
 
 def _root_mean_square(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    # A square may leave the range of float32 where the weight does not, so each group has a scale.
+    leaf = leaf.astype(jnp.float32)
+    squares = _reduce(jnp.add, jnp.sum, jnp.square(leaf), axes)
+    members = _members(leaf, axes)
+    # A square may leave the range of float32 where the weight does not.
+    in_range = ((squares > _TINY) & (squares < _HUGE)).all()
+    return jax.lax.cond(
+        in_range,
+        lambda: jnp.sqrt(squares / members),
+        lambda: _scaled_root_mean_square(leaf, axes),
+    )
+
+
+def _scaled_root_mean_square(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Gives each group a scale of its own, in one more pass."""
     largest = _max(leaf, axes)
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    return scale * jnp.sqrt(_mean(jnp.square(leaf.astype(jnp.float32) / scale), axes))
+    return scale * jnp.sqrt(_mean(jnp.square(leaf / scale), axes))
 
 
 def _mean(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    members = math.prod(leaf.shape[axis] for axis in axes)
-    return _reduce(jnp.add, jnp.sum, leaf, axes) / float(members)
+    magnitudes = jnp.abs(leaf).astype(jnp.float32)
+    return _reduce(jnp.add, jnp.sum, magnitudes, axes) / _members(leaf, axes)
 
 
 def _max(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return _reduce(jnp.maximum, jnp.max, leaf, axes)
+    return _reduce(jnp.maximum, jnp.max, jnp.abs(leaf).astype(jnp.float32), axes)
+
+
+def _members(leaf: jax.Array, axes: tuple[int, ...]) -> float:
+    return float(math.prod(leaf.shape[axis] for axis in axes))
 
 
 def _reduce(pair: Any, whole: Any, leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Reduces magnitudes along axes: short ones pair by pair, for XLA is slow along them."""
-    leaf = jnp.abs(leaf).astype(jnp.float32)
+    """Reduces along axes: short ones pair by pair, for XLA is slow along them."""
     for axis in axes:
         is_sharded = jax.typeof(leaf).sharding.spec[axis] is not None  # which cannot be sliced
         if (length := leaf.shape[axis]) > _PAIRWISE or is_sharded:
