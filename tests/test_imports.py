@@ -17,7 +17,7 @@ WINGS = (
     {'dns_jax.pruners'},
     {'dns_jax.inference'},
     {'dns_jax.files'},
-    {'experiments.devices', 'experiments.networks'},
+    {'experiments.baselines', 'experiments.devices', 'experiments.networks'},
     {'experiments.data'},
     {'experiments.config'},
     {'experiments.reports'},
