@@ -1,1 +1,1 @@
-"""What the readers of the paper named beside it: other ways to a small network, one in each file."""
+"""What the paper's readers named: other ways to a small network, one in each file."""
