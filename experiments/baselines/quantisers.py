@@ -83,8 +83,8 @@ def map_kernels(
     return dns_jax.apply_masks(map_leaves(quantise, params), masks)
 
 
-def quantised_value_and_grad(
-    loss_fn: Callable[..., Any], quantiser: Quantiser, has_aux: bool = False
+def quantised(
+    value_and_grad: Callable[..., tuple[Any, Any]], quantiser: Quantiser
 ) -> Callable[..., tuple[Any, Any]]:
     r"""Makes a function for the loss at Q(W, T) and the gradient that W is to learn by.
 
@@ -93,29 +93,28 @@ def quantised_value_and_grad(
       \quad \text{at } Q = \mathrm{quantise}(W, T)
 
     Args:
-      loss_fn: `loss_fn(params, *args, **kwargs)`, as for `jax.value_and_grad`.
+      value_and_grad: of weights, masks and others, as `dns_jax.masked_value_and_grad` makes it.
       quantiser: Q and its way back.
-      has_aux: whether `loss_fn` returns a pair (loss, anything).
 
     Returns:
-      A function of `(params, masks, key, *args, **kwargs)` that returns the loss and the gradients,
-      as `dns_jax.masked_value_and_grad` does. The key is for quantisers that throw coins.
+      The same with one more argument, `key`, for quantisers that throw coins.
 
     Example:
-      >>> keep = lambda params, masks: params
-      >>> signs = Quantiser(lambda params, masks, key: jnp.sign(params), keep)
+      >>> quantiser = Quantiser(lambda w, masks, key: jnp.sign(w), dns_jax.apply_masks)
       >>> loss = lambda weights, x: jnp.sum(weights * x)
-      >>> value_and_grad = quantised_value_and_grad(loss, signs)
-      >>> value_and_grad(jnp.array([0.2, -5.0]), None, None, jnp.array([2.0, 3.0]))
+      >>> value_and_grad = quantised(dns_jax.masked_value_and_grad(loss), quantiser)
+      >>> weights, all_kept, x = jnp.array([0.2, -5.0]), jnp.array(True), jnp.array([2.0, 3.0])
+      >>> value_and_grad(weights, all_kept, x, key=jax.random.key(0))
       (Array(-1., dtype=float32), Array([2., 3.], dtype=float32))
 
     Reference:
       Courbariaux et al. 2015, BinaryConnect, algorithm 1, for steps of this form.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
-    def quantised(params, masks, key, *args, **kwargs):
-        value, gradients = value_and_grad(quantiser.quantise(params, masks, key), *args, **kwargs)
+    def at_quantised(params, masks, *args, key, **kwargs):
+        value, gradients = value_and_grad(
+            quantiser.quantise(params, masks, key), masks, *args, **kwargs
+        )
         return value, quantiser.pull_back(gradients, params)
 
-    return quantised
+    return at_quantised

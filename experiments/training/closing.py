@@ -40,7 +40,8 @@ def finish(
         summary['setbacks'] = run.setbacks
     if returns:
         summary['returns'] = _measure_returns(run, final, returns)
-    params, masks = meshes.to_host((final.params, final.masks))
+    params = run.plan.finetuning.finish(final.params, final.masks)
+    params, masks = meshes.to_host((params, final.masks))
     hosts.on_first(lambda: _write(run, params, masks, summary))
     return summary
 
@@ -59,7 +60,7 @@ def _write(run: Run, params: Any, masks: dns_jax.Masks, summary: dict[str, Any])
 def _summarise(run: Run, reference: Any, final: steps.TrainState) -> dict[str, Any]:
     """Measures sizes and errors, and reads the test split."""
     task = run.task
-    pruned = dns_jax.apply_masks(final.params, final.masks)
+    pruned = run.plan.finetuning.finish(final.params, final.masks)
     positions = models.count_positions(task.network, task.feed.image_shape)
     sizes = dns_jax.measure_sizes(final.params, final.masks, positions)
     return {
@@ -101,7 +102,7 @@ def _measure_returns(
     task = run.task
     loss = steps.make_loss(task.network, task.inputs)
     for name, masks in (*(('', final.masks), ('_without', without)), ('_without_others', others)):
-        pruned = dns_jax.apply_masks(final.params, masks)
+        pruned = run.plan.finetuning.finish(final.params, masks)
         measured[f'loss{name}'] = loss(pruned, task.dataset.train)
         measured[f'test_error{name}'] = task.error(pruned, task.dataset.test)
     return measured

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.config.command_line import check_finite, flag, names_of
 from experiments.data import resident
-from experiments.training.pruning import IMPORTANCES, PRUNERS
+from experiments.training.pruning import IMPORTANCES, PRUNERS, QUANTISERS
 
 _ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
 _BY_LAYER = (
@@ -198,6 +198,13 @@ class Config:
         'LAYER too. By default, in layers left out, and for biases, weights are pruned one by one.',
     )
     prune_biases: bool = flag(True, 'Whether biases take part in surgery.')
+    quantiser: str = flag(
+        'none',
+        'What kernels are rounded to in surgery and fine-tuning, while real weights learn: binary, '
+        'one bit as in BinaryConnect; stochastic_binary, by coins; ternary, as Hwang and Sung '
+        'round; signs, one magnitude for what is kept of a layer. --compression=1 prunes nothing.',
+        choices=tuple(QUANTISERS),
+    )
 
     pruner: str = flag(
         'surgery',

@@ -146,7 +146,9 @@ def train_side_by_side(
     def compile_calls(setbacks: tuple[bool, ...]) -> Callable[..., Any]:
         optimizer = phase.make_optimizer(task.shapes, setbacks)
         dropout = phase.make_dropout(task.shapes)
-        step = make_step(task.network, optimizer, task.inputs, dropout, task.feed.accumulate)
+        step = make_step(
+            *(task.network, optimizer, task.inputs, dropout, task.feed.accumulate, phase.quantiser)
+        )
         return task.feed.compile(step, tuple(course.state for course in courses))
 
     stop = 0

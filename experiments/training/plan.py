@@ -14,6 +14,7 @@ import optax
 
 import dns_jax
 from dns_jax import sparse_training
+from experiments.baselines.quantisers import Quantiser
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_structure, parse_table
 from experiments.networks import models
 from experiments.reports.records import PHASES
@@ -23,6 +24,7 @@ from experiments.training.image_flags import ImageConfig
 from experiments.training.pruning import (
     IMPORTANCES,
     PRUNERS,
+    QUANTISERS,
     Pruning,
     Window,
     make_no_pruner,
@@ -42,6 +44,7 @@ class Phase:
     chain: Callable[..., optax.GradientTransformation]  # the pruner and the solver
     dropout: float  # of dense layers
     scales_dropout: bool  # whether it falls with the root of the density
+    quantiser: Quantiser | None  # of the weights that the network computes with
 
     def make_optimizer(
         self, params: Any, setbacks: Sequence[bool] = ()
@@ -58,9 +61,15 @@ class Phase:
         Raises:
           ValueError: if what takes no part is more than is to be kept.
         """
-        pruner = self.make_pruner(params)
+        pruner, solver = self.make_pruner(params), self.solver
+        if self.quantiser:
+            solver = optax.chain(solver, self.quantiser.constrain)
         # Before they are chained: where what is pruned is zeroed, that is after the rate is halved.
-        return self.chain(*divergence.after_setbacks(pruner, self.solver, setbacks))
+        return self.chain(*divergence.after_setbacks(pruner, solver, setbacks))
+
+    def finish(self, params: Any, masks: dns_jax.Masks) -> Any:
+        """Gives the weights of the network to keep: W⊙T, quantised where the phase does so."""
+        return (self.quantiser.finish if self.quantiser else dns_jax.apply_masks)(params, masks)
 
     def make_dropout(self, params: Any) -> Dropout | None:
         """Says how the phase drops units out, None where it does not."""
@@ -131,7 +140,8 @@ def _make_phase(
     biases = config.bias_scale, config.decay_biases
     solver = dns_jax.caffe_sgd(rate, config.momentum, decay, *biases)
     chain, scales = PRUNERS[config.pruner].chain, config.pruned_dropout == 'scaled'
-    return Phase(name, steps, solver, make, chain, dropout, scales)
+    quantiser = None if name == 'reference' else QUANTISERS[config.quantiser]
+    return Phase(name, steps, solver, make, chain, dropout, scales, quantiser)
 
 
 def _shapes(config: Config) -> Any:

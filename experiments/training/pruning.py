@@ -13,12 +13,21 @@ import optax
 import dns_jax
 from dns_jax import importance, pruners, sparse_training
 from dns_jax.typing import Importance
+from experiments.baselines.binary_connect import binary_connect
+from experiments.baselines.ternary import scaled_signs, ternary
 from experiments.training import probes
 
 IMPORTANCES = {
     'magnitude': importance.magnitude,
     'taylor': importance.taylor,
     'chance': importance.chance,
+}
+QUANTISERS = {
+    'none': None,
+    'binary': binary_connect(),
+    'stochastic_binary': binary_connect(stochastic=True),
+    'ternary': ternary(),
+    'signs': scaled_signs(),
 }
 Window = tuple[int, int]  # the first step, and the first after the last
 

@@ -15,8 +15,10 @@ import numpy as np
 import optax
 
 import dns_jax
+from experiments.baselines.quantisers import Quantiser, quantised
 from experiments.networks import models
 
+_COINS = 2**31 + 2**30  # of quantisers; no count of steps, nor the number of a `Dropout`
 _AHEAD = 2  # steps handed to the device before the one that is waited for
 
 
@@ -67,6 +69,7 @@ def make_step(
     inputs: models.Input,
     dropout: Dropout | None = None,
     accumulate: int = 1,
+    quantiser: Quantiser | None = None,
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
@@ -77,6 +80,7 @@ def make_step(
       dropout: of the phase.
       accumulate: parts of one size that a batch is taken in, one after the other: memory is
         needed for the images of one, and the gradient is the mean of theirs.
+      quantiser: of what the network computes with; None leaves weights as they are.
 
     Returns:
       A function of the state, images (batch, height, width, channels) uint8 and labels (batch,)
@@ -90,26 +94,33 @@ def make_step(
     value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
     if accumulate > 1:
         value_and_grad = _in_parts(value_and_grad, accumulate)
+    if quantiser:
+        value_and_grad = quantised(value_and_grad, quantiser)
 
     def step(state, images, labels):
-        dropping_out = {}
+        options = {}
         if dropout:
-            key = optax.tree.get(state.opt_state, 'key')
-            # The schedule's count: surgery's stands still while it is frozen.
-            count = optax.tree.get(
-                state.opt_state,
-                'count',
-                filtering=lambda path, _: (
-                    getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
-                ),
-            )
-            key = jax.random.fold_in(jax.random.fold_in(key, dropout.number), count)
-            dropping_out = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
-        loss, gradients = value_and_grad(state.params, state.masks, images, labels, **dropping_out)
+            key = _fold_key(state, dropout.number)
+            options = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
+        if quantiser:
+            options['key'] = _fold_key(state, _COINS)
+        loss, gradients = value_and_grad(state.params, state.masks, images, labels, **options)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
     return step
+
+
+def _fold_key(state: TrainState, number: int) -> jax.Array:
+    """Makes the key of a step for one use of random bits."""
+    # The schedule's count: surgery's stands still while it is frozen.
+    count = optax.tree.get(
+        state.opt_state,
+        'count',
+        filtering=lambda path, _: getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState',
+    )
+    key = optax.tree.get(state.opt_state, 'key')
+    return jax.random.fold_in(jax.random.fold_in(key, number), count)
 
 
 def _in_parts(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[..., Any]:

@@ -107,7 +107,7 @@ class Run:
         self, phase: str, step: int, state: steps.TrainState, chunk: steps.Chunk
     ) -> dict[str, Any]:
         """Measures where the run is after a chunk, writes it down and returns it."""
-        pruned = dns_jax.apply_masks(state.params, state.masks)
+        pruned = getattr(self.plan, phase).finish(state.params, state.masks)
         sizes = dns_jax.measure_sizes(state.params, state.masks)
         record = {
             'phase': phase,

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+import dns_jax
 from experiments.baselines.binary_connect import binary_connect, glorot_limit
-from experiments.baselines.quantisers import quantised_value_and_grad
+from experiments.baselines.quantisers import quantised
 
 STEPS, RATE, LIMIT = 50, 0.02, np.sqrt(1.5 / 11)
 
@@ -29,11 +30,11 @@ def trained(quantiser):
     params, masks = {'kernel': jnp.asarray(weights)}, {'kernel': jnp.array(True)}
     optimizer = optax.chain(optax.sgd(RATE), quantiser.constrain)
     state, course = optimizer.init(params), []
-    value_and_grad = quantised_value_and_grad(loss, quantiser)
+    value_and_grad = quantised(dns_jax.masked_value_and_grad(loss), quantiser)
 
     @jax.jit
     def step(params, state, key, *batch):
-        _, gradients = value_and_grad(params, masks, key, *batch)
+        _, gradients = value_and_grad(params, masks, *batch, key=key)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -8,7 +8,7 @@ import pytest
 
 import dns_jax
 from experiments.baselines.binary_connect import binary_connect
-from experiments.baselines.quantisers import Quantiser, map_kernels, quantised_value_and_grad
+from experiments.baselines.quantisers import Quantiser, map_kernels, quantised
 from experiments.baselines.ternary import scaled_signs, ternary
 
 KEY = jax.random.key(0)
@@ -51,18 +51,18 @@ def loss(params, images):
 def test_what_is_pruned_is_zero_and_biases_stay(name):
     params, quantiser = network(), QUANTISERS[name]()
     masks = masks_of(params)
-    for quantised in (quantiser.quantise(params, masks, KEY), quantiser.finish(params, masks)):
+    for rounded in (quantiser.quantise(params, masks, KEY), quantiser.finish(params, masks)):
         for layer in params:
-            assert (quantised[layer]['kernel'][~masks[layer]['kernel']] == 0).all()
-        np.testing.assert_array_equal(quantised['fc']['bias'], params['fc']['bias'])
+            assert (rounded[layer]['kernel'][~masks[layer]['kernel']] == 0).all()
+        np.testing.assert_array_equal(rounded['fc']['bias'], params['fc']['bias'])
 
 
 @each_quantiser
 def test_each_kernel_has_a_bit_and_zeros(name):
     params, quantiser = network(), QUANTISERS[name]()
-    quantised = quantiser.quantise(params, masks_of(params), KEY)
+    rounded = quantiser.quantise(params, masks_of(params), KEY)
     for layer in params:
-        values = np.unique(np.abs(quantised[layer]['kernel']))
+        values = np.unique(np.abs(rounded[layer]['kernel']))
         assert len(values) == 2
         assert values[0] == 0
 
@@ -92,7 +92,9 @@ def test_the_gradient_is_that_at_the_quantised_weights_taken_back():
         dns_jax.apply_masks,
         double,
     )
-    value, gradients = quantised_value_and_grad(loss, halve)(params, masks, KEY, images)
+    value, gradients = quantised(dns_jax.masked_value_and_grad(loss), halve)(
+        params, masks, images, key=KEY
+    )
     kernel = np.where(masks['fc']['kernel'], params['fc']['kernel'] / 2, 0)
     outputs = images @ kernel
     halved = np.where(masks['conv']['kernel'], params['conv']['kernel'] / 2, 0)
@@ -110,12 +112,12 @@ def test_surgery_prunes_and_splices_under_every_quantiser(name):
         dns_jax.prune_to(density=0.3, steps=20), optax.sgd(0.05), quantiser.constrain
     )
     state = optimizer.init(params)
-    value_and_grad = quantised_value_and_grad(loss, quantiser)
+    value_and_grad = quantised(dns_jax.masked_value_and_grad(loss), quantiser)
 
     @jax.jit
     def step(params, state, images, key):
         masks = dns_jax.get_masks(state)
-        _, gradients = value_and_grad(params, masks, key, images)
+        _, gradients = value_and_grad(params, masks, images, key=key)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.baselines.quantisers import quantised_value_and_grad
+import dns_jax
+from experiments.baselines.quantisers import quantised
 from experiments.baselines.ternary import find_step, scaled_signs, ternary
 
 
@@ -49,11 +50,11 @@ def test_50_steps_are_those_of_numpy():
     def loss(params, images, labels):
         return jnp.sum((jnp.dot(images, params['kernel']) - labels) ** 2) / (2 * len(images))
 
-    value_and_grad = quantised_value_and_grad(loss, ternary())
+    value_and_grad = quantised(dns_jax.masked_value_and_grad(loss), ternary())
 
     @jax.jit
     def step(params, *batch):
-        _, gradients = value_and_grad(params, masks, None, *batch)
+        _, gradients = value_and_grad(params, masks, *batch, key=None)
         updates, _ = optimizer.update(gradients, optimizer.init(params))
         return optax.apply_updates(params, updates)
 

@@ -50,6 +50,7 @@ EFFECTIVE = {
     'hysteresis': 0.3,
     'update_power': 1e6,
     'prune_biases': False,
+    'quantiser': 'signs',
     'dropout': 0.5,
     'cut': 0.3,
 }

@@ -2,8 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from situations import slow_but
 
+from dns_jax.files.sparse import load_sparse
+from experiments.data import resident
 from experiments.training import run
 from experiments.training.flags import Config
 
@@ -24,3 +28,26 @@ def test_lenet5_runs_and_its_report_has_no_map_of_pixels(data_dir, tmp_path, cap
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert page.count('<img ') == 3
     assert 'First layer' not in page
+
+
+@pytest.mark.parametrize(
+    'quantiser', slow_but(('binary', 'stochastic_binary', 'ternary', 'signs'), 'signs')
+)
+def test_a_file_holds_the_quantised_network_that_was_measured(quantiser, data_dir, tmp_path):
+    steps = {'reference_steps': 40, 'surgery_steps': 40, 'finetuning_steps': 20}
+    often = {'record_every': 20, 'checkpoint_every': 20}
+    places = {'data_dir': str(data_dir), 'workdir': str(tmp_path / 'run')}
+    config = Config(
+        *('lenet300', 'digits'), **places, **steps, **often, compression=4, quantiser=quantiser
+    )
+    summary = run.run(config)
+    network = load_sparse(tmp_path / 'run' / 'pruned.safetensors')
+    digits = resident.load('digits', data_dir).test
+    hidden = digits.images.reshape(len(digits.labels), -1) / np.float32(256)
+    for leaves in network.params.values():
+        hidden = np.maximum(hidden, 0) @ leaves['kernel'] + leaves['bias']
+        kept = np.unique(np.abs(leaves['kernel']))
+        assert quantiser == 'stochastic_binary' or len(kept) == 2  # with 0
+    wrong = 100 * np.mean(hidden.argmax(1) != digits.labels)
+    assert summary['test_error'] == pytest.approx(wrong, abs=0.6)
+    assert summary['compression'] == pytest.approx(4, rel=0.01)
