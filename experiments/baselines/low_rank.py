@@ -74,8 +74,8 @@ def choose_ranks(params: Any, budget: int, layers: Collection[str]) -> dict[str,
     .. math::
       \max_{K} \sum_l \sum_{i \le K_l} \sigma_{l,i}^2
 
-    The maximum is exact, and takes a second for LeNet-5. A layer that its factors would make no
-    smaller stays as it is, and keeps all.
+    The rule is ours. The maximum is exact, and takes a second for LeNet-5. A layer that factors
+    would make no smaller stays as it is, and keeps all.
 
     Args:
       params: `{layer: {'kernel': …}}`, trained.
@@ -122,7 +122,7 @@ def _sides(shape: Sequence[int]) -> tuple[int, int]:
     return channels * height, width * features
 
 
-def _decompose(kernel: jax.Array) -> Any:
+def _decompose(kernel: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds U, σ and Vᵀ of the matrix of a kernel."""
     matrix = np.asarray(kernel).astype(np.float64)
     matrix = matrix.transpose(2, 0, 1, 3) if matrix.ndim == 4 else matrix
@@ -134,4 +134,4 @@ def _options(kernel: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     squares = np.cumsum(_decompose(kernel)[1] ** 2)
     whole, one = count_parameters(kernel.shape, None), count_parameters(kernel.shape, 1)
     ranks = np.append(np.arange(1, (whole - 1) // one + 1), 0)
-    return ranks, np.append(ranks[:-1] * one, whole), squares[ranks - 1]
+    return ranks, np.append(ranks[:-1] * one, whole), squares[ranks - 1]  # rank 0 keeps all
