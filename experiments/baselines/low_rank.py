@@ -52,6 +52,13 @@ def factorise_kernel(kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array
 def count_parameters(shape: Sequence[int], rank: int | None) -> int:
     """Counts the entries of a kernel's factors, or of the kernel where the rank is None.
 
+    Args:
+      shape: of the kernel, as of `factorise_kernel`.
+      rank: K, or None.
+
+    Returns:
+      K · (in · height + width · out), or in · height · width · out.
+
     Raises:
       ValueError: as `factorise_kernel`.
 

@@ -44,6 +44,18 @@ def factorise(params: Any, ranks: Mapping[str, int | None]) -> dict[str, Any]:
 class LowRankDense(nn.Module):
     """A dense layer to K units, without bias and activation, and one from there.
 
+    Args:
+      features: units of the second.
+      rank: K.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> outputs, variables = LowRankDense(10, rank=2).init_with_output(
+      ...     jax.random.key(0), jnp.zeros((1, 100))
+      ... )
+      >>> outputs.shape, variables['params']['first']['kernel'].shape
+      ((1, 10), (100, 2))
+
     Reference:
       Xue, Li and Gong 2013, Restructuring of deep neural network acoustic models with singular
       value decomposition.
@@ -67,17 +79,30 @@ class LowRankDense(nn.Module):
 class LowRankConv(nn.Module):
     """A vertical convolution to K channels, without bias and activation, and a horizontal one.
 
-    To train it from scratch, put batch normalisation behind it, as the authors do.
+    To train it from scratch, put batch normalisation behind it, as the authors' networks have it.
+
+    Args:
+      features: channels of the second.
+      kernel_size: height of the first, width of the second.
+      rank: K.
+      padding: as of `flax.linen.Conv`, by name.
+      conv_general_dilated: as of `flax.linen.Conv`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layer = LowRankConv(50, (5, 5), rank=4, padding='VALID')
+      >>> layer.init_with_output(jax.random.key(0), jnp.zeros((1, 12, 12, 20)))[0].shape
+      (1, 8, 8, 50)
 
     Reference:
       Tai et al. 2016, Convolutional neural networks with low-rank regularization, section 3.
     """
 
     features: int
-    kernel_size: tuple[int, int]  # height and width
+    kernel_size: tuple[int, int]
     rank: int
     padding: str = 'SAME'
-    conv_general_dilated: Callable[..., jax.Array] | None = None  # as of `flax.linen.Conv`
+    conv_general_dilated: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

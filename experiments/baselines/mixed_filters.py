@@ -14,8 +14,8 @@ import jax.numpy as jnp
 class MixedFilters(nn.Module):
     r"""Horizontal, vertical and some whole filters, whose outputs are concatenated, or mixed.
 
-    Groups of d filters of height h and width w start as one layer, not each by itself, so that a
-    gradient of normal weights keeps its variance on its way back:
+    Groups of d normal filters of height h and width w start as one layer, not each by itself, so
+    that a gradient keeps its variance on its way back:
 
     .. math::
       \frac{1}{2} \hat{n} \, \mathrm{Var}(w) = 1, \quad
@@ -64,14 +64,15 @@ class MixedFilters(nn.Module):
         """
         self._check_fields()
         height, width = self.kernel_size
+        rows, columns = self.kernel_size if self.padding == 'VALID' else (1, 1)
+        if images.ndim != 4 or images.shape[1] < rows or images.shape[2] < columns:
+            raise ValueError(
+                'images must be (batch, height, width, channels) with at least '
+                f'{rows} × {columns} pixels, but are {images.shape}'
+            )
         if self.padding == 'SAME':
             edges = [((size - 1) // 2, size // 2) for size in self.kernel_size]
             images = jnp.pad(images, [(0, 0), *edges, (0, 0)])
-        if images.ndim != 4 or images.shape[1] < height or images.shape[2] < width:
-            raise ValueError(
-                'images must be (batch, height, width, channels) with at least '
-                f'{height} × {width} pixels, but are {images.shape}'
-            )
         groups = {
             'horizontal': (1, width, self.horizontal),
             'vertical': (height, 1, self.vertical),

@@ -150,6 +150,8 @@ def test_ranks_keep_the_most_that_a_budget_can():
 def test_a_layer_that_cannot_shrink_stays():
     assert options_of(LAYERS['thin']) == [None]
     assert choose_ranks(network(), 120, LAYERS)['thin'] is None
+    # Rank 1 would keep all, but has as many parameters.
+    assert choose_ranks({'fc': {'kernel': np.ones((2, 2))}}, 9, ['fc']) == {'fc': None}
 
 
 def test_other_layers_count_whole():

@@ -11,6 +11,7 @@ import pytest
 
 import dns_jax
 from experiments.baselines.low_rank_layers import LowRankConv, LowRankDense, factorise
+from experiments.networks.models import convolution_by_products
 
 
 def random(shape, seed=0) -> Any:
@@ -56,17 +57,20 @@ def test_a_layer_of_low_rank_computes_with_the_nearest_kernel():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_convolution_may_be_computed_in_another_way():
-    """It is asked for both factors, as `flax.linen.Conv` asks."""
+def test_a_convolution_may_be_computed_as_in_lenet5():
     asked = []
 
     def convolve(images, kernel, *arguments, **options):
         asked.append(kernel.shape)
-        return jax.lax.conv_general_dilated(images, kernel, *arguments, **options)
+        return convolution_by_products(images, kernel, *arguments, **options)
 
-    layer = LowRankConv(4, (3, 5), 2, 'VALID', convolve)
-    layer.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    images = random((2, 8, 8, 3))
+    expected, variables = LowRankConv(4, (3, 5), 2, 'VALID').init_with_output(
+        jax.random.key(0), images
+    )
+    found = output_of(LowRankConv(4, (3, 5), 2, 'VALID', convolve), variables['params'], images)
     assert asked == [(3, 1, 3, 2), (1, 5, 2, 4)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_have_the_parameters_of_factorise():

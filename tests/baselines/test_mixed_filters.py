@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import dns_jax
 from experiments.baselines.mixed_filters import MixedFilters
+from experiments.networks.models import convolution_by_products
 
 # Height, width and number of each group's filters, under windows of 3 × 5.
 GROUPS = {'horizontal': (1, 5, 24), 'vertical': (3, 1, 40), 'full': (3, 5, 16)}
@@ -50,46 +50,66 @@ def correlate(images, leaves, window, padding):
 
 
 @pytest.mark.parametrize('padding', ['SAME', 'VALID'])
-@pytest.mark.parametrize('features', [None, 3])
-@pytest.mark.parametrize('numbers', [(2, 3, 1), (2, 0, 0), (0, 1, 2)])
-def test_filters_lie_side_by_side(numbers, features, padding):
+@pytest.mark.parametrize(
+    ('numbers', 'window', 'features'),
+    [((2, 3, 1), (3, 5), None), ((2, 0, 0), (5, 3), 3), ((0, 1, 2), (4, 2), 3)],
+)
+def test_filters_lie_side_by_side(numbers, window, features, padding):
     horizontal, vertical, full = numbers
-    layer = MixedFilters(horizontal, vertical, full, (3, 5), features, padding)
+    layer = MixedFilters(horizontal, vertical, full, window, features, padding)
     images = random((2, 6, 7, 4))
-    shapes = jax.tree.map(jnp.shape, start(layer, images.shape))
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), images)['params']
     params = {
-        name: {part: random(shape, 1) for part, shape in leaves.items()}
+        name: {part: random(leaf.shape, 1) for part, leaf in leaves.items()}
         for name, leaves in shapes.items()
     }
     names = [name for name, number in zip(GROUPS, numbers, strict=True) if number]
     assert params.keys() == {*names, *(['mixing'] if features else [])}
-    groups = [correlate(images, params[name], (3, 5), padding) for name in names]
+    groups = [correlate(images, params[name], window, padding) for name in names]
     expected = np.concatenate(groups, axis=-1)
     if features:
         expected = correlate(expected, params['mixing'], (1, 1), 'VALID')
     np.testing.assert_allclose(output_of(layer, params, images), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_whole_window_alone_is_a_convolution():
-    layer = MixedFilters(0, 0, 6, (5, 5), padding='VALID')
+@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
+def test_whole_filters_alone_are_a_convolution(padding):
+    layer = MixedFilters(0, 0, 6, (5, 4), padding=padding)
     images = random((2, 9, 8, 3))
     params = start(layer, images.shape)
     expected = jax.lax.conv_general_dilated(
         images,
         params['full']['kernel'],
         (1, 1),
-        'VALID',
+        padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
     np.testing.assert_allclose(output_of(layer, params, images), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
+def test_filters_may_be_computed_as_in_lenet5(padding):
+    asked = []
+
+    def convolve(images, kernel, *arguments, **options):
+        asked.append(kernel.shape)
+        return convolution_by_products(images, kernel, *arguments, **options)
+
+    images = random((2, 8, 8, 3))
+    params = start(MixedFilters(2, 3, 1, (3, 5), 4, padding), images.shape)
+    expected = output_of(MixedFilters(2, 3, 1, (3, 5), 4, padding), params, images)
+    found = output_of(MixedFilters(2, 3, 1, (3, 5), 4, padding, convolve), params, images)
+    assert asked == [(1, 5, 3, 2), (3, 1, 3, 3), (3, 5, 3, 1), (1, 1, 6, 4)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_parameters_are_as_many_as_filters_have():
-    sizes = jax.tree.map(np.size, start(many(), (1, 8, 8, CHANNELS)))
-    assert sum(jax.tree.leaves(sizes)) == CHANNELS * OUTGOING + 24 + 40 + 16
-    sizes = jax.tree.map(np.size, start(many(10), (1, 8, 8, CHANNELS)))
-    # Biases below a linear layer would add nothing.
-    assert sum(jax.tree.leaves(sizes)) == CHANNELS * OUTGOING + (24 + 40 + 16) * 10 + 10
+    for features, others in ((None, 24 + 40 + 16), (10, (24 + 40 + 16) * 10 + 10)):
+        images = jnp.zeros((1, 8, 8, CHANNELS))
+        params = jax.eval_shape(many(features).init, jax.random.key(0), images)['params']
+        # Biases below the 1×1 convolution would add nothing.
+        sizes = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert sizes == CHANNELS * OUTGOING + others
 
 
 def gradient_variance(layer, params):
@@ -147,24 +167,11 @@ def test_weights_start_normal_with_one_spread():
         assert not leaves['bias'].any()
 
 
-def test_surgery_prunes_all_groups():
-    layer, images = MixedFilters(3, 3, 2, (3, 3), 4), random((4, 6, 6, 2))
-    params = start(layer, images.shape)
-    optimizer = optax.chain(dns_jax.prune_to(density=0.5, steps=3), optax.sgd(0.01))
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params, state):
-        loss = lambda params: jnp.mean(output_of(layer, params, images) ** 2)  # noqa: E731
-        _, gradients = dns_jax.masked_value_and_grad(loss)(params, dns_jax.get_masks(state))
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(4):
-        params, state = step(params, state)
-    masks = {name: leaves['kernel'] for name, leaves in dns_jax.get_masks(state).items()}
-    assert masks.keys() == {*GROUPS, 'mixing'}
-    assert sum(map(np.sum, masks.values())) == sum(map(np.size, masks.values())) // 2
+def test_all_groups_take_part_in_surgery():
+    params = start(MixedFilters(3, 3, 2, (3, 3), 4), (4, 6, 6, 2))
+    masks = dns_jax.get_masks(dns_jax.prune_to(density=0.5, steps=3).init(params))
+    parts = {name for name, leaves in masks.items() if leaves['kernel'].ndim}
+    assert parts == {*GROUPS, 'mixing'}
 
 
 @pytest.mark.parametrize(
@@ -182,3 +189,8 @@ def test_surgery_prunes_all_groups():
 def test_errors(layer, message):
     with pytest.raises(ValueError, match=message):
         start(layer, (1, 6, 6, 2))
+
+
+def test_one_image_is_no_batch():
+    with pytest.raises(ValueError, match=r'images .*\(batch, .*\(6, 6, 2\)'):
+        start(MixedFilters(1, 1, 0, (3, 3)), (6, 6, 2))
