@@ -23,14 +23,13 @@ from experiments.baselines import divnet, units
 from experiments.config import command_line
 from experiments.config.command_line import check_finite, flag
 from experiments.data import resident
-from experiments.devices import progress
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import middle_and_range, table, to_csv
-from experiments.training import steps as train
+from experiments.training.plain import train_network
+from experiments.training.steps import make_error
 
 _HIDDEN = ('fc1', 'fc2')
 _UNITS = 500
-_CHUNK = 500  # steps of one compiled call
 METHODS = ('k-DPP', 'importance', 'at random')
 
 
@@ -90,7 +89,7 @@ def compare(config: DiversityConfig) -> list[dict[str, Any]]:
     dataset = resident.load(config.dataset, config.data_dir, config.manual_dir)
     rows = []
     for seed in range(config.seeds):
-        params = train_network(config, dataset.train, seed)
+        params = train_dense(config, dataset.train, seed)
         rows += prune_network(config, dataset, params, seed)
     rows.sort(key=lambda row: row['kept'])
     text = to_table(rows)
@@ -102,23 +101,21 @@ def compare(config: DiversityConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def train_network(config: DiversityConfig, split: resident.Split, seed: int) -> dns_jax.Params:
+def train_dense(config: DiversityConfig, split: resident.Split, seed: int) -> dns_jax.Params:
     """Trains a dense network by SGD with momentum, and gives its weights as NumPy arrays."""
+    network = SigmoidNetwork()
     rate = dns_jax.caffe_poly(config.learning_rate, 1.0, config.steps)
     solver = dns_jax.caffe_sgd(rate, weight_decay=0.0)
-    optimizer = optax.chain(dns_jax.surgery({}, jax.random.key(0)), solver)
-    network = SigmoidNetwork()
-    params = network.init(jax.random.key(seed), np.zeros((1, 28, 28, 1), np.float32))['params']
-    state = train.TrainState(params, optimizer.init(params))
-    run_chunk = train.make_run_chunk(train.make_step(network, optimizer, MNIST_INPUT))
-    images, labels = jax.device_put((split.images, split.labels))
-    with progress.bar(total=config.steps, desc=f'seed {seed}', unit=' steps') as bar:
-        for start in range(0, config.steps, _CHUNK):
-            count = min(_CHUNK, config.steps - start)
-            batches = resident.batch_indices((seed,), len(split), config.batch_size, start, count)
-            state, _ = run_chunk(state, images, labels, batches)
-            bar.update(count)
-    return jax.device_get(state.params)
+    return train_network(
+        network,
+        network.init(jax.random.key(seed), np.zeros((1, 28, 28, 1), np.float32))['params'],
+        optax.chain(dns_jax.surgery({}, jax.random.key(0)), solver),
+        split,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=seed,
+        title=f'seed {seed}',
+    )
 
 
 def prune_network(
@@ -182,7 +179,7 @@ def _activations(params: dns_jax.Params, points: np.ndarray, layers: int) -> np.
 
 def _error(params: dns_jax.Params, split: resident.Split) -> float:
     network = SigmoidNetwork(len(params['fc1']['bias']))
-    return train.make_error(network, MNIST_INPUT)(params, split)
+    return make_error(network, MNIST_INPUT)(params, split)
 
 
 if __name__ == '__main__':

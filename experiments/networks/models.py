@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, max_pool
+from experiments.baselines.low_rank_layers import LowRankConv, LowRankDense
 from experiments.networks.image_layers import (
     convolution_by_groups,
     normalize_across_channels,
@@ -32,32 +34,40 @@ DropoutRates = Mapping[str, jax.Array]
 """The rate of dropout behind each fully connected layer; it takes random bits named `dropout`."""
 
 
+Ranks = Mapping[str, int | None]
+"""Of layers by name; those without one, or with None, are whole."""
+
+
 class LeNet300(nn.Module):
     """LeNet-300-100: 784 pixels, two hidden layers, 266,610 parameters."""
+
+    ranks: Ranks = FrozenDict()
 
     @nn.compact
     def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
         hidden = images.reshape(images.shape[0], -1)
-        hidden = nn.relu(nn.Dense(300, kernel_init=_XAVIER, name='fc1')(hidden))
+        hidden = nn.relu(_dense(300, 'fc1', self.ranks)(hidden))
         hidden = drop_out(self, hidden, dropout, 'fc1')
-        hidden = nn.relu(nn.Dense(100, kernel_init=_XAVIER, name='fc2')(hidden))
+        hidden = nn.relu(_dense(100, 'fc2', self.ranks)(hidden))
         hidden = drop_out(self, hidden, dropout, 'fc2')
-        return nn.Dense(10, kernel_init=_XAVIER, name='fc3')(hidden)
+        return _dense(10, 'fc3', self.ranks)(hidden)
 
 
 class LeNet5(nn.Module):
     """LeNet-5 as in Caffe, without activation after the convolutions: 431,080 parameters."""
 
+    ranks: Ranks = FrozenDict()
+
     @nn.compact
     def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
-        hidden = max_pool(_convolution(20, 'conv1')(images), 2, axis=1)
-        hidden = max_pool(_convolution(50, 'conv2')(hidden), 2, axis=1)
+        hidden = max_pool(_convolution(20, 'conv1', self.ranks)(images), 2, axis=1)
+        hidden = max_pool(_convolution(50, 'conv2', self.ranks)(hidden), 2, axis=1)
         hidden = hidden.reshape(hidden.shape[0], -1)
-        hidden = nn.relu(nn.Dense(500, kernel_init=_XAVIER, name='fc1')(hidden))
+        hidden = nn.relu(_dense(500, 'fc1', self.ranks)(hidden))
         hidden = drop_out(self, hidden, dropout, 'fc1')
-        return nn.Dense(10, kernel_init=_XAVIER, name='fc2')(hidden)
+        return _dense(10, 'fc2', self.ranks)(hidden)
 
 
 class AlexNet(nn.Module):
@@ -256,17 +266,20 @@ def _scaled(number: int, width: float, multiple: int = 1) -> int:
     return max(1, round(number * width / multiple)) * multiple
 
 
-def _convolution(features: int, name: str) -> nn.Conv:
+def _dense(features: int, name: str, ranks: Ranks) -> nn.Module:
+    if (rank := ranks.get(name)) is not None:
+        return LowRankDense(features, rank, name=name)
+    return nn.Dense(features, kernel_init=_XAVIER, name=name)
+
+
+def _convolution(features: int, name: str, ranks: Ranks) -> nn.Module:
     # XLA runs convolutions inside a loop on CPU many times slower than outside of it.
     slow_in_loops = jax.default_backend() == 'cpu'
-    return nn.Conv(
-        features,
-        (5, 5),
-        padding='VALID',
-        kernel_init=_XAVIER,
-        name=name,
-        conv_general_dilated=convolution_by_products if slow_in_loops else None,
-    )
+    by_products: Any = convolution_by_products if slow_in_loops else None
+    options = {'padding': 'VALID', 'conv_general_dilated': by_products, 'name': name}
+    if (rank := ranks.get(name)) is not None:
+        return LowRankConv(features, (5, 5), rank, **options)
+    return nn.Conv(features, (5, 5), kernel_init=_XAVIER, **options)
 
 
 def convolution_by_products(

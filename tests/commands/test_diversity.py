@@ -58,7 +58,7 @@ def test_fused_units_lose_less(rows):
 
 def test_activations_are_those_of_the_network(config):
     digits = resident.load('digits', config.data_dir)
-    params = diversity.train_network(config, digits.train, seed=1)
+    params = diversity.train_dense(config, digits.train, seed=1)
     images = digits.test.images / np.float32(256)
     logits = diversity.SigmoidNetwork().apply({'params': params}, images)
     hidden = diversity._activations(params, images.reshape(-1, 784), 2)
