@@ -44,7 +44,7 @@ class DiversityConfig:
     seeds: int = flag(3, 'Networks, one for each seed.', lower_bound=1)
     steps: int = flag(20_000, 'Steps of training.', lower_bound=1)
     batch_size: int = flag(64, 'Images per step.', lower_bound=1)
-    learning_rate: float = flag(0.1, 'Rate at the start, from which it falls to 0.')
+    learning_rate: float = flag(0.1, 'Learning rate at the start, from which it falls to 0.')
     kept: str = flag('10,25,50,100,200,300,400', 'Units that each hidden layer keeps.')
     points: int = flag(5_000, 'Training images whose activations are compared.', lower_bound=1)
 

@@ -52,8 +52,10 @@ class LowRankConfig:
     steps: int = flag(20_000, 'Steps of dense training.', lower_bound=1)
     tuning_steps: int = flag(20_000, 'Steps after factorising.', lower_bound=1)
     batch_size: int = flag(64, 'Images per step.', lower_bound=1)
-    learning_rate: float = flag(0.05, 'Rate at the start of a training, from which it falls to 0.')
-    tuning_rate: float = flag(0.05, 'The same after factorising.')
+    learning_rate: float = flag(
+        0.05, 'Learning rate of dense training at its start, from which it falls to 0.'
+    )
+    tuning_rate: float = flag(0.05, 'Learning rate after factorising, from which it falls to 0.')
     weight_decay: float = flag(5e-4, 'Weight decay, in both trainings.', lower_bound=0.0)
 
     def __post_init__(self):

@@ -14,8 +14,10 @@ from run_flags import FIELDS, ROOT, TARGETS, parse
 from experiments import alexnet, lenet5, lenet300, vgg16
 from experiments.bench import BenchConfig
 from experiments.config.command_line import all_flags, is_flag
+from experiments.diversity import DiversityConfig
 from experiments.export import ExportConfig
 from experiments.latency import LatencyConfig
+from experiments.low_rank import LowRankConfig
 from experiments.networks import models
 from experiments.own_loops.runs import OwnLoopConfig
 from experiments.scale import ScaleConfig
@@ -74,8 +76,9 @@ def test_what_says_by_itself_how_much_to_keep_has_no_flags_for_it(config_type):
 
 
 CONFIGS = (
-    *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig),
-    *(BenchConfig, ExportConfig, LatencyConfig, OwnLoopConfig, ScaleConfig, XorConfig, ZooConfig),
+    *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig, DiversityConfig),
+    *(BenchConfig, ExportConfig, LatencyConfig, LowRankConfig, OwnLoopConfig, ScaleConfig),
+    *(XorConfig, ZooConfig),
 )
 
 
@@ -149,8 +152,10 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
     else:
         config_type = {
             'compare': CompareConfig,
+            'diversity': DiversityConfig,
             'export': ExportConfig,
             'frontier': FrontierConfig,
+            'low_rank': LowRankConfig,
             'own_loop': OwnLoopConfig,
             'search': SearchConfig,
         }[command[1]]
