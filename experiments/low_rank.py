@@ -47,7 +47,9 @@ class LowRankConfig:
     seeds: int = flag(3, 'Dense networks, one for each seed.', lower_bound=1)
     sizes: str = flag('2,4,8,16', 'How many times fewer parameters the factors have.')
     compressions: str = flag(
-        '', 'How many times fewer surgery then keeps, one for each of --sizes.'
+        '',
+        'How many times fewer parameters surgery keeps of the factors, one for each of --sizes; by '
+        'default factors are not pruned.',
     )
     steps: int = flag(20_000, 'Steps of dense training.', lower_bound=1)
     tuning_steps: int = flag(20_000, 'Steps after factorising.', lower_bound=1)
