@@ -30,7 +30,8 @@ from experiments.training.steps import make_error
 
 _HIDDEN = ('fc1', 'fc2')
 _UNITS = 500
-METHODS = ('k-DPP', 'importance', 'at random')
+_CHOICES = ('k-DPP', 'importance', 'at random')
+METHODS = (*_CHOICES, *(f'{choice}, fused' for choice in _CHOICES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def compare(config: DiversityConfig) -> list[dict[str, Any]]:
     """Trains and prunes all networks, writes `diversity.csv` and `.md`, and prints the table.
 
     Returns:
-      A row for each network, number of units, choice, and whether units are fused.
+      A row for each network, number of units and method.
 
     Raises:
       ValueError, RuntimeError: if data are damaged, or not to be had.
@@ -125,7 +126,7 @@ def prune_network(
     points = dataset.train.images[: config.points].reshape(-1, 784) * np.float64(MNIST_INPUT.scale)
     reference = _error(params, dataset.test)
     rows = []
-    for kept, method, fused in itertools.product(config.parse_kept(), METHODS, (False, True)):
+    for kept, method, fused in itertools.product(config.parse_kept(), _CHOICES, (False, True)):
         generator = np.random.default_rng([seed, kept])
         smaller = params
         for number, layer in enumerate(_HIDDEN, 1):
@@ -141,8 +142,7 @@ def prune_network(
             smaller = divnet.prune(smaller, layer, reader, chosen, activations if fused else None)
         rows.append(
             {
-                'method': method,
-                'fused': fused,
+                'method': f'{method}, fused' if fused else method,
                 'kept': kept,
                 'seed': seed,
                 'reference_error': reference,
@@ -154,18 +154,15 @@ def prune_network(
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """Writes the errors as Markdown: a line for each number of units, medians and ranges."""
-    ways = list(itertools.product((False, True), METHODS))
     lines = []
     for kept, of_kept in itertools.groupby(rows, key=lambda row: row['kept']):
-        by_way: dict[Any, list[dict[str, Any]]] = {way: [] for way in ways}
+        by_method: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
         for row in of_kept:
-            by_way[row['fused'], row['method']].append(row)
-        cells = [middle_and_range(own, 'test_error', '.2f', ' %') for own in by_way.values()]
-        lines.append((f'{kept}', *cells))
+            by_method[row['method']].append(row)
+        cells = [middle_and_range(own, 'test_error', '.2f', ' %') for own in by_method.values()]
+        lines.append((f'{kept:g}', *cells))
     dense = middle_and_range(rows, 'reference_error', '.2f', ' %')
-    lines.append((f'{_UNITS}, dense', *[dense] * len(ways)))
-    names = (f'{method}, fused' if fused else method for fused, method in ways)
-    return table(('units', *names), lines)
+    return table(('units', *METHODS), [*lines, (f'{_UNITS}, dense', *[dense] * len(METHODS))])
 
 
 def _activations(params: dns_jax.Params, points: np.ndarray, layers: int) -> np.ndarray:

@@ -109,8 +109,8 @@ def compare(config: LowRankConfig) -> list[dict[str, Any]]:
 def to_table(rows: list[dict[str, Any]]) -> str:
     """Writes sizes and errors as Markdown, medians and ranges over seeds."""
     lines = []
-    for key in dict.fromkeys((row['size'], row['compression']) for row in rows):
-        own = [row for row in rows if (row['size'], row['compression']) == key]
+    for key in dict.fromkeys((row['size'], row.get('compression')) for row in rows):
+        own = [row for row in rows if (row['size'], row.get('compression')) == key]
         name = f'factors, {key[0]:g}×' + (f', surgery to {key[1]:g}×' if key[1] else '')
         cells = [
             middle_and_range(own, column, form, unit)

@@ -30,9 +30,9 @@ def rows(config):
 
 
 def test_every_way_is_measured_and_written(config, rows, capsys):
-    assert [(row['kept'], row['method'], row['fused']) for row in rows] == [
-        (kept, method, fused) for kept in (5, 500) for method in METHODS for fused in (False, True)
-    ]
+    assert sorted((row['kept'], row['method']) for row in rows) == sorted(
+        (kept, method) for kept in (5, 500) for method in METHODS
+    )
     with open(f'{config.workdir}/diversity.csv', newline='') as file:
         written = list(csv.DictReader(file))
     assert [float(row['test_error']) for row in written] == [row['test_error'] for row in rows]
@@ -50,7 +50,7 @@ def test_the_network_learns_and_nothing_pruned_changes_nothing(rows):
 def test_fused_units_lose_less(rows):
     few = [row for row in rows if row['kept'] == 5]
     errors = {
-        fused: np.mean([row['test_error'] for row in few if row['fused'] == fused])
+        fused: np.mean([row['test_error'] for row in few if ('fused' in row['method']) == fused])
         for fused in (False, True)
     }
     assert errors[True] < errors[False] - 10
@@ -74,9 +74,8 @@ def test_bad_numbers_of_units_are_refused(kept):
 
 def test_the_table_has_medians_over_seeds():
     rows = [
-        {'method': method, 'fused': fused, 'kept': 5, 'reference_error': 1.0, 'test_error': error}
+        {'method': method, 'kept': 5, 'reference_error': 1.0, 'test_error': error}
         for method in METHODS
-        for fused in (False, True)
         for error in (2.0, 3.0, 7.0)
     ]
     assert '3.00 % (2.00 to 7.00)' in diversity.to_table(rows)

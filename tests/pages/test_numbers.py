@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import results
+from experiments import diversity, low_rank, results
 from experiments.measurements import latency_report, scale_report
 from experiments.reports import run_report, sweep_tables, tables
 
@@ -15,9 +15,14 @@ ROOT = Path(__file__).parents[2]
 # Flags younger than the results, set to what these runs did without them.
 NEWER = {'finetuning_steps'}
 FLAGFILES = ROOT / 'experiments' / 'flagfiles'
+PAGES_OF_COMPARISONS = {
+    **dict.fromkeys(('compare', 'ablations', 'repair'), 'compare.md'),
+    'quantisers': 'baselines.md',
+    'units': 'runtime.md',
+}
 COMPARISONS = [
-    path.stem
-    for kind in ('compare', 'ablations', 'repair')
+    (path.stem, page)
+    for kind, page in PAGES_OF_COMPARISONS.items()
     for path in sorted(FLAGFILES.glob(f'{kind}_*.flags'))
     if path.stem != 'compare_digits'
 ]
@@ -65,9 +70,9 @@ def test_the_page_of_scale_is_that_of_the_results():
     assert f'it takes {min(ratios):.2f}× to {max(ratios):.2f}×' in said
 
 
-@pytest.mark.parametrize('name', COMPARISONS)
-def test_the_page_of_comparisons_holds_their_tables_and_commands(name):
-    said = (ROOT / 'results' / 'compare.md').read_text()
+@pytest.mark.parametrize(('name', 'page'), COMPARISONS)
+def test_pages_hold_the_tables_and_commands_of_comparisons(name, page):
+    said = (ROOT / 'results' / page).read_text()
     rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
     assert tables.to_text(sweep_tables.compare_tables(rows)) in said
     assert f'python -m experiments.compare --flagfile=experiments/flagfiles/{name}.flags' in said
@@ -84,6 +89,16 @@ def test_the_page_of_comparisons_holds_the_other_tables():
     authors = sweep_tables.frontier_tables(results.read_frontiers(kind='authors'))
     assert tables.to_text(authors) in said
     assert (ROOT / 'results' / 'xor' / 'xor.md').read_text() in said
+
+
+@pytest.mark.parametrize(
+    ('name', 'module'), [('low_rank_lenet300', low_rank), ('diversity_mnist', diversity)]
+)
+def test_the_page_of_baselines_holds_the_other_tables(name, module):
+    said = (ROOT / 'results' / 'baselines.md').read_text()
+    rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
+    assert module.to_table(rows) in said
+    assert f'python -m experiments.{module.__name__.split(".")[1]} --flagfile=' in said
 
 
 @pytest.mark.parametrize('path', TIMINGS, ids=lambda path: path.stem)
