@@ -107,6 +107,30 @@ def test_the_page_of_run_times_holds_the_tables(path):
     assert latency_report.latency_tables(json.loads(path.read_text())) in said
 
 
+@pytest.mark.parametrize(
+    ('network', 'title'), [('lenet300', 'LeNet-300-100'), ('lenet5', 'LeNet-5')]
+)
+def test_the_curve_by_units_is_that_of_the_results(network, title):
+    said = (ROOT / 'results' / 'runtime.md').read_text()
+    rows = results.read_comparison(ROOT / 'results' / f'units_{network}.csv')
+    for units in dict.fromkeys(row['variant'] for row in rows):
+        own = [row for row in rows if row['variant'] == units]
+        timing = read(f'runtime/units/{network}_{units}.json')
+        products = sum(layer['multiply_adds'] for layer in timing['layers'].values())
+        error = tables.middle_and_range(own, 'test_error', '.2f', ' %')
+        cells = [title, units, f'{products:,}', error]
+        for batch in ('1', '64'):
+            times = {
+                way: each['median_us'] for way, each in timing['batches'][batch]['ways'].items()
+            }
+            trained = times['dense JAX, as trained']
+            fastest = min(time for way, time in times.items() if way.startswith('dense JAX'))
+            compact = min(times['JAX, compact'], times['JAX, compact, batch last'])
+            cells += [f'{trained:,.1f}', f'{fastest:,.1f}', f'{compact:,.1f}']
+            cells += [f'{trained / compact:.2f}×', f'{fastest / compact:.2f}×']
+        assert f'| {" | ".join(cells)} |' in said
+
+
 @pytest.mark.parametrize(('name', 'title'), [('lenet300', 'LeNet-300-100'), ('lenet5', 'LeNet-5')])
 def test_files_and_speed_are_those_of_the_results(name, title):
     said = page('docs/results.md')
