@@ -56,7 +56,7 @@ class DiversityConfig:
     def parse_kept(self) -> list[int]:
         """Returns the numbers of units."""
         texts = self.kept.split(',')
-        if not all(text.isdigit() and 1 <= int(text) <= _UNITS for text in texts):
+        if not all(text.isdecimal() and 1 <= int(text) <= _UNITS for text in texts):
             raise ValueError(f'--kept={self.kept} must be numbers from 1 to {_UNITS}, with commas')
         return [int(text) for text in texts]
 

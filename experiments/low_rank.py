@@ -52,7 +52,7 @@ class LowRankConfig:
         'default factors are not pruned.',
     )
     steps: int = flag(20_000, 'Steps of dense training.', lower_bound=1)
-    tuning_steps: int = flag(20_000, 'Steps after factorising.', lower_bound=1)
+    tuning_steps: int = flag(20_000, 'Steps after factorising.', lower_bound=2)
     batch_size: int = flag(64, 'Images per step.', lower_bound=1)
     learning_rate: float = flag(
         0.05, 'Learning rate of dense training at its start, from which it falls to 0.'
@@ -73,6 +73,10 @@ class LowRankConfig:
         if compressions and len(compressions) != len(sizes):
             raise ValueError(
                 f'--compressions={self.compressions} must be as many as --sizes={self.sizes}'
+            )
+        if any(size >= more for size, more in zip(sizes, compressions, strict=False)):
+            raise ValueError(
+                f'--compressions={self.compressions} must each be above its --sizes={self.sizes}'
             )
         return [*((size, None) for size in sizes), *zip(sizes, compressions, strict=False)]
 

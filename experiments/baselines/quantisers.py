@@ -43,7 +43,7 @@ class Quantiser(NamedTuple):
     finish: Callable[[dns_jax.Params, _Masks], dns_jax.Params]
     #: of the gradient at what the network computed with, and W: the gradient for W
     pull_back: Callable[[dns_jax.Params, dns_jax.Params], dns_jax.Params] = straight_through
-    #: what holds W within bounds, to stand last in the chain of the optimizer
+    #: what holds W within bounds, but for rounding, to stand last in the chain of the optimizer
     constrain: optax.GradientTransformation = optax.identity()
 
 

@@ -9,14 +9,15 @@ _ROUNDS = 16  # after which Δ of 300,000 normal weights moves by less than 1e-5
 
 
 def find_step(weights: jax.Array, mask: jax.Array) -> jax.Array:
-    r"""Finds the Δ whose multiples −1, 0 and 1 are nearest to the weights.
+    r"""Finds a Δ whose multiples −1, 0 and 1 are near to the weights.
 
     .. math::
       \Delta = \arg\min_\Delta \sum_i \left(Q_\Delta(w_i) - w_i\right)^2, \quad
       Q_\Delta(w) = \begin{cases} \mathrm{sgn}(w)\,\Delta & \text{if } |w| \ge \Delta / 2 \\
         0 & \text{otherwise} \end{cases}
 
-    in turns: Δ is the mean magnitude of what is not 0, and that is what is at least Δ/2.
+    in turns, from the mean magnitude: Δ is that of what is not 0, and this is what is at least Δ/2.
+    So the minimum is a local one; for normal weights it is the least.
 
     Args:
       weights: of one layer.
@@ -72,7 +73,8 @@ def scaled_signs() -> Quantiser:
     .. math::
       q_i = T_i\,\mathrm{sgn}(w_i)\,\frac{\sum_j T_j |w_j|}{\sum_j T_j}
 
-    With surgery this is a ternary network whose zeros h_k chooses; without, a binary one.
+    where sgn(0) is 1. With surgery this is a ternary network whose zeros h_k chooses; without, a
+    binary one.
 
     Returns:
       A quantiser. The gradient at the signs goes to the real weights.
@@ -84,7 +86,7 @@ def scaled_signs() -> Quantiser:
       Array([[ 0. , -1.1,  1.1]], dtype=float32)
 
     Reference:
-      Rastegari et al. 2016, XNOR-Net, equation (6), for the scale.
+      Rastegari et al. 2016, XNOR-Net, equation (6), for the scale; there each filter has its own.
     """
 
     def scale_sign(number, weights, mask):

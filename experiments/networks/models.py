@@ -35,7 +35,7 @@ DropoutRates = Mapping[str, jax.Array]
 
 
 Ranks = Mapping[str, int | None]
-"""Of layers by name; those without one, or with None, are whole."""
+"""Of layers by name, hashable; those without one, or with None, are whole."""
 
 
 class LeNet300(nn.Module):

@@ -101,8 +101,10 @@ def _measure_returns(
     measured['others_removed'] = sum(int(np.sum(event.pruned)) for event in removed)
     task = run.task
     loss = steps.make_loss(task.network, task.inputs)
+    # Quantised as it is kept: what is taken away changes no magnitude of the others.
+    network = run.plan.finetuning.finish(final.params, final.masks)
     for name, masks in (*(('', final.masks), ('_without', without)), ('_without_others', others)):
-        pruned = run.plan.finetuning.finish(final.params, masks)
+        pruned = dns_jax.apply_masks(network, masks)
         measured[f'loss{name}'] = loss(pruned, task.dataset.train)
         measured[f'test_error{name}'] = task.error(pruned, task.dataset.test)
     return measured

@@ -146,9 +146,8 @@ def train_side_by_side(
     def compile_calls(setbacks: tuple[bool, ...]) -> Callable[..., Any]:
         optimizer = phase.make_optimizer(task.shapes, setbacks)
         dropout = phase.make_dropout(task.shapes)
-        step = make_step(
-            *(task.network, optimizer, task.inputs, dropout, task.feed.accumulate, phase.quantiser)
-        )
+        rounding, accumulate = phase.make_rounding(), task.feed.accumulate
+        step = make_step(task.network, optimizer, task.inputs, dropout, accumulate, rounding)
         return task.feed.compile(step, tuple(course.state for course in courses))
 
     stop = 0

@@ -30,7 +30,7 @@ from experiments.training.pruning import (
     make_no_pruner,
     make_pruner,
 )
-from experiments.training.steps import Dropout
+from experiments.training.steps import Dropout, Rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,12 @@ class Phase:
     def finish(self, params: Any, masks: dns_jax.Masks) -> Any:
         """Gives the weights of the network to keep: W⊙T, quantised where the phase does so."""
         return (self.quantiser.finish if self.quantiser else dns_jax.apply_masks)(params, masks)
+
+    def make_rounding(self) -> Rounding | None:
+        """Says how the phase quantises weights, None where it does not."""
+        # Above the numbers of dropout.
+        number = 2**31 + 2**30 + PHASES.index(self.name)
+        return Rounding(self.quantiser, number) if self.quantiser else None
 
     def make_dropout(self, params: Any) -> Dropout | None:
         """Says how the phase drops units out, None where it does not."""

@@ -18,7 +18,6 @@ import dns_jax
 from experiments.baselines.quantisers import Quantiser, quantised
 from experiments.networks import models
 
-_COINS = 2**31 + 2**30  # of quantisers; no count of steps, nor the number of a `Dropout`
 _AHEAD = 2  # steps handed to the device before the one that is waited for
 
 
@@ -60,6 +59,13 @@ class Dropout(NamedTuple):
     number: int  # of the phase's random bits; below 2**32, above any count of steps
 
 
+class Rounding(NamedTuple):
+    """How weights are quantised in one phase."""
+
+    quantiser: Quantiser
+    number: int  # of the phase's coins; no count of steps, nor the number of a `Dropout`
+
+
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
 
 
@@ -69,7 +75,7 @@ def make_step(
     inputs: models.Input,
     dropout: Dropout | None = None,
     accumulate: int = 1,
-    quantiser: Quantiser | None = None,
+    rounding: Rounding | None = None,
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
@@ -80,7 +86,7 @@ def make_step(
       dropout: of the phase.
       accumulate: parts of one size that a batch is taken in, one after the other: memory is
         needed for the images of one, and the gradient is the mean of theirs.
-      quantiser: of what the network computes with; None leaves weights as they are.
+      rounding: of what the network computes with; None leaves weights as they are.
 
     Returns:
       A function of the state, images (batch, height, width, channels) uint8 and labels (batch,)
@@ -94,16 +100,16 @@ def make_step(
     value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
     if accumulate > 1:
         value_and_grad = _in_parts(value_and_grad, accumulate)
-    if quantiser:
-        value_and_grad = quantised(value_and_grad, quantiser)
+    if rounding:
+        value_and_grad = quantised(value_and_grad, rounding.quantiser)
 
     def step(state, images, labels):
         options = {}
         if dropout:
             key = _fold_key(state, dropout.number)
             options = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
-        if quantiser:
-            options['key'] = _fold_key(state, _COINS)
+        if rounding:
+            options['key'] = _fold_key(state, rounding.number)
         loss, gradients = value_and_grad(state.params, state.masks, images, labels, **options)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss

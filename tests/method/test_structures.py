@@ -227,8 +227,21 @@ def test_a_root_mean_square_stays_in_the_range_of_floats(scale):
 @pytest.mark.parametrize('odd', [jnp.inf, jnp.nan, 1e30])
 def test_an_odd_weight_changes_no_other_group(odd):
     score = Units().score(jnp.ones((2, 4)).at[0, 0].set(odd))[0]
-    assert not score[0] <= 1
+    np.testing.assert_allclose(score[0], odd / 2**0.5, rtol=1e-6)
     np.testing.assert_array_equal(score[1:], 1.0)
+
+
+def test_groups_of_any_size_lie_beside_each_other():
+    scales = np.array([1e-30, 1e-20, 1e-14, 1.0, 1e25, 0.0])
+    weights = (np.random.default_rng(1).normal(size=(50, 6)) * scales).astype(np.float32)
+    wanted = np.sqrt(np.mean(weights.astype(np.float64) ** 2, 0))
+    np.testing.assert_allclose(Units().score(jnp.asarray(weights))[0], wanted, rtol=1e-6)
+
+
+def test_of_zeros_those_that_are_kept_stay():
+    mask = jnp.array([[False], [True], [True], [False]])
+    limit = NofM(2, 4).limit(jnp.zeros((4, 1)), mask)
+    np.testing.assert_array_equal(limit, mask)
 
 
 def test_a_followed_density_of_less_than_a_group_empties_no_layer():
