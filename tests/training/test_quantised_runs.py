@@ -39,16 +39,15 @@ def run(data_dir, tmp_path_factory):
             quantiser=quantiser,
         )
         begun = opened.open_run(config)
-        with jax.disable_jit():
-            (final,) = side_by_side.train_surgery(
-                [begun], side_by_side.train_references([begun], []), []
-            )
+        references = side_by_side.train_references([begun], [])
+        (final,) = side_by_side.train_surgery([begun], references, [])
         lines = (Path(config.workdir) / 'metrics.jsonl').read_text().splitlines()
         return begun, final, [json.loads(line) for line in lines]
 
     return run
 
 
+@pytest.mark.slow
 def test_a_network_learns_by_what_it_computes_with(run):
     _, rounded, _ = run('signs')
     _, real, _ = run('none')
