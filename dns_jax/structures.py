@@ -284,10 +284,8 @@ class NofM(Structure):
         advantage = jnp.where(mask, 1 + self.hysteresis, 1 - self.hysteresis)
         # Nothing of the scores alone, which XLA would compute before the loop, and store.
         order = jnp.abs(scores.astype(jnp.float32) * advantage)
-        # A NaN counts as above everything, as in h_k.
-        order = jnp.where(jnp.isnan(order), jnp.inf, order)
         # A pruned zero counts less than a kept one: without splicing, what is pruned is zero.
-        order = jnp.where(mask | (order > 0), order, -1.0)
+        order = jnp.where(mask | (order != 0), order, -1.0)
         return self.largest(order)
 
     def largest(self, order: jax.Array, as_many_as: jax.Array | None = None) -> jax.Array:
@@ -300,6 +298,8 @@ class NofM(Structure):
         Returns:
           True at N of every M, bool.
         """
+        # A NaN counts as above everything, as in h_k.
+        order = jnp.where(jnp.isnan(order), jnp.inf, order)
         axis = self.axis % order.ndim
         groups = list(order.shape)
         groups[axis : axis + 1] = groups[axis] // self.m, self.m

@@ -238,6 +238,13 @@ def test_groups_of_any_size_lie_beside_each_other():
     np.testing.assert_allclose(Units().score(jnp.asarray(weights))[0], wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize('number', [4, 20])
+def test_what_is_no_number_goes_first(number):
+    order = jnp.arange(float(number))[:, None].at[1].set(jnp.nan)
+    largest = NofM(1, number).largest(order)
+    np.testing.assert_array_equal(np.flatnonzero(largest), [1])
+
+
 def test_of_zeros_those_that_are_kept_stay():
     mask = jnp.array([[False], [True], [True], [False]])
     limit = NofM(2, 4).limit(jnp.zeros((4, 1)), mask)
