@@ -6,6 +6,7 @@ A field made by `flag` is a flag: its type makes the parser, its metadata the he
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -131,6 +132,37 @@ def to_config(
         raise ValueError(f'every argument must be a --flag=value, but got {list(arguments[1:])}')
     values = {field.name: flag_values[field.name].value for field in all_flags(config_type)}
     return make(config_type, **{**defaults, **values})
+
+
+def read_variant(flag_name: str, text: str, config_type: type[C]) -> tuple[str, dict[str, Any]]:
+    """Reads `NAME: FLAGS`, a name with flags of a configuration.
+
+    Args:
+      flag_name: the flag that the text was given for.
+      text: what it has.
+      config_type: whose flags may be there.
+
+    Returns:
+      The name, and the fields that the flags give.
+
+    Raises:
+      ValueError: if there is no name, or something that is no flag of the configuration.
+    """
+    name, colon, arguments = text.partition(':')
+    if not colon or not name.strip():
+        raise ValueError(f'--{flag_name}={text} must be NAME: FLAGS')
+    flag_values = absl_flags.FlagValues()
+    define(config_type, {}, flag_values)
+    try:
+        left = flag_values([flag_name, *shlex.split(arguments)])[1:]
+    except (absl_flags.Error, ValueError) as error:  # the latter for an open quote
+        raise ValueError(f'--{flag_name}={text}: {error}') from error
+    if left:
+        raise ValueError(f'--{flag_name}={text} must be NAME: FLAGS, but has {left}')
+    names = [field.name for field in all_flags(config_type)]
+    return name.strip(), {
+        name: flag_values[name].value for name in names if flag_values[name].present
+    }
 
 
 def launch(defaults: Mapping[str, Any], action: Callable[[C], Any], config_type: type[C]) -> None:

@@ -269,20 +269,9 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         targets = list(dict.fromkeys(row['target'] for row in own))
         groups = [[row for row in own if row['target'] == target] for target in targets]
         compressions = [np.median([row['compression'] for row in group]) for group in groups]
-        errors = [[row['test_error'] for row in group] for group in groups]
-        middles = np.array([np.median(group) for group in errors])
-        ends = np.array([[min(group), max(group)] for group in errors])
-        axes.errorbar(
-            # A little apart, so that ranges at one compression do not hide each other.
-            np.array(compressions) * (0.97 + 0.06 * (number + 0.5) / len(variants)),
-            middles,
-            yerr=np.abs(ends.T - middles),
-            color=COLOURS[number % len(COLOURS)],
-            linestyle=LINE_STYLES[number // len(COLOURS) % len(LINE_STYLES)],
-            marker='osD^vXP*'[number % 8],
-            capsize=3,
-            label=variant,
-        )
+        # A little apart, so that ranges at one compression do not hide each other.
+        apart = 0.97 + 0.06 * (number + 0.5) / len(variants)
+        _draw_ranges(axes, number, np.array(compressions) * apart, groups, variant)
     # Many colours are taken by variants: others are black, told apart by marks of their own.
     known = [entry for entry in published.find_errors(rows) if entry[2] is not None]
     for number, (who, compression, error) in enumerate(known, start=1):
@@ -309,3 +298,55 @@ def _finish_frontier(figure: Figure, axes: Any) -> Figure:
     axes.set_ylabel('test error (%)')
     axes.set_xlabel('compression: all parameters / kept parameters')
     return _add_legend(figure, *axes.get_legend_handles_labels())
+
+
+def sizes_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test error over the bytes of a coded file, and over the multiply-adds of an image.
+
+    Args:
+      rows: with `method`, `clusters`, `bytes`, `multiply_adds` and `test_error`. Rows of one
+        method and number of clusters are its seeds; a line joins the numbers of clusters.
+    """
+    figure = Figure(figsize=(6.4, 6.4), dpi=150, layout='constrained')
+    panels = figure.subplots(2)
+    methods = list(dict.fromkeys(row['method'] for row in rows))
+    for axes, key, label in zip(
+        panels,
+        ('bytes', 'multiply_adds'),
+        ('bytes of the coded file', 'multiply-adds of one image'),
+        strict=True,
+    ):
+        style(axes)
+        for number, method in enumerate(methods):
+            own = [row for row in rows if row['method'] == method]
+            groups = [
+                [row for row in own if row['clusters'] == clusters]
+                for clusters in dict.fromkeys(row['clusters'] for row in own)
+            ]
+            places = [np.median([row[key] for row in group]) for group in groups]
+            _draw_ranges(axes, number, places, groups, method)
+        _set_scale(axes, [row['test_error'] for row in rows])
+        axes.set_xscale('log')
+        axes.set_ylabel('test error (%)')
+        axes.set_xlabel(label)
+    panels[0].set_title('Error and size')
+    return _add_legend(figure, *panels[0].get_legend_handles_labels())
+
+
+def _draw_ranges(
+    axes: Any, number: int, places: Any, groups: Sequence[Sequence[Mapping[str, Any]]], label: str
+) -> None:
+    """Draws the test errors of one method: the median of each group of runs, and its range."""
+    errors = [[row['test_error'] for row in group] for group in groups]
+    middles = np.array([np.median(group) for group in errors])
+    ends = np.array([[min(group), max(group)] for group in errors])
+    axes.errorbar(
+        places,
+        middles,
+        yerr=np.abs(ends.T - middles),
+        color=COLOURS[number % len(COLOURS)],
+        linestyle=LINE_STYLES[number // len(COLOURS) % len(LINE_STYLES)],
+        marker='osD^vXP*'[number % 8],
+        capsize=3,
+        label=label,
+    )

@@ -6,19 +6,15 @@ Each configuration holds the flags of its runs, as `shared`, beside its own.
 import collections
 import dataclasses
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from absl import flags as absl_flags
-
 from experiments.config.command_line import (
-    all_flags,
     check_finite,
-    define,
     flag,
     flags_of,
     names_of,
+    read_variant,
 )
 from experiments.training.flags import Config
 
@@ -152,24 +148,16 @@ class CompareConfig(SweepConfig):
         """Returns the fields that each variant changes, by its name."""
         variants = {}
         for text in self.variant:
-            name, colon, arguments = text.partition(':')
-            if not colon or not name.strip() or name.strip() in variants:
-                raise ValueError(f'--variant={text} must be NAME: FLAGS, with a name of its own')
-            flag_values = absl_flags.FlagValues()
-            define(Config, {}, flag_values)
-            try:
-                left = flag_values(['--variant', *shlex.split(arguments)])[1:]
-            except (absl_flags.Error, ValueError) as error:  # the latter for an open quote
-                raise ValueError(f'--variant={text}: {error}') from error
-            names = [field.name for field in all_flags(Config)]
-            changed = {name: flag_values[name].value for name in names if flag_values[name].present}
+            name, changed = read_variant('variant', text, Config)
+            if name in variants:
+                raise ValueError(f'--variant={text} must have a name of its own')
             common = changed.keys() & {*names_of(Config, 'place', 'task'), 'compression'}
-            if left or common:
+            if common:
                 raise ValueError(
                     f'--variant={text} may change how a network is pruned and fine-tuned, but not '
-                    f'{left or sorted(common)}'
+                    f'{sorted(common)}'
                 )
-            variants[name.strip()] = changed
+            variants[name] = changed
         if not variants:
             raise ValueError('--variant must be given at least once')
         return variants

@@ -21,6 +21,7 @@ from experiments.low_rank import LowRankConfig
 from experiments.networks import models
 from experiments.own_loops.runs import OwnLoopConfig
 from experiments.scale import ScaleConfig
+from experiments.sizes import SizesConfig
 from experiments.sweeps.flags import CompareConfig, FrontierConfig, SearchConfig
 from experiments.training.flags import Config
 from experiments.training.image_flags import ImageConfig
@@ -78,7 +79,7 @@ def test_what_says_by_itself_how_much_to_keep_has_no_flags_for_it(config_type):
 CONFIGS = (
     *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig, DiversityConfig),
     *(BenchConfig, ExportConfig, LatencyConfig, LowRankConfig, OwnLoopConfig, ScaleConfig),
-    *(XorConfig, ZooConfig),
+    *(SizesConfig, XorConfig, ZooConfig),
 )
 
 
@@ -158,6 +159,7 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
             'low_rank': LowRankConfig,
             'own_loop': OwnLoopConfig,
             'search': SearchConfig,
+            'sizes': SizesConfig,
         }[command[1]]
         config = parse(f'--flagfile={path}', *given, defaults={}, config_type=config_type)
     # A folder of one machine has no place in a committed file.

@@ -1,0 +1,116 @@
+"""Networks of several methods, all coded: their error against bytes, and against multiply-adds.
+
+python -m experiments.sizes --flagfile=experiments/flagfiles/sizes_lenet300.flags
+
+Each network goes through the codec of `experiments.export`, which counts all that a method needs:
+masks, signs, factors, scales, codebooks.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dns_jax.files.codec import SUFFIX
+from dns_jax.files.writing import write_whole
+from experiments.artefacts.loading import load_model
+from experiments.config import command_line
+from experiments.config.command_line import flag, flags_of, read_variant
+from experiments.reports import plots
+from experiments.reports.tables import Rows, middle_and_range, table, to_csv
+from experiments.training.coding import CodingConfig, code
+
+_SEED = '{seed}'
+
+
+@dataclasses.dataclass(frozen=True)
+class SizesConfig:
+    """What `experiments.sizes` does."""
+
+    workdir: str = flag('runs/sizes', 'Folder that the result is written to.', decides=False)
+    coded: tuple[str, ...] = flag(
+        (),
+        'NAME: FLAGS of how the networks of one method are coded, as in "surgery: '
+        '--model=runs/compare/surgery-100-{seed}/network.safetensors --clusters=5". Each seed '
+        'stands in its turn for {seed}. Give this flag once for each method and --clusters.',
+    )
+    seeds: int = flag(3, 'Networks of each method, with the seeds from 0 upwards.', lower_bound=1)
+    shared: Mapping[str, Any] = flags_of(CodingConfig, 'model')
+
+    def __post_init__(self):
+        if not self.files():
+            raise ValueError('--coded must be given at least once')
+
+    def files(self) -> list[tuple[str, int, CodingConfig]]:
+        """Returns the method, the seed and the flags of each file to write."""
+        files = []
+        for text in self.coded:
+            name, changed = read_variant('coded', text, CodingConfig)
+            model = changed.get('model', '')
+            if _SEED not in model:
+                raise ValueError(f'--coded={text} must have a --model with {_SEED}')
+            for seed in range(self.seeds):
+                own = {'model': model.replace(_SEED, f'{seed}')}
+                files.append((name, seed, CodingConfig(**{**self.shared, **changed, **own})))
+        return files
+
+
+def compare(config: SizesConfig) -> list[dict[str, Any]]:
+    """Codes all networks, writes `sizes.csv`, `.md` and `.png`, and prints the table.
+
+    Returns:
+      A row for each network.
+
+    Raises:
+      ValueError, RuntimeError: if a network cannot be read or coded, or data are damaged.
+      OSError: if a file cannot be read or written.
+      FloatingPointError: if tuning diverges.
+    """
+    folder = Path(config.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [own.model for *_, own in config.files() if not Path(own.model).is_file()]
+    if missing:
+        raise OSError(f'--coded names files that are not there: {missing}')
+    rows = []
+    for number, (method, seed, own) in enumerate(config.files()):
+        path = folder / f'{number}{SUFFIX}'
+        result = code(own, load_model(own.model, to_run=False), path)
+        rows.append(
+            {
+                **{'method': method, 'clusters': own.clusters, 'seed': seed},
+                **{'bytes': path.stat().st_size, 'kept': result['kept']},
+                **{'multiply_adds': result['multiply_adds'], 'test_error': result['error']},
+                'error_before': result['error_before'],
+            }
+        )
+        write_whole(folder / 'sizes.csv', to_csv(rows))  # at once, lest it be lost
+    text = to_table(rows)
+    write_whole(folder / 'sizes.md', text + '\n')
+    plots.save(plots.sizes_figure(rows), folder / 'sizes.png')
+    print(text)
+    print(f'\nTable and picture: {folder}')
+    command_line.print_result(rows)
+    return rows
+
+
+def to_table(rows: Rows) -> str:
+    """Writes sizes and errors as Markdown, medians and ranges over seeds."""
+    lines = []
+    for method, clusters in dict.fromkeys((row['method'], row['clusters']) for row in rows):
+        own = [row for row in rows if (row['method'], row['clusters']) == (method, clusters)]
+        cells = [
+            middle_and_range(own, column, form, unit)
+            for column, form, unit in (
+                ('bytes', ',.0f', ''),
+                ('multiply_adds', ',.0f', ''),
+                ('error_before', '.2f', ' %'),
+                ('test_error', '.2f', ' %'),
+            )
+        ]
+        lines.append((method, f'{clusters}', *cells))
+    header = 'method', 'values of a layer', 'bytes', 'multiply-adds', 'before coding', 'coded'
+    return table(header, lines)
+
+
+if __name__ == '__main__':
+    command_line.launch({}, compare, SizesConfig)

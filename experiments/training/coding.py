@@ -1,0 +1,122 @@
+"""Shared weights of a trained network: which are shared, how they are tuned, what it costs."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.core import FrozenDict
+
+import dns_jax
+from dns_jax.files.codec import load_coded, save_coded
+from dns_jax.files.sharing import expand, share_weights
+from experiments.artefacts.loading import Model
+from experiments.artefacts.tuning import tune
+from experiments.config.command_line import check_finite, flag, names_of
+from experiments.config.parsers import parse_table
+from experiments.data import resident
+from experiments.networks import models
+from experiments.training.steps import make_error
+
+
+@dataclasses.dataclass(frozen=True)
+class CodingConfig:
+    """Which network is coded, and how."""
+
+    model: str = flag('zoo/lenet5.safetensors', 'File of a pruned network.')
+    clusters: str = flag(
+        '16',
+        'With --format=coded: values that the weights of a layer share, as LAYER:NUMBER,…',
+        part='coding',
+    )
+    tuned: str = flag(
+        'weights',
+        'What is tuned with --format=coded: codebooks tunes the shared values alone; weights tunes '
+        'the weights as well, each of which takes the nearest shared value.',
+        choices=('codebooks', 'weights'),
+        part='tuning',
+    )
+    finetuning_steps: int = flag(
+        1_500, 'Steps of tuning; 0 leaves tuning out.', lower_bound=0, part='coding'
+    )
+    learning_rate: float = flag(
+        5e-4,
+        "Adam's learning rate at the start, from which it falls to 0.",
+        lower_bound=0.0,
+        part='tuning',
+    )
+    batch_size: int = flag(64, 'Images per step of tuning.', lower_bound=1, part='tuning')
+    seed: int = flag(0, 'Seeds the order of the images in tuning.', lower_bound=0, part='tuning')
+    dataset: str = flag('mnist', 'Data set to tune on.', choices=resident.DATASETS, part='coding')
+    data_dir: str | None = flag(None, resident.DATA_DIR_HELP, part='coding')
+    manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP, part='coding')
+    train_on_all: bool = flag(False, 'Tune on the validation images too.', part='tuning')
+
+    def __post_init__(self):
+        check_unread(self, [] if self.finetuning_steps else names_of(CodingConfig, 'tuning'))
+        check_finite(self)
+        self.parse_clusters()
+
+    def parse_clusters(self) -> dict[str, int]:
+        """Returns how many values each layer may have, by patterns."""
+        try:
+            return parse_table(self.clusters, int)
+        except ValueError as error:
+            raise ValueError(f'--clusters: {error}') from error
+
+
+def check_unread(config: Any, names: Sequence[str]) -> None:
+    """Refuses flags that were given, though nothing reads them.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(f'--{field.name}={value} has no meaning beside the other flags')
+
+
+def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
+    """Shares weights, tunes what they share, and measures what was written, read back.
+
+    Returns:
+      The parameters that are not 0, the multiply-adds of one image that they take, and the errors
+      in percent before and after, on test and, unless these are trained on, validation images.
+
+    Raises:
+      ValueError: if the network is none that can be trained here.
+      OSError: if a file cannot be read or written.
+      FloatingPointError: if tuning diverges.
+    """
+    if model.metadata.get('network') not in models.CHAINS:
+        raise ValueError(f'--format=coded needs a network of {sorted(models.CHAINS)}')
+    ranks = FrozenDict(json.loads(model.metadata.get('ranks', '{}')))
+    network = models.NETWORKS[model.metadata['network']](ranks)
+    dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
+    shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
+    options = {
+        'tuned': config.tuned,
+        'steps': config.finetuning_steps,
+        'batch_size': config.batch_size,
+        'learning_rate': config.learning_rate,
+        'seed': config.seed,
+    }
+    if config.finetuning_steps:
+        shared = tune(network, model.params, shared, dataset.train, **options)
+    save_coded(path, shared)
+    error, written = make_error(network, models.MNIST_INPUT), expand(*load_coded(path)[:3])
+    splits = {'': dataset.test}
+    if not config.train_on_all:
+        splits['validation_'] = dataset.validation
+    errors = {
+        f'{prefix}{name}': error(params, split)
+        for prefix, split in splits.items()
+        for name, params in (('error_before', model.params), ('error', written))
+    }
+    positions = models.count_positions(network, models.MNIST_INPUT.image_shape)
+    weights = jax.tree.map(lambda leaf: leaf != 0, written)
+    size = dns_jax.measure_sizes(written, weights, positions).total
+    return {'kept': size.kept, 'multiply_adds': size.kept_multiply_adds, **errors}
