@@ -68,6 +68,11 @@ class Rounding(NamedTuple):
 
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
 
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+"""Maps logits (batch, classes) and labels (batch,) to the loss of each image."""
+
+CROSS_ENTROPY: Loss = optax.softmax_cross_entropy_with_integer_labels
+
 
 def make_step(
     network: nn.Module,
@@ -76,6 +81,7 @@ def make_step(
     dropout: Dropout | None = None,
     accumulate: int = 1,
     rounding: Rounding | None = None,
+    loss: Loss = CROSS_ENTROPY,
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
@@ -87,15 +93,15 @@ def make_step(
       accumulate: parts of one size that a batch is taken in, one after the other: memory is
         needed for the images of one, and the gradient is the mean of theirs.
       rounding: of what the network computes with; None leaves weights as they are.
+      loss: of images; that of a batch is their mean.
 
     Returns:
       A function of the state, images (batch, height, width, channels) uint8 and labels (batch,)
-      int32 that returns the new state and the mean cross-entropy of the batch in nats.
+      int32 that returns the new state and the loss of the batch, by default in nats.
     """
 
     def loss_fn(params, images, labels, **dropping_out):
-        logits = _logits(network, inputs, params, images, **dropping_out)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss(_logits(network, inputs, params, images, **dropping_out), labels).mean()
 
     value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
     if accumulate > 1:
@@ -110,9 +116,9 @@ def make_step(
             options = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
         if rounding:
             options['key'] = _fold_key(state, rounding.number)
-        loss, gradients = value_and_grad(state.params, state.masks, images, labels, **options)
+        value, gradients = value_and_grad(state.params, state.masks, images, labels, **options)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
 
     return step
 
