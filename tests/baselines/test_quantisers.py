@@ -8,6 +8,7 @@ import pytest
 
 import dns_jax
 from experiments.baselines.binary_connect import binary_connect
+from experiments.baselines.bitwise import bitwise
 from experiments.baselines.quantisers import Quantiser, map_kernels, quantised
 from experiments.baselines.ternary import scaled_signs, ternary
 
@@ -17,6 +18,7 @@ QUANTISERS = {
     'stochastic': lambda: binary_connect(stochastic=True),
     'ternary': ternary,
     'signs': scaled_signs,
+    'bitwise': lambda: bitwise(0.2),
 }
 each_quantiser = pytest.mark.parametrize('name', QUANTISERS)
 
