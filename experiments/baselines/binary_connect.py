@@ -40,9 +40,9 @@ def binary_connect(stochastic: bool = False) -> Quantiser:
       P(w_b = +H) = \mathrm{clip}\left(\tfrac{w / H + 1}{2}, 0, 1\right), \quad
       w \leftarrow \mathrm{clip}\left(w - \gamma\,\tfrac{\partial L}{\partial w_b}, -H, H\right)
 
-    The paper has ±1 in place of ±H, behind it batch normalisation, and rates of SGD that are
-    divided by H². Here weights are H times theirs, so the rate of SGD is the same for all layers:
-    what that division makes of theirs. Adam, whose steps do not scale, takes rates times H.
+    The paper has ±1 in place of ±H, behind it batch normalisation, and rates that are divided by
+    H², or by H for Adam. Here weights are H times theirs, so one rate is the same for all layers:
+    what that division makes of theirs.
 
     Args:
       stochastic: whether coins decide, in training; the network to keep then has its real weights.
