@@ -19,6 +19,7 @@ from experiments.export import ExportConfig
 from experiments.latency import LatencyConfig
 from experiments.low_rank import LowRankConfig
 from experiments.networks import models
+from experiments.one_bit import OneBitConfig
 from experiments.own_loops.runs import OwnLoopConfig
 from experiments.scale import ScaleConfig
 from experiments.sizes import SizesConfig
@@ -79,7 +80,7 @@ def test_what_says_by_itself_how_much_to_keep_has_no_flags_for_it(config_type):
 CONFIGS = (
     *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig, DiversityConfig),
     *(BenchConfig, ExportConfig, LatencyConfig, LowRankConfig, OwnLoopConfig, ScaleConfig),
-    *(SizesConfig, XorConfig, ZooConfig),
+    *(OneBitConfig, SizesConfig, XorConfig, ZooConfig),
 )
 
 
@@ -157,6 +158,7 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
             'export': ExportConfig,
             'frontier': FrontierConfig,
             'low_rank': LowRankConfig,
+            'one_bit': OneBitConfig,
             'own_loop': OwnLoopConfig,
             'search': SearchConfig,
             'sizes': SizesConfig,
