@@ -9,59 +9,44 @@ factors.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-import optax
 from flax.core import FrozenDict
 
 import dns_jax
-from dns_jax.files.writing import write_whole
 from dns_jax.layers import named_leaves
 from experiments.baselines.low_rank import choose_ranks
 from experiments.baselines.low_rank_layers import factorise
 from experiments.config import command_line
-from experiments.config.command_line import check_finite, flag
+from experiments.config.command_line import flag
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT, LeNet5, LeNet300
-from experiments.reports.tables import middle_and_range, table, to_csv
-from experiments.training.plain import train_network
+from experiments.reports.tables import middle_and_range, table
+from experiments.training.plain import PlainConfig, compare_seeds, train_network
 from experiments.training.steps import make_error
 
 _NETWORKS: dict[str, Any] = {'lenet300': LeNet300, 'lenet5': LeNet5}
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankConfig:
+class LowRankConfig(PlainConfig):
     """What `experiments.low_rank` does."""
 
     workdir: str = flag('runs/low_rank', 'Folder that the result is written to.')
     network: str = flag('lenet300', 'Network.', choices=tuple(_NETWORKS))
-    dataset: str = flag('mnist', 'Data set.', choices=resident.DATASETS)
-    data_dir: str | None = flag(None, resident.DATA_DIR_HELP)
-    manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP)
-    train_on_all: bool = flag(False, 'Train on the validation images too (a final run).')
-    seeds: int = flag(3, 'Dense networks, one for each seed.', lower_bound=1)
     sizes: str = flag('2,4,8,16', 'How many times fewer parameters the factors have.')
     compressions: str = flag(
         '',
         'How many times fewer parameters surgery keeps of the factors, one for each of --sizes; by '
         'default factors are not pruned.',
     )
-    steps: int = flag(20_000, 'Steps of dense training.', lower_bound=1)
     tuning_steps: int = flag(20_000, 'Steps after factorising.', lower_bound=2)
-    batch_size: int = flag(64, 'Images per step.', lower_bound=1)
-    learning_rate: float = flag(
-        0.05, 'Learning rate of dense training at its start, from which it falls to 0.'
-    )
     tuning_rate: float = flag(0.05, 'Learning rate after factorising, from which it falls to 0.')
-    weight_decay: float = flag(5e-4, 'Weight decay, in both trainings.', lower_bound=0.0)
 
     def __post_init__(self):
-        check_finite(self)
+        super().__post_init__()
         self.pairs()
 
     def pairs(self) -> list[tuple[float, float | None]]:
@@ -91,23 +76,7 @@ def compare(config: LowRankConfig) -> list[dict[str, Any]]:
       ValueError, RuntimeError: if a size is out of reach, or data are damaged or not to be had.
       OSError: if a file cannot be read or written.
     """
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, lest it be lost
-    dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
-    rows = []
-    for seed in range(config.seeds):
-        dense = _train_dense(config, dataset.train, seed)
-        rows += [
-            _row(config, dataset, dense, seed, size, compression)
-            for size, compression in config.pairs()
-        ]
-    text = to_table(rows)
-    write_whole(folder / 'low_rank.csv', to_csv(rows))
-    write_whole(folder / 'low_rank.md', text + '\n')
-    print(text)
-    print(f'\nTable: {folder}')
-    command_line.print_result(rows)
-    return rows
+    return compare_seeds(config, 'low_rank', _measure, to_table)
 
 
 def to_table(rows: list[dict[str, Any]]) -> str:
@@ -130,61 +99,45 @@ def to_table(rows: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-def _row(config, dataset, dense, seed, size, compression) -> dict[str, Any]:
-    """Factorises a network, trains it on, and measures it."""
+def _measure(
+    config: LowRankConfig, dataset: resident.Dataset, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Trains a network, factorises it to every size, trains that on, and measures it."""
+    make_network = _NETWORKS[config.network]
+    title = f'dense, seed {seed}'
+    dense, _ = train_network(config, make_network(), dataset.train, seed=seed, title=title)
     whole = sum(leaf.size for leaf in jax.tree.leaves(dense))
-    ranks = choose_ranks(dense, math.floor(whole / size), list(dense))
-    factors = factorise(dense, ranks)
-    optimizer = _solver(config, config.tuning_rate, config.tuning_steps)
-    pruner = dns_jax.surgery({}, jax.random.key(0))
-    if compression:
-        # Three quarters of the steps, as of runs that prune and then fine-tune.
-        density = _density_of_kernels(factors, math.floor(whole / compression))
-        pruner = dns_jax.prune_to(density=density, steps=3 * config.tuning_steps // 4)
-    tuned = train_network(
-        _NETWORKS[config.network](FrozenDict(ranks)),
-        factors,
-        optax.chain(pruner, optimizer),
-        dataset.train,
-        steps=config.tuning_steps,
-        batch_size=config.batch_size,
-        seed=config.seeds + seed,  # other batches than before
-        title=f'{size:g}×, seed {seed}',
-    )
-    return {
-        'network': config.network,
-        'size': size,
-        'compression': compression,
-        'seed': seed,
-        'ranks': ' '.join('whole' if rank is None else f'{rank}' for rank in ranks.values()),
-        'kept': sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tuned)),
-        'reference_error': _error(config, {}, dense, dataset),
-        'untuned_error': _error(config, ranks, factors, dataset),
-        'test_error': _error(config, ranks, tuned, dataset),
-    }
-
-
-def _train_dense(config: LowRankConfig, split: resident.Split, seed: int) -> dns_jax.Params:
-    network = _NETWORKS[config.network]()
-    images = np.zeros((1, 28, 28, 1), np.float32)
-    return train_network(
-        network,
-        network.init(jax.random.key(seed), images)['params'],
-        optax.chain(
-            dns_jax.surgery({}, jax.random.key(0)),
-            _solver(config, config.learning_rate, config.steps),
-        ),
-        split,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=seed,
-        title=f'dense, seed {seed}',
-    )
-
-
-def _solver(config: LowRankConfig, rate: float, steps: int) -> optax.GradientTransformation:
-    schedule = dns_jax.caffe_poly(rate, 1.0, steps)
-    return dns_jax.caffe_sgd(schedule, weight_decay=config.weight_decay)
+    for size, compression in config.pairs():
+        ranks = choose_ranks(dense, math.floor(whole / size), list(dense))
+        factors, pruner = factorise(dense, ranks), None
+        if compression:
+            # Three quarters of the steps, as of runs that prune and then fine-tune.
+            density = _density_of_kernels(factors, math.floor(whole / compression))
+            pruner = dns_jax.prune_to(density=density, steps=3 * config.tuning_steps // 4)
+        network = make_network(FrozenDict(ranks))
+        tuned, masks = train_network(
+            config,
+            network,
+            dataset.train,
+            params=factors,
+            pruner=pruner,
+            steps=config.tuning_steps,
+            rate=config.tuning_rate,
+            seed=config.seeds + seed,  # other batches than before
+            title=f'{size:g}×, seed {seed}',
+        )
+        error = make_error(network, MNIST_INPUT)
+        yield {
+            'network': config.network,
+            'size': size,
+            'compression': compression,
+            'seed': seed,
+            'ranks': ' '.join('whole' if rank is None else f'{rank}' for rank in ranks.values()),
+            'kept': dns_jax.measure_sizes(tuned, masks).total.kept,
+            'reference_error': make_error(make_network(), MNIST_INPUT)(dense, dataset.test),
+            'untuned_error': error(factors, dataset.test),
+            'test_error': error(tuned, dataset.test),
+        }
 
 
 def _density_of_kernels(params: dns_jax.Params, kept: int) -> float:
@@ -193,16 +146,6 @@ def _density_of_kernels(params: dns_jax.Params, kept: int) -> float:
     kernels = sum(leaf.size for path, leaf in leaves if dns_jax.is_kernel(path, leaf))
     others = sum(leaf.size for _, leaf in leaves) - kernels
     return (kept - others) / kernels
-
-
-def _error(
-    config: LowRankConfig,
-    ranks: Mapping[str, int | None],
-    params: dns_jax.Params,
-    dataset: resident.Dataset,
-) -> float:
-    network = _NETWORKS[config.network](FrozenDict(ranks))
-    return make_error(network, MNIST_INPUT)(params, dataset.test)
 
 
 def _number(name: str, text: str) -> float:

@@ -9,6 +9,7 @@ import pytest
 from experiments import diversity
 from experiments.data import resident
 from experiments.diversity import METHODS, DiversityConfig
+from experiments.training.plain import train_network
 
 
 @pytest.fixture(scope='module')
@@ -58,9 +59,10 @@ def test_fused_units_lose_less(rows):
 
 def test_activations_are_those_of_the_network(config):
     digits = resident.load('digits', config.data_dir)
-    params = diversity.train_dense(config, digits.train, seed=1)
+    network = diversity.SigmoidNetwork()
+    params, _ = train_network(config, network, digits.train, seed=1, title='short')
     images = digits.test.images / np.float32(256)
-    logits = diversity.SigmoidNetwork().apply({'params': params}, images)
+    logits = network.apply({'params': params}, images)
     hidden = diversity._activations(params, images.reshape(-1, 784), 2)
     own = hidden @ params['fc3']['kernel'] + params['fc3']['bias']
     np.testing.assert_allclose(own, logits, atol=1e-4)
