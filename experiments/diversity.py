@@ -2,8 +2,9 @@
 
 python -m experiments.diversity --seeds=3
 
-Networks with two hidden layers of 500 units, one for each seed, are pruned to fewer units without
-training them again: by a k-DPP, at random, or by importance, each with and without fusing.
+Networks with two hidden layers of 500 units, one for each seed, are pruned to fewer units: by a
+k-DPP, at random, or by importance, each with and without fusing. The paper trains none of them
+again; with --retraining_steps each is trained on as well.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import dns_jax
 from experiments.baselines import divnet, units
 from experiments.config import command_line
 from experiments.config.command_line import flag
+from experiments.config.parsers import parse_numbers
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import middle_and_range, table
@@ -42,10 +44,19 @@ class DiversityConfig(PlainConfig):
     weight_decay: float = flag(0.0, 'Weight decay, in every training.', lower_bound=0.0)
     kept: str = flag('10,25,50,100,200,300,400', 'Units that each hidden layer keeps.')
     points: int = flag(5_000, 'Training images whose activations are compared.', lower_bound=1)
+    retraining_steps: int = flag(
+        0, 'Steps that each pruned network is trained on; 0 for none.', lower_bound=0
+    )
+    retraining_rates: str = flag(
+        '0.1,0.01,0.001',
+        'Learning rates to train pruned networks on with, from each of which it falls to 0; the '
+        'one with the lowest validation error is taken for each network.',
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.parse_kept()
+        self.parse_rates()
 
     def parse_kept(self) -> list[int]:
         """Returns the numbers of units."""
@@ -53,6 +64,10 @@ class DiversityConfig(PlainConfig):
         if not all(text.isdecimal() and 1 <= int(text) <= _UNITS for text in texts):
             raise ValueError(f'--kept={self.kept} must be numbers from 1 to {_UNITS}, with commas')
         return [int(text) for text in texts]
+
+    def parse_rates(self) -> list[float]:
+        """Returns the learning rates of retraining."""
+        return parse_numbers('retraining_rates', self.retraining_rates, 0)
 
 
 class SigmoidNetwork(nn.Module):
@@ -83,36 +98,77 @@ def compare(config: DiversityConfig) -> list[dict[str, Any]]:
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Writes the errors as Markdown: a line for each number of units, medians and ranges."""
-    lines = []
-    for kept in dict.fromkeys(row['kept'] for row in rows):
-        by_method: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-        for row in rows:
-            if row['kept'] == kept:
-                by_method[row['method']].append(row)
-        cells = [middle_and_range(own, 'test_error', '.2f', ' %') for own in by_method.values()]
-        lines.append((f'{kept:g}', *cells))
+    """Writes the errors as Markdown: a line for each number of units, medians and ranges.
+
+    Those after retraining, where there was any, have a table of their own.
+    """
+    lines = _lines(rows, 'test_error')
     dense = middle_and_range(rows, 'reference_error', '.2f', ' %')
-    return table(('units', *METHODS), [*lines, (f'{_UNITS}, dense', *[dense] * len(METHODS))])
+    text = table(('units', *METHODS), [*lines, (f'{_UNITS}, dense', *[dense] * len(METHODS))])
+    if 'retrained_error' in rows[0]:
+        retrained = _lines(rows, 'retrained_error')
+        text += '\n\n' + table(('units, retrained', *METHODS), retrained)
+    return text
+
+
+def _lines(rows: Sequence[dict[str, Any]], column: str) -> list[tuple[str, ...]]:
+    """Writes a line for each number of units, a cell for each method."""
+    of: dict[Any, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        own = of.setdefault(row['kept'], {method: [] for method in METHODS})
+        own[row['method']].append(row)
+    return [
+        (f'{kept:g}', *(middle_and_range(cell, column, '.2f', ' %') for cell in cells.values()))
+        for kept, cells in of.items()
+    ]
 
 
 def _measure(
     config: DiversityConfig, dataset: resident.Dataset, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Trains a network, prunes it in every way, and measures the error."""
+    """Trains a network, prunes it in every way, trains on if asked to, and measures errors."""
     title = f'seed {seed}'
     params, _ = train_network(config, SigmoidNetwork(), dataset.train, seed=seed, title=title)
     points = dataset.train.images[: config.points].reshape(-1, 784) * np.float64(MNIST_INPUT.scale)
     reference = _error(params, dataset.test)
     for kept, choice, fused in itertools.product(config.parse_kept(), _CHOICES, (False, True)):
         smaller = _prune(params, points, kept, choice, fused, np.random.default_rng([seed, kept]))
-        yield {
+        row = {
             'method': f'{choice}, fused' if fused else choice,
             'kept': kept,
             'seed': seed,
             'reference_error': reference,
             'test_error': _error(smaller, dataset.test),
         }
+        if config.retraining_steps:
+            title = f'{row["method"]}, {kept} units, seed {seed}'
+            row |= _retrain(config, dataset, smaller, seed, title)
+        yield row
+
+
+def _retrain(
+    config: DiversityConfig,
+    dataset: resident.Dataset,
+    params: dns_jax.Params,
+    seed: int,
+    title: str,
+) -> dict[str, float]:
+    """Trains a pruned network on, with the rate that suits it: fused weights may be large."""
+    tried = []
+    for rate in config.parse_rates():
+        retrained, _ = train_network(
+            config,
+            SigmoidNetwork(len(params['fc1']['bias'])),
+            dataset.train,
+            params=params,
+            steps=config.retraining_steps,
+            rate=rate,
+            seed=config.seeds + seed,  # other batches than before
+            title=f'{title}, rate {rate:g}',
+        )
+        tried.append((_error(retrained, dataset.validation), rate, retrained))
+    _, rate, retrained = min(tried, key=lambda one: one[0])
+    return {'retraining_rate': rate, 'retrained_error': _error(retrained, dataset.test)}
 
 
 def _prune(

@@ -1,6 +1,7 @@
 """Plain comparisons of small networks: seed by seed, without phases or records, into one table."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -108,17 +109,13 @@ def train_network(
       W⊙T, and T, NumPy arrays.
     """
     steps = steps or config.steps
-    schedule = dns_jax.caffe_poly(config.learning_rate if rate is None else rate, 1.0, steps)
-    optimizer = optax.chain(
-        pruner or dns_jax.surgery({}, jax.random.key(0)),
-        dns_jax.caffe_sgd(schedule, weight_decay=config.weight_decay),
-    )
+    rate = config.learning_rate if rate is None else rate
+    optimizer, run_chunk = _make_run_chunk(network, pruner, rate, steps, config.weight_decay)
     if params is None:
         shape = 1, *MNIST_INPUT.image_shape
         params = network.init(jax.random.key(seed), np.zeros(shape, np.float32))['params']
     # Copies: a compiled call takes the state over.
     state = train.TrainState(jax.tree.map(jax.numpy.array, params), optimizer.init(params))
-    run_chunk = train.make_run_chunk(train.make_step(network, optimizer, MNIST_INPUT))
     images, labels = jax.device_put((split.images, split.labels))
     with progress.bar(total=steps, desc=title, unit=' steps') as bar:
         for start in range(0, steps, _CHUNK):
@@ -127,3 +124,18 @@ def train_network(
             state, _ = run_chunk(state, images, labels, batches)
             bar.update(count)
     return jax.device_get((dns_jax.apply_masks(state.params, state.masks), state.masks))
+
+
+@functools.lru_cache(8)  # trainings that follow each other and are alike are compiled once
+def _make_run_chunk(
+    network: nn.Module,
+    pruner: optax.GradientTransformation | None,
+    rate: float,
+    steps: int,
+    weight_decay: float,
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    optimizer = optax.chain(
+        pruner or dns_jax.surgery({}, jax.random.key(0)),
+        dns_jax.caffe_sgd(dns_jax.caffe_poly(rate, 1.0, steps), weight_decay=weight_decay),
+    )
+    return optimizer, train.make_run_chunk(train.make_step(network, optimizer, MNIST_INPUT))
