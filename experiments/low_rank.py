@@ -3,25 +3,30 @@
 python -m experiments.low_rank --network=lenet5
 
 The dense network of each seed is factorised to several sizes by truncated singular value
-decompositions (Tai et al. 2016), and trained on; then the same again while surgery prunes the
-factors.
+decompositions (Tai et al. 2016), and trained on, some of them while surgery prunes the factors.
+Each network that this gives is kept as a sparse file, which names its ranks.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax.core import FrozenDict
 
 import dns_jax
+from dns_jax.files.sparse import save_sparse
 from dns_jax.layers import named_leaves
-from experiments.baselines.low_rank import choose_ranks
+from experiments.baselines.low_rank import choose_ranks, count_fewest
 from experiments.baselines.low_rank_layers import factorise
 from experiments.config import command_line
 from experiments.config.command_line import flag
+from experiments.config.parsers import parse_numbers
 from experiments.data import resident
+from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT, LeNet5, LeNet300
 from experiments.reports.tables import middle_and_range, table
 from experiments.training.plain import PlainConfig, compare_seeds, train_network
@@ -36,44 +41,50 @@ class LowRankConfig(PlainConfig):
 
     workdir: str = flag('runs/low_rank', 'Folder that the result is written to.')
     network: str = flag('lenet300', 'Network.', choices=tuple(_NETWORKS))
-    sizes: str = flag('2,4,8,16', 'How many times fewer parameters the factors have.')
-    compressions: str = flag(
-        '',
-        'How many times fewer parameters surgery keeps of the factors, one for each of --sizes; by '
-        'default factors are not pruned.',
+    sizes: str = flag(
+        '1,2,4,8,16',
+        'How many times fewer parameters the factors have, and after a colon how many times fewer '
+        'surgery keeps of them, as 2,8,2:20; 1 is the dense network, trained as long.',
     )
     tuning_steps: int = flag(20_000, 'Steps after factorising.', lower_bound=2)
     tuning_rate: float = flag(0.05, 'Learning rate after factorising, from which it falls to 0.')
 
     def __post_init__(self):
         super().__post_init__()
-        self.pairs()
+        shapes = models.shapes(_NETWORKS[self.network](), MNIST_INPUT.image_shape)
+        leaves = jax.tree.leaves(shapes)
+        whole = sum(leaf.size for leaf in leaves)
+        smallest = whole / count_fewest(shapes, list(shapes))
+        fewest = whole / (1 + sum(leaf.size for leaf in leaves if leaf.ndim == 1))  # beside biases
+        for size, compression in self.pairs():
+            if size > smallest:
+                raise ValueError(
+                    f'--sizes={self.sizes} must be up to {smallest:.4g}, which factors of rank 1 '
+                    f'have, but has {size:g}'
+                )
+            if compression and not size < compression <= fewest:
+                raise ValueError(
+                    f'--sizes={self.sizes} must have behind {size:g} more than it and up to '
+                    f'{fewest:.4g}, for surgery to prune and to keep some, but has {compression:g}'
+                )
 
     def pairs(self) -> list[tuple[float, float | None]]:
-        """Returns each size of factors, with the compression that surgery is to reach, if any."""
-        sizes, compressions = (
-            [_number(name, text) for text in getattr(self, name).split(',') if text]
-            for name in ('sizes', 'compressions')
-        )
-        if compressions and len(compressions) != len(sizes):
-            raise ValueError(
-                f'--compressions={self.compressions} must be as many as --sizes={self.sizes}'
-            )
-        if any(size >= more for size, more in zip(sizes, compressions, strict=False)):
-            raise ValueError(
-                f'--compressions={self.compressions} must each be above its --sizes={self.sizes}'
-            )
-        return [*((size, None) for size in sizes), *zip(sizes, compressions, strict=False)]
+        """Returns each size, with the compression that surgery is to reach, if any."""
+        pairs: list[tuple[float, float | None]] = []
+        for entry in self.sizes.split(','):
+            size, *compressions = parse_numbers('sizes', entry.replace(':', ',', 1), 1)
+            pairs.append((size, compressions[0] if compressions else None))
+        return pairs
 
 
 def compare(config: LowRankConfig) -> list[dict[str, Any]]:
-    """Does all networks, writes `low_rank.csv` and `.md`, and prints the table.
+    """Does all networks, writes them, `low_rank.csv` and `.md`, and prints the table.
 
     Returns:
       A row for each size and seed.
 
     Raises:
-      ValueError, RuntimeError: if a size is out of reach, or data are damaged or not to be had.
+      ValueError, RuntimeError: if data are damaged, or not to be had.
       OSError: if a file cannot be read or written.
     """
     return compare_seeds(config, 'low_rank', _measure, to_table)
@@ -84,7 +95,8 @@ def to_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for key in dict.fromkeys((row['size'], row.get('compression')) for row in rows):
         own = [row for row in rows if (row['size'], row.get('compression')) == key]
-        name = f'factors, {key[0]:g}×' + (f', surgery to {key[1]:g}×' if key[1] else '')
+        name = 'dense, trained as long' if key[0] == 1 else f'factors, {key[0]:g}×'
+        name += f', surgery to {key[1]:g}×' if key[1] else ''
         cells = [
             middle_and_range(own, column, form, unit)
             for column, form, unit in (
@@ -108,13 +120,16 @@ def _measure(
     dense, _ = train_network(config, make_network(), dataset.train, seed=seed, title=title)
     whole = sum(leaf.size for leaf in jax.tree.leaves(dense))
     for size, compression in config.pairs():
-        ranks = choose_ranks(dense, math.floor(whole / size), list(dense))
+        ranks = dict.fromkeys(dense)
+        if size > 1:
+            ranks = choose_ranks(dense, math.floor(whole / size), list(dense))
         factors, pruner = factorise(dense, ranks), None
         if compression:
             # Three quarters of the steps, as of runs that prune and then fine-tune.
             density = _density_of_kernels(factors, math.floor(whole / compression))
             pruner = dns_jax.prune_to(density=density, steps=3 * config.tuning_steps // 4)
         network = make_network(FrozenDict(ranks))
+        name = f'{size:g}x' + (f'-{compression:g}x' if compression else '')
         tuned, masks = train_network(
             config,
             network,
@@ -124,8 +139,16 @@ def _measure(
             steps=config.tuning_steps,
             rate=config.tuning_rate,
             seed=config.seeds + seed,  # other batches than before
-            title=f'{size:g}×, seed {seed}',
+            title=f'{name}, seed {seed}',
         )
+        metadata = {
+            'network': config.network,
+            'input_scale': repr(MNIST_INPUT.scale),
+            'ranks': json.dumps({layer: rank for layer, rank in ranks.items() if rank}),
+        }
+        save_sparse(Path(config.workdir, f'{name}-{seed}.safetensors'), tuned, masks, metadata)
+        positions = models.count_positions(network, MNIST_INPUT.image_shape)
+        total = dns_jax.measure_sizes(tuned, masks, positions).total
         error = make_error(network, MNIST_INPUT)
         yield {
             'network': config.network,
@@ -133,7 +156,8 @@ def _measure(
             'compression': compression,
             'seed': seed,
             'ranks': ' '.join('whole' if rank is None else f'{rank}' for rank in ranks.values()),
-            'kept': dns_jax.measure_sizes(tuned, masks).total.kept,
+            'kept': total.kept,
+            'multiply_adds': total.kept_multiply_adds,
             'reference_error': make_error(make_network(), MNIST_INPUT)(dense, dataset.test),
             'untuned_error': error(factors, dataset.test),
             'test_error': error(tuned, dataset.test),
@@ -146,16 +170,6 @@ def _density_of_kernels(params: dns_jax.Params, kept: int) -> float:
     kernels = sum(leaf.size for path, leaf in leaves if dns_jax.is_kernel(path, leaf))
     others = sum(leaf.size for _, leaf in leaves) - kernels
     return (kept - others) / kernels
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 1 <= number < math.inf:
-        raise ValueError(f'--{name} must be finite numbers from 1, with commas, but has {text!r}')
-    return number
 
 
 if __name__ == '__main__':
