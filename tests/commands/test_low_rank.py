@@ -80,6 +80,24 @@ def test_networks_are_kept_with_their_ranks(run):
         assert make_error(network, MNIST_INPUT)(params, test) == row['test_error']
 
 
+def test_factors_of_convolutions_are_applied_at_many_places(data_dir, tmp_path):
+    config = LowRankConfig(
+        workdir=str(tmp_path),
+        network='lenet5',
+        dataset='digits',
+        data_dir=str(data_dir),
+        seeds=1,
+        sizes='145',  # so few that conv1 is factorised too
+        steps=2,
+        tuning_steps=2,
+        batch_size=4,
+    )
+    (row,) = low_rank.compare(config)
+    conv1, conv2, fc1, fc2 = map(int, row['ranks'].split())
+    convolutions = conv1 * 5 * (24 * 28 + 20 * 24 * 24) + conv2 * 5 * (20 * 8 * 12 + 50 * 8 * 8)
+    assert row['multiply_adds'] == convolutions + fc1 * 1300 + fc2 * 510
+
+
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
