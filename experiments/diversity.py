@@ -2,30 +2,29 @@
 
 python -m experiments.diversity --seeds=3
 
-Networks with two hidden layers of 500 units, one for each seed, are pruned to fewer units without
-training them again: by a k-DPP, at random, or by importance, each with and without fusing.
+Networks with two hidden layers of 500 units, one for each seed, are pruned to fewer units: by a
+k-DPP, at random, or by importance, each with and without fusing. The paper trains none of them
+again; with --retraining_steps each is trained on as well.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 
 import dns_jax
-from dns_jax.files.writing import write_whole
 from experiments.baselines import divnet, units
 from experiments.config import command_line
-from experiments.config.command_line import check_finite, flag
+from experiments.config.command_line import flag
+from experiments.config.parsers import parse_numbers
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import middle_and_range, table, to_csv
-from experiments.training.plain import train_network
+from experiments.reports.tables import middle_and_range, table
+from experiments.training.plain import PlainConfig, compare_seeds, train_network
 from experiments.training.steps import make_error
 
 _HIDDEN = ('fc1', 'fc2')
@@ -35,23 +34,29 @@ METHODS = (*_CHOICES, *(f'{choice}, fused' for choice in _CHOICES))
 
 
 @dataclasses.dataclass(frozen=True)
-class DiversityConfig:
+class DiversityConfig(PlainConfig):
     """What `experiments.diversity` does."""
 
     workdir: str = flag('runs/diversity', 'Folder that the result is written to.')
-    dataset: str = flag('mnist', 'Data set.', choices=resident.DATASETS)
-    data_dir: str | None = flag(None, resident.DATA_DIR_HELP)
-    manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP)
-    seeds: int = flag(3, 'Networks, one for each seed.', lower_bound=1)
-    steps: int = flag(20_000, 'Steps of training.', lower_bound=1)
-    batch_size: int = flag(64, 'Images per step.', lower_bound=1)
-    learning_rate: float = flag(0.1, 'Learning rate at the start, from which it falls to 0.')
+    learning_rate: float = flag(
+        0.1, 'Learning rate of the first training at its start, from which it falls to 0.'
+    )
+    weight_decay: float = flag(0.0, 'Weight decay, in every training.', lower_bound=0.0)
     kept: str = flag('10,25,50,100,200,300,400', 'Units that each hidden layer keeps.')
     points: int = flag(5_000, 'Training images whose activations are compared.', lower_bound=1)
+    retraining_steps: int = flag(
+        0, 'Steps that each pruned network is trained on; 0 for none.', lower_bound=0
+    )
+    retraining_rates: str = flag(
+        '0.1,0.01,0.001',
+        'Learning rates to train pruned networks on with, from each of which it falls to 0; the '
+        'one with the lowest validation error is taken for each network.',
+    )
 
     def __post_init__(self):
-        check_finite(self)
+        super().__post_init__()
         self.parse_kept()
+        self.parse_rates()
 
     def parse_kept(self) -> list[int]:
         """Returns the numbers of units."""
@@ -59,6 +64,10 @@ class DiversityConfig:
         if not all(text.isdecimal() and 1 <= int(text) <= _UNITS for text in texts):
             raise ValueError(f'--kept={self.kept} must be numbers from 1 to {_UNITS}, with commas')
         return [int(text) for text in texts]
+
+    def parse_rates(self) -> list[float]:
+        """Returns the learning rates of retraining."""
+        return parse_numbers('retraining_rates', self.retraining_rates, 0)
 
 
 class SigmoidNetwork(nn.Module):
@@ -85,84 +94,104 @@ def compare(config: DiversityConfig) -> list[dict[str, Any]]:
       ValueError, RuntimeError: if data are damaged, or not to be had.
       OSError: if a file cannot be read or written.
     """
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, lest it be lost
-    dataset = resident.load(config.dataset, config.data_dir, config.manual_dir)
-    rows = []
-    for seed in range(config.seeds):
-        params = train_dense(config, dataset.train, seed)
-        rows += prune_network(config, dataset, params, seed)
-    rows.sort(key=lambda row: row['kept'])
-    text = to_table(rows)
-    write_whole(folder / 'diversity.csv', to_csv(rows))
-    write_whole(folder / 'diversity.md', text + '\n')
-    print(text)
-    print(f'\nTable: {folder}')
-    command_line.print_result(rows)
-    return rows
-
-
-def train_dense(config: DiversityConfig, split: resident.Split, seed: int) -> dns_jax.Params:
-    """Trains a dense network by SGD with momentum, and gives its weights as NumPy arrays."""
-    network = SigmoidNetwork()
-    rate = dns_jax.caffe_poly(config.learning_rate, 1.0, config.steps)
-    solver = dns_jax.caffe_sgd(rate, weight_decay=0.0)
-    return train_network(
-        network,
-        network.init(jax.random.key(seed), np.zeros((1, 28, 28, 1), np.float32))['params'],
-        optax.chain(dns_jax.surgery({}, jax.random.key(0)), solver),
-        split,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=seed,
-        title=f'seed {seed}',
-    )
-
-
-def prune_network(
-    config: DiversityConfig, dataset: resident.Dataset, params: dns_jax.Params, seed: int
-) -> list[dict[str, Any]]:
-    """Prunes a network in every way, layer by layer from the inputs, and measures its error."""
-    points = dataset.train.images[: config.points].reshape(-1, 784) * np.float64(MNIST_INPUT.scale)
-    reference = _error(params, dataset.test)
-    rows = []
-    for kept, method, fused in itertools.product(config.parse_kept(), _CHOICES, (False, True)):
-        generator = np.random.default_rng([seed, kept])
-        smaller = params
-        for number, layer in enumerate(_HIDDEN, 1):
-            # Of the network as it is so far: what is lost before a layer, fusing behind it sees.
-            activations = _activations(smaller, points, number)
-            reader = f'fc{number + 1}'
-            if method == 'k-DPP':
-                chosen = divnet.choose_diverse(activations, kept, generator)
-            elif method == 'importance':
-                chosen = units.choose_by_importance(smaller[reader]['kernel'], kept)
-            else:
-                chosen = units.choose_at_random(_UNITS, kept, generator)
-            smaller = divnet.prune(smaller, layer, reader, chosen, activations if fused else None)
-        rows.append(
-            {
-                'method': f'{method}, fused' if fused else method,
-                'kept': kept,
-                'seed': seed,
-                'reference_error': reference,
-                'test_error': _error(smaller, dataset.test),
-            }
-        )
-    return rows
+    return compare_seeds(config, 'diversity', _measure, to_table)
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Writes the errors as Markdown: a line for each number of units, medians and ranges."""
-    lines = []
-    for kept, of_kept in itertools.groupby(rows, key=lambda row: row['kept']):
-        by_method: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-        for row in of_kept:
-            by_method[row['method']].append(row)
-        cells = [middle_and_range(own, 'test_error', '.2f', ' %') for own in by_method.values()]
-        lines.append((f'{kept:g}', *cells))
+    """Writes the errors as Markdown: a line for each number of units, medians and ranges.
+
+    Those after retraining, where there was any, have a table of their own.
+    """
+    lines = _lines(rows, 'test_error')
     dense = middle_and_range(rows, 'reference_error', '.2f', ' %')
-    return table(('units', *METHODS), [*lines, (f'{_UNITS}, dense', *[dense] * len(METHODS))])
+    text = table(('units', *METHODS), [*lines, (f'{_UNITS}, dense', *[dense] * len(METHODS))])
+    if 'retrained_error' in rows[0]:
+        retrained = _lines(rows, 'retrained_error')
+        text += '\n\n' + table(('units, retrained', *METHODS), retrained)
+    return text
+
+
+def _lines(rows: Sequence[dict[str, Any]], column: str) -> list[tuple[str, ...]]:
+    """Writes a line for each number of units, a cell for each method."""
+    of: dict[Any, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        own = of.setdefault(row['kept'], {method: [] for method in METHODS})
+        own[row['method']].append(row)
+    return [
+        (f'{kept:g}', *(middle_and_range(cell, column, '.2f', ' %') for cell in cells.values()))
+        for kept, cells in of.items()
+    ]
+
+
+def _measure(
+    config: DiversityConfig, dataset: resident.Dataset, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Trains a network, prunes it in every way, trains on if asked to, and measures errors."""
+    title = f'seed {seed}'
+    params, _ = train_network(config, SigmoidNetwork(), dataset.train, seed=seed, title=title)
+    points = dataset.train.images[: config.points].reshape(-1, 784) * np.float64(MNIST_INPUT.scale)
+    reference = _error(params, dataset.test)
+    for kept, choice, fused in itertools.product(config.parse_kept(), _CHOICES, (False, True)):
+        smaller = _prune(params, points, kept, choice, fused, np.random.default_rng([seed, kept]))
+        row = {
+            'method': f'{choice}, fused' if fused else choice,
+            'kept': kept,
+            'seed': seed,
+            'reference_error': reference,
+            'test_error': _error(smaller, dataset.test),
+        }
+        if config.retraining_steps:
+            title = f'{row["method"]}, {kept} units, seed {seed}'
+            row |= _retrain(config, dataset, smaller, seed, title)
+        yield row
+
+
+def _retrain(
+    config: DiversityConfig,
+    dataset: resident.Dataset,
+    params: dns_jax.Params,
+    seed: int,
+    title: str,
+) -> dict[str, float]:
+    """Trains a pruned network on, with the rate that suits it: fused weights may be large."""
+    tried = []
+    for rate in config.parse_rates():
+        retrained, _ = train_network(
+            config,
+            SigmoidNetwork(len(params['fc1']['bias'])),
+            dataset.train,
+            params=params,
+            steps=config.retraining_steps,
+            rate=rate,
+            seed=config.seeds + seed,  # other batches than before
+            title=f'{title}, rate {rate:g}',
+        )
+        tried.append((_error(retrained, dataset.validation), rate, retrained))
+    _, rate, retrained = min(tried, key=lambda one: one[0])
+    return {'retraining_rate': rate, 'retrained_error': _error(retrained, dataset.test)}
+
+
+def _prune(
+    params: dns_jax.Params,
+    points: np.ndarray,
+    kept: int,
+    choice: str,
+    fused: bool,
+    generator: np.random.Generator,
+) -> dns_jax.Params:
+    """Prunes layer by layer from the inputs."""
+    for number, layer in enumerate(_HIDDEN, 1):
+        # Of the network as it is so far: what is lost before a layer, fusing behind it sees.
+        activations = _activations(params, points, number)
+        reader = f'fc{number + 1}'
+        if choice == 'k-DPP':
+            chosen = divnet.choose_diverse(activations, kept, generator)
+        elif choice == 'importance':
+            chosen = units.choose_by_importance(params[reader]['kernel'], kept)
+        else:
+            chosen = units.choose_at_random(_UNITS, kept, generator)
+        params = divnet.prune(params, layer, reader, chosen, activations if fused else None)
+    return params
 
 
 def _activations(params: dns_jax.Params, points: np.ndarray, layers: int) -> np.ndarray:

@@ -7,9 +7,7 @@ hinge loss. Bitwise networks have neither. Adam trains them all, at a rate that 
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,17 +17,16 @@ import numpy as np
 import optax
 
 import dns_jax
-from dns_jax.files.writing import write_whole
 from experiments.baselines.binary_connect import binary_connect
 from experiments.baselines.bitwise import BitwiseNetwork, bitwise, compressed
 from experiments.baselines.quantisers import Quantiser
 from experiments.config import command_line
-from experiments.config.command_line import check_finite, flag
+from experiments.config.command_line import flag
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import middle_and_range, table, to_csv
+from experiments.reports.tables import middle_and_range, table
 from experiments.training import steps as train
-from experiments.training.plain import train_network
+from experiments.training.plain import PlainConfig, compare_seeds, train_network
 
 _QUANTISERS = {
     'none': Quantiser(lambda params, masks, key: params, dns_jax.apply_masks),
@@ -44,16 +41,11 @@ _IMAGES = 10_000  # whose statistics a network keeps
 
 
 @dataclasses.dataclass(frozen=True)
-class OneBitConfig:
+class OneBitConfig(PlainConfig):
     """What `experiments.one_bit` does."""
 
     workdir: str = flag('runs/one_bit', 'Folder that the result is written to.')
     methods: str = flag(','.join(METHODS), 'What is trained, with commas.')
-    dataset: str = flag('mnist', 'Data set.', choices=resident.DATASETS)
-    data_dir: str | None = flag(None, resident.DATA_DIR_HELP)
-    manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP)
-    train_on_all: bool = flag(False, 'Train on the validation images too (a final run).')
-    seeds: int = flag(3, 'Networks of each method, one for each seed.', lower_bound=1)
     units: int = flag(1_024, 'Units of each hidden layer of the networks.', lower_bound=1)
     steps: int = flag(
         27_500, 'Steps of training; for bitwise networks, of the first stage alone.', lower_bound=1
@@ -64,10 +56,11 @@ class OneBitConfig:
     batch_size: int = flag(100, 'Images per step.', lower_bound=2)
     learning_rate: float = flag(1e-3, 'Learning rate of Adam at the start.')
     end_learning_rate: float = flag(3e-6, 'Learning rate at the end, to which it falls by powers.')
+    weight_decay: float = flag(0.0, 'Weight decay of AdamW.', lower_bound=0.0)
     zeros: float = flag(0.0, 'Share of the weights of bitwise networks that are 0.')
 
     def __post_init__(self):
-        check_finite(self)
+        super().__post_init__()
         self.parse_methods()
         bitwise(self.zeros)
         if not 0 < self.end_learning_rate <= self.learning_rate:
@@ -144,33 +137,32 @@ def squared_hinge(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def compare(config: OneBitConfig) -> list[dict[str, Any]]:
-    """Trains all networks, writes `one_bit.csv` after each and `.md` at the end, prints the table.
+    """Trains all networks, writes `one_bit.csv` and `.md`, and prints the table.
 
     Returns:
       A row for each network; of bitwise ones, a row for each stage.
 
     Raises:
-      ValueError, RuntimeError: if data are damaged, or not to be had.
-      OSError: if a file cannot be read or written.
+      As `plain.compare_seeds` does.
     """
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, lest it be lost
-    dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
-    rows = []
-    for method, seed in itertools.product(config.parse_methods(), range(config.seeds)):
+    return compare_seeds(config, 'one_bit', measure_seed, to_table)
+
+
+def measure_seed(
+    config: OneBitConfig, dataset: resident.Dataset, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Trains the networks of one seed, and gives the row of each."""
+    for method in config.parse_methods():
         make = train_bitwise if method == 'bitwise' else train_normalised
         for name, network, params in make(config, dataset.train, seed, method):
             error = train.make_error(network, MNIST_INPUT)
             validation = None if config.train_on_all else error(params, dataset.validation)
-            row = {'method': name, 'seed': seed, 'validation_error': validation}
-            rows.append(row | {'test_error': error(params, dataset.test)})
-            write_whole(folder / 'one_bit.csv', to_csv(rows))
-    text = to_table(rows)
-    write_whole(folder / 'one_bit.md', text + '\n')
-    print(text)
-    print(f'\nTable: {folder}')
-    command_line.print_result(rows)
-    return rows
+            yield {
+                'method': name,
+                'seed': seed,
+                'validation_error': validation,
+                'test_error': error(params, dataset.test),
+            }
 
 
 _Trained = Iterator[tuple[str, nn.Module, dns_jax.Params]]
@@ -180,17 +172,16 @@ def train_normalised(
     config: OneBitConfig, split: resident.Split, seed: int, method: str
 ) -> _Trained:
     """Trains a network of BinaryConnect, or one of real weights, and gives it with its name."""
-    network, quantiser = NormalisedNetwork(config.units), _QUANTISERS[method]
-    params = train_network(
+    network = NormalisedNetwork(config.units)
+    params, _ = train_network(
+        config,
         network,
-        _start(network, seed),
-        _optimizer(config, config.steps, seed, quantiser),
         split,
-        steps=config.steps,
-        batch_size=config.batch_size,
         seed=seed,
         title=f'{method}, seed {seed}',
-        quantiser=quantiser,
+        pruner=dns_jax.surgery({}, jax.random.key(seed)),  # whose coins are the seed's
+        solver=_make_solver(config, config.steps),
+        quantiser=_QUANTISERS[method],
         loss=squared_hinge,
     )
     yield method, network, keep_statistics(network, params, split.images[:_IMAGES])
@@ -198,22 +189,22 @@ def train_normalised(
 
 def train_bitwise(config: OneBitConfig, split: resident.Split, seed: int, method: str) -> _Trained:
     """Trains a bitwise network, and gives what each stage ends with, by name."""
-    params = _start(BitwiseNetwork(signs=False, units=config.units), seed)
+    params = None
     # The second from tanh(W) in place of W: it has the same signs, in the same order of size.
     for name, signs, quantiser, steps in (
         ('compressed', False, compressed(), config.steps),
         (method, True, bitwise(config.zeros), config.bitwise_steps),
     ):
         network = BitwiseNetwork(signs=signs, units=config.units)
-        params = train_network(
+        params, _ = train_network(
+            config,
             network,
-            params,
-            _optimizer(config, steps, seed, quantiser),
             split,
-            steps=steps,
-            batch_size=config.batch_size,
             seed=seed + signs * config.seeds,  # other batches than before
             title=f'{name}, seed {seed}',
+            params=params,
+            steps=steps,
+            solver=_make_solver(config, steps),
             quantiser=quantiser,
         )
         yield name, network, params
@@ -244,21 +235,11 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(('method', 'seeds', 'error'), lines)
 
 
-def _start(network: nn.Module, seed: int) -> dns_jax.Params:
-    images = np.zeros((1, 28, 28, 1), np.float32)
-    return network.init(jax.random.key(seed), images)['params']
-
-
-def _optimizer(
-    config: OneBitConfig, steps: int, seed: int, quantiser: Quantiser
-) -> optax.GradientTransformation:
+def _make_solver(config: OneBitConfig, steps: int) -> optax.GradientTransformation:
+    # BinaryConnect for ±1 divides rates of Adam by H; for ±H that is one rate for all layers.
     fall = config.end_learning_rate / config.learning_rate
-    return optax.chain(
-        dns_jax.surgery({}, jax.random.key(seed)),
-        # BinaryConnect for ±1 divides rates of Adam by H; for ±H that is one rate for all layers.
-        optax.adam(optax.exponential_decay(config.learning_rate, steps, fall)),
-        quantiser.constrain,
-    )
+    rate = optax.exponential_decay(config.learning_rate, steps, fall)
+    return optax.adamw(rate, weight_decay=config.weight_decay)
 
 
 if __name__ == '__main__':

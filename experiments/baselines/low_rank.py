@@ -3,6 +3,7 @@
 Owns numbers alone; `low_rank_layers` makes layers of them.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -75,6 +76,29 @@ def count_parameters(shape: Sequence[int], rank: int | None) -> int:
     return rank * (rows + columns)
 
 
+def count_fewest(params: Any, layers: Collection[str]) -> int:
+    """Counts the parameters of a network whose layers have the ranks that make it smallest.
+
+    Args:
+      params: as of `choose_ranks`; only shapes are looked at.
+      layers: those that may be factorised.
+
+    Raises:
+      ValueError: if a layer has no kernel.
+
+    Example:
+      >>> count_fewest({'fc': {'kernel': np.ones((6, 4)), 'bias': np.ones(4)}}, ['fc'])
+      14
+    """
+    leaves = dict(named_leaves(params))
+    if lacking := [layer for layer in layers if f'{layer}/kernel' not in leaves]:
+        raise ValueError(f'layers must have a kernel in params, but {lacking} have none')
+    saved = 0
+    for shape in (leaves[f'{layer}/kernel'].shape for layer in layers):
+        saved += max(0, math.prod(shape) - count_parameters(shape, 1))
+    return sum(math.prod(leaf.shape) for leaf in leaves.values()) - saved
+
+
 def choose_ranks(params: Any, budget: int, layers: Collection[str]) -> dict[str, int | None]:
     r"""Shares a budget among layers so that the sum of squared singular values kept is largest.
 
@@ -100,14 +124,11 @@ def choose_ranks(params: Any, budget: int, layers: Collection[str]) -> dict[str,
       >>> choose_ranks(params, 24, ['fc1', 'fc2'])
       {'fc1': 1, 'fc2': None}
     """
+    if not budget >= (least := count_fewest(params, layers)):
+        raise ValueError(f'budget must be at least {least} parameters, but is {budget!r}')
     leaves = dict(named_leaves(params))
-    if lacking := [layer for layer in layers if f'{layer}/kernel' not in leaves]:
-        raise ValueError(f'layers must have a kernel in params, but {lacking} have none')
     options = [_options(leaves[f'{layer}/kernel']) for layer in layers]
     others = sum(map(np.size, leaves.values())) - sum(sizes[-1] for _, sizes, _ in options)
-    least = others + sum(sizes.min() for _, sizes, _ in options)
-    if not budget >= least:
-        raise ValueError(f'budget must be at least {least} parameters, but is {budget!r}')
     chosen, spent, kept = np.zeros((1, 0), int), np.array([others]), np.zeros(1)
     for ranks, sizes, squares in options:
         spent = np.add.outer(spent, sizes).ravel()

@@ -1,5 +1,6 @@
 """What stands in a flag: numbers per layer, steps or shares of them, learning-rate policies."""
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -39,6 +40,28 @@ def parse_table(
         except ValueError as error:
             raise ValueError(f'{entry!r} in {text!r} is not PATTERN:{wanted}') from error
     return table
+
+
+def parse_numbers(flag: str, text: str, least: float, most: float = math.inf) -> list[float]:
+    """Reads finite numbers with commas between, such as `2,4.5`.
+
+    Args:
+      flag: the name of the flag, for the message.
+      text: the numbers, one at least.
+      least: the smallest that there may be.
+      most: the largest.
+
+    Raises:
+      ValueError: if there is anything else.
+    """
+    try:
+        numbers = [float(number) for number in text.split(',')]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(least <= number <= most and math.isfinite(number) for number in numbers):
+        bounds = f'from {least:g}' + ('' if math.isinf(most) else f' to {most:g}')
+        raise ValueError(f'--{flag} must be finite numbers {bounds}, with commas, but has {text!r}')
+    return numbers
 
 
 def parse_structure(text: str) -> dns_jax.Structure:

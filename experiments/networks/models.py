@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, max_pool
+from dns_jax.layers import named_leaves, parent_path
 from experiments.baselines.low_rank_layers import LowRankConv, LowRankDense
 from experiments.networks.image_layers import (
     convolution_by_groups,
@@ -46,6 +47,7 @@ class LeNet300(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
+        _check_ranks(self.ranks, 'fc1', 'fc2', 'fc3')
         hidden = images.reshape(images.shape[0], -1)
         hidden = nn.relu(_dense(300, 'fc1', self.ranks)(hidden))
         hidden = drop_out(self, hidden, dropout, 'fc1')
@@ -62,6 +64,7 @@ class LeNet5(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, dropout: DropoutRates | None = None) -> jax.Array:
         """Maps images (batch, 28, 28, 1) to logits (batch, 10)."""
+        _check_ranks(self.ranks, 'conv1', 'conv2', 'fc1', 'fc2')
         hidden = max_pool(_convolution(20, 'conv1', self.ranks)(images), 2, axis=1)
         hidden = max_pool(_convolution(50, 'conv2', self.ranks)(hidden), 2, axis=1)
         hidden = hidden.reshape(hidden.shape[0], -1)
@@ -233,7 +236,11 @@ def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str,
     """Counts at how many places of one example each layer applies its kernel.
 
     Returns:
-      `{layer name: height · width of the layer's output}` for the convolutions.
+      `{layer: height · width of its output}` for the convolutions, by the path of their kernel.
+
+    Example:
+      >>> count_positions(LeNet5(FrozenDict(conv1=4)), (28, 28, 1))
+      {'conv1/first': 672, 'conv1/second': 576, 'conv2': 64}
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     _, variables = jax.eval_shape(
@@ -242,10 +249,12 @@ def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str,
         ),
         images,
     )
+    outputs = dict(named_leaves(variables['intermediates']))
+    layers = dict.fromkeys(parent_path(path) for path, _ in named_leaves(variables['params']))
     return {
-        name: output['__call__'][0].shape[1] * output['__call__'][0].shape[2]
-        for name, output in variables['intermediates'].items()
-        if isinstance(output, dict) and output['__call__'][0].ndim == 4
+        layer: math.prod(outputs[f'{layer}/__call__/0'].shape[1:3])
+        for layer in layers
+        if outputs[f'{layer}/__call__/0'].ndim == 4
     }
 
 
@@ -266,6 +275,11 @@ def _scaled(number: int, width: float, multiple: int = 1) -> int:
     return max(1, round(number * width / multiple)) * multiple
 
 
+def _check_ranks(ranks: Ranks, *layers: str) -> None:
+    if unknown := sorted(ranks.keys() - {*layers}):
+        raise ValueError(f'ranks must be of {", ".join(layers)}, but has {unknown}')
+
+
 def _dense(features: int, name: str, ranks: Ranks) -> nn.Module:
     if (rank := ranks.get(name)) is not None:
         return LowRankDense(features, rank, name=name)
@@ -273,13 +287,16 @@ def _dense(features: int, name: str, ranks: Ranks) -> nn.Module:
 
 
 def _convolution(features: int, name: str, ranks: Ranks) -> nn.Module:
-    # XLA runs convolutions inside a loop on CPU many times slower than outside of it.
-    slow_in_loops = jax.default_backend() == 'cpu'
-    by_products: Any = convolution_by_products if slow_in_loops else None
-    options = {'padding': 'VALID', 'conv_general_dilated': by_products, 'name': name}
+    options = {'padding': 'VALID', 'conv_general_dilated': fast_convolution(), 'name': name}
     if (rank := ranks.get(name)) is not None:
         return LowRankConv(features, (5, 5), rank, **options)
     return nn.Conv(features, (5, 5), kernel_init=_XAVIER, **options)
+
+
+def fast_convolution() -> Any:
+    """Gives what a plain VALID convolution is computed by, None for what Flax does by itself."""
+    # XLA runs convolutions inside a loop on CPU many times slower than outside of it.
+    return convolution_by_products if jax.default_backend() == 'cpu' else None
 
 
 def convolution_by_products(

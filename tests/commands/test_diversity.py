@@ -1,6 +1,7 @@
 """Tests of diversity: what it trains, prunes and tells, in a short run on the digits."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from experiments import diversity
 from experiments.data import resident
 from experiments.diversity import METHODS, DiversityConfig
+from experiments.training.plain import train_network
 
 
 @pytest.fixture(scope='module')
@@ -27,6 +29,12 @@ def config(data_dir, tmp_path_factory):
 @pytest.fixture(scope='module')
 def rows(config):
     return diversity.compare(config)
+
+
+@pytest.fixture(scope='module')
+def params(config):
+    train = resident.load('digits', config.data_dir).train
+    return train_network(config, diversity.SigmoidNetwork(), train, seed=0, title='short')[0]
 
 
 def test_every_way_is_measured_and_written(config, rows, capsys):
@@ -56,10 +64,32 @@ def test_fused_units_lose_less(rows):
     assert errors[True] < errors[False] - 10
 
 
-def test_activations_are_those_of_the_network(config):
+def test_all_networks_are_trained_on_if_asked_to(config, rows):
+    options = {'kept': '5', 'retraining_steps': 100, 'retraining_rates': '0.001'}
+    again = diversity.compare(dataclasses.replace(config, **options))
+    few = [row for row in rows if row['kept'] == 5]
+    for before, after in zip(few, again, strict=True):
+        assert {name: after[name] for name in before} == before
+        assert after['retraining_rate'] == 0.001
+        if 'fused' in after['method']:
+            assert after['retrained_error'] < after['test_error']
+
+
+def test_each_pruned_network_has_the_rate_that_suits_it(config, params):
     digits = resident.load('digits', config.data_dir)
-    params = diversity.train_dense(config, digits.train, seed=1)
-    images = digits.test.images / np.float32(256)
+    points = digits.train.images[:400].reshape(-1, 784) / np.float64(256)
+    config = dataclasses.replace(config, retraining_steps=200, retraining_rates='0.01,0.1')
+    # Five units that have taken over what 500 did have large weights, which a high rate blows up.
+    for fused, rate in ((False, 0.1), (True, 0.01)):
+        generator = np.random.default_rng(0)
+        smaller = diversity._prune(params, points, 5, 'importance', fused, generator)
+        found = diversity._retrain(config, digits, smaller, 0, 'short')
+        assert found['retraining_rate'] == rate
+        assert found['retrained_error'] < diversity._error(smaller, digits.test)
+
+
+def test_activations_are_those_of_the_network(config, params):
+    images = resident.load('digits', config.data_dir).test.images / np.float32(256)
     logits = diversity.SigmoidNetwork().apply({'params': params}, images)
     hidden = diversity._activations(params, images.reshape(-1, 784), 2)
     own = hidden @ params['fc3']['kernel'] + params['fc3']['bias']
@@ -72,10 +102,20 @@ def test_bad_numbers_of_units_are_refused(kept):
         DiversityConfig(kept=kept)
 
 
+def test_bad_rates_are_refused():
+    with pytest.raises(ValueError, match='--retraining_rates must be '):
+        DiversityConfig(retraining_rates='0.1,-1')
+
+
 def test_the_table_has_medians_over_seeds():
     rows = [
         {'method': method, 'kept': 5, 'reference_error': 1.0, 'test_error': error}
         for method in METHODS
         for error in (2.0, 3.0, 7.0)
     ]
-    assert '3.00 % (2.00 to 7.00)' in diversity.to_table(rows)
+    text = diversity.to_table(rows)
+    assert '3.00 % (2.00 to 7.00)' in text
+    assert 'retrained' not in text
+    table = diversity.to_table([row | {'retrained_error': row['test_error'] / 2} for row in rows])
+    assert table.startswith(text)
+    assert '1.50 % (1.00 to 3.50)' in table.removeprefix(text)

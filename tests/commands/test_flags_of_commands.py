@@ -18,6 +18,7 @@ from experiments.diversity import DiversityConfig
 from experiments.export import ExportConfig
 from experiments.latency import LatencyConfig
 from experiments.low_rank import LowRankConfig
+from experiments.mixed import MixedConfig
 from experiments.networks import models
 from experiments.one_bit import OneBitConfig
 from experiments.own_loops.runs import OwnLoopConfig
@@ -79,8 +80,8 @@ def test_what_says_by_itself_how_much_to_keep_has_no_flags_for_it(config_type):
 
 CONFIGS = (
     *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig, DiversityConfig),
-    *(BenchConfig, ExportConfig, LatencyConfig, LowRankConfig, OwnLoopConfig, ScaleConfig),
-    *(OneBitConfig, SizesConfig, XorConfig, ZooConfig),
+    *(BenchConfig, ExportConfig, LatencyConfig, LowRankConfig, MixedConfig, OneBitConfig),
+    *(OwnLoopConfig, ScaleConfig, SizesConfig, XorConfig, ZooConfig),
 )
 
 
@@ -158,6 +159,7 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
             'export': ExportConfig,
             'frontier': FrontierConfig,
             'low_rank': LowRankConfig,
+            'mixed': MixedConfig,
             'one_bit': OneBitConfig,
             'own_loop': OwnLoopConfig,
             'search': SearchConfig,

@@ -6,6 +6,7 @@ import pytest
 
 from experiments.config.parsers import (
     parse_learning_rate,
+    parse_numbers,
     parse_step,
     parse_table,
     scale_learning_rate,
@@ -45,6 +46,20 @@ def test_tables(text, number, expected):
 def test_malformed_tables(text, number, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_table(text, number)
+
+
+def test_numbers_have_bounds():
+    assert parse_numbers('sizes', '1,2.5,1e3', 1) == [1, 2.5, 1000]
+    assert parse_numbers('shares', '0,1', 0, 1) == [0, 1]
+
+
+@pytest.mark.parametrize('text', ['', '2,', 'x', '1,,2', '0.9', '3.1', 'inf', 'nan'])
+def test_other_numbers_are_refused(text):
+    message = re.escape(f'--some must be finite numbers from 1 to 3, with commas, but has {text!r}')
+    with pytest.raises(ValueError, match=message):
+        parse_numbers('some', text, 1, 3)
+    with pytest.raises(ValueError, match='numbers from 4, with'):
+        parse_numbers('some', text, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Tests of networks.models: sizes, and the convolution and pooling that stand in for XLA's."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
+import dns_jax
 from dns_jax.inference.chain import max_pool
 from experiments.networks import models
 
@@ -105,6 +108,50 @@ def test_positions_are_those_of_the_convolutions(name, expected):
 def test_positions_follow_the_size_of_the_image():
     network = models.NETWORKS['lenet5']()
     assert models.count_positions(network, (36, 28, 1)) == {'conv1': 32 * 24, 'conv2': 12 * 8}
+
+
+@pytest.mark.parametrize(
+    ('ranks', 'expected'),
+    [
+        (
+            {},
+            {
+                'conv1': 20 * 25 * 24 * 24,
+                'conv2': 50 * 20 * 25 * 8 * 8,
+                'fc1': 800 * 500,
+                'fc2': 500 * 10,
+            },
+        ),
+        (
+            {'conv1': 3, 'conv2': None, 'fc1': 7},
+            {
+                'conv1/first': 3 * 5 * 24 * 28,  # not yet narrower
+                'conv1/second': 20 * 3 * 5 * 24 * 24,
+                'conv2': 50 * 20 * 25 * 8 * 8,
+                'fc1/first': 800 * 7,
+                'fc1/second': 7 * 500,
+                'fc2': 500 * 10,
+            },
+        ),
+    ],
+)
+def test_multiply_adds_are_those_counted_by_hand(ranks, expected):
+    network = models.LeNet5(FrozenDict(ranks))
+    params = network.init(jax.random.key(0), jnp.zeros((1, *IMAGE_SHAPE)))['params']
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    positions = models.count_positions(network, IMAGE_SHAPE)
+    layers = dns_jax.measure_sizes(params, masks, positions).layers
+    assert {name: size.kept_multiply_adds for name, size in layers.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ('make', 'layers'),
+    [(models.LeNet300, 'fc1, fc2, fc3'), (models.LeNet5, 'conv1, conv2, fc1, fc2')],
+)
+def test_ranks_of_layers_that_are_not_there_are_refused(make, layers):
+    message = re.escape(f"ranks must be of {layers}, but has ['fc', 'x']")
+    with pytest.raises(ValueError, match=message):
+        models.shapes(make(FrozenDict(x=3, fc1=2, fc=None)), IMAGE_SHAPE)
 
 
 def convolve_by_products(images, kernel):

@@ -64,8 +64,9 @@ def commands():
 @pytest.mark.parametrize(('module', 'flags'), [*commands()], ids=str)
 def test_the_commands_are_accepted(module, flags):
     command = importlib.import_module(module)
-    # A command of many runs also knows the configuration of one.
-    config_type = vars(command)[max(re.findall(r'\w*Config\b', ' '.join(vars(command))), key=len)]
+    # A command knows other configurations too: of one run of many, or what several share.
+    (name,) = re.findall(r'\.launch\(.*, (\w+)\)', Path(command.__file__).read_text())
+    config_type = vars(command)[name]
     defaults, values = getattr(command, 'DEFAULTS', {}), absl_flags.FlagValues()
     define(config_type, defaults, values)
     assert to_config(config_type, defaults, values, values(['program', *flags]))
