@@ -24,7 +24,8 @@ from experiments.reports.tables import to_csv
 from experiments.training import steps as train
 
 _CHUNK = 500  # steps of one compiled call
-_COINS = 2**31  # the number of their random bits, above any count of steps
+# The numbers of random bits, above any count of steps.
+_COINS, _DROPOUT = 2**31, 2**31 + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ def train_network(
     solver: optax.GradientTransformation | None = None,
     quantiser: Quantiser | None = None,
     loss: train.Loss = train.CROSS_ENTROPY,
+    dropout: float = 0.0,
 ) -> tuple[dns_jax.Params, dns_jax.Masks]:
     """Trains a network.
 
@@ -116,6 +118,7 @@ def train_network(
       quantiser: of what the network computes with; its coins are thrown by the key of the pruner,
         and a count of steps that the schedule of the learning rate has.
       loss: of images.
+      dropout: the share of hidden units that are dropped out, of a network that takes `hidden`.
 
     Returns:
       W⊙T, or what the quantiser makes of it, and T, NumPy arrays.
@@ -124,7 +127,7 @@ def train_network(
     rate = config.learning_rate if rate is None else rate
     pruner = pruner or _prune_nothing()
     solver = solver or _make_solver(rate, steps, config.weight_decay)
-    optimizer, run_chunk = _make_run_chunk(network, pruner, solver, quantiser, loss)
+    optimizer, run_chunk = _make_run_chunk(network, pruner, solver, quantiser, loss, dropout)
     if params is None:
         shape = 1, *MNIST_INPUT.image_shape
         params = network.init(jax.random.key(seed), np.zeros(shape, np.float32))['params']
@@ -135,7 +138,8 @@ def train_network(
         for start in range(0, steps, _CHUNK):
             count = min(_CHUNK, steps - start)
             batches = batch_indices((seed,), len(split), config.batch_size, start, count)
-            state, _ = run_chunk(state, images, labels, batches)
+            # Waited for, so that the bar shows what is done.
+            state, _ = jax.block_until_ready(run_chunk(state, images, labels, batches))
             bar.update(count)
     finish = quantiser.finish if quantiser else dns_jax.apply_masks
     return jax.device_get((finish(state.params, state.masks), state.masks))
@@ -163,9 +167,11 @@ def _make_run_chunk(
     solver: optax.GradientTransformation,
     quantiser: Quantiser | None,
     loss: train.Loss,
+    dropout: float,
 ) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
     constrain = (quantiser.constrain,) if quantiser else ()
     optimizer = optax.chain(pruner, solver, *constrain)
     rounding = train.Rounding(quantiser, _COINS) if quantiser else None
-    step = train.make_step(network, optimizer, MNIST_INPUT, rounding=rounding, loss=loss)
+    dropping = train.Dropout(lambda masks: {'hidden': dropout}, _DROPOUT) if dropout else None
+    step = train.make_step(network, optimizer, MNIST_INPUT, dropping, rounding=rounding, loss=loss)
     return optimizer, train.make_run_chunk(step)
