@@ -163,7 +163,7 @@ def _retrain(
             params=params,
             steps=config.retraining_steps,
             rate=rate,
-            seed=config.seeds + seed,  # other batches than before
+            seed=seed,
             title=f'{title}, rate {rate:g}',
         )
         tried.append((_error(retrained, dataset.validation), rate, retrained))

@@ -29,7 +29,7 @@ from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT, LeNet5, LeNet300
 from experiments.reports.tables import middle_and_range, table
-from experiments.training.plain import PlainConfig, compare_seeds, train_network
+from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
 from experiments.training.steps import make_error
 
 _NETWORKS: dict[str, Any] = {'lenet300': LeNet300, 'lenet5': LeNet5}
@@ -138,7 +138,7 @@ def _measure(
             pruner=pruner,
             steps=config.tuning_steps,
             rate=config.tuning_rate,
-            seed=config.seeds + seed,  # other batches than before
+            seed=seed,
             title=f'{name}, seed {seed}',
         )
         metadata = {
@@ -149,7 +149,6 @@ def _measure(
         save_sparse(Path(config.workdir, f'{name}-{seed}.safetensors'), tuned, masks, metadata)
         positions = models.count_positions(network, MNIST_INPUT.image_shape)
         total = dns_jax.measure_sizes(tuned, masks, positions).total
-        error = make_error(network, MNIST_INPUT)
         yield {
             'network': config.network,
             'size': size,
@@ -159,8 +158,8 @@ def _measure(
             'kept': total.kept,
             'multiply_adds': total.kept_multiply_adds,
             'reference_error': make_error(make_network(), MNIST_INPUT)(dense, dataset.test),
-            'untuned_error': error(factors, dataset.test),
-            'test_error': error(tuned, dataset.test),
+            'untuned_error': make_error(network, MNIST_INPUT)(factors, dataset.test),
+            **measure_errors(config, network, tuned, dataset),
         }
 
 
@@ -169,7 +168,7 @@ def _density_of_kernels(params: dns_jax.Params, kept: int) -> float:
     leaves = named_leaves(params)
     kernels = sum(leaf.size for path, leaf in leaves if dns_jax.is_kernel(path, leaf))
     others = sum(leaf.size for _, leaf in leaves) - kernels
-    return (kept - others) / kernels
+    return min(1.0, (kept - others) / kernels)  # factors may have fewer than their budget
 
 
 if __name__ == '__main__':

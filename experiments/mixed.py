@@ -24,8 +24,7 @@ from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import middle_and_range, table
-from experiments.training.plain import PlainConfig, compare_seeds, train_network
-from experiments.training.steps import make_error
+from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _measure(config: MixedConfig, dataset: resident.Dataset, seed: int) -> Itera
             'seed': seed,
             'parameters': total.parameters,
             'multiply_adds': total.multiply_adds,
-            'test_error': make_error(network, MNIST_INPUT)(params, dataset.test),
+            **measure_errors(config, network, params, dataset),
         }
 
 

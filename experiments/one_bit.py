@@ -25,8 +25,7 @@ from experiments.config.command_line import flag
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import middle_and_range, table
-from experiments.training import steps as train
-from experiments.training.plain import PlainConfig, compare_seeds, train_network
+from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
 
 _QUANTISERS = {
     'none': Quantiser(lambda params, masks, key: params, dns_jax.apply_masks),
@@ -161,14 +160,8 @@ def measure_seed(
     for method in config.parse_methods():
         make = train_bitwise if method == 'bitwise' else train_normalised
         for name, network, params in make(config, dataset.train, seed, method):
-            error = train.make_error(network, MNIST_INPUT)
-            validation = None if config.train_on_all else error(params, dataset.validation)
-            yield {
-                'method': name,
-                'seed': seed,
-                'validation_error': validation,
-                'test_error': error(params, dataset.test),
-            }
+            errors = measure_errors(config, network, params, dataset)
+            yield {'method': name, 'seed': seed, **errors}
 
 
 _Trained = Iterator[tuple[str, nn.Module, dns_jax.Params]]
@@ -206,7 +199,7 @@ def train_bitwise(config: OneBitConfig, split: resident.Split, seed: int, method
             config,
             network,
             split,
-            seed=seed + signs * config.seeds,  # other batches than before
+            seed=seed,
             title=f'{name}, seed {seed}',
             params=params,
             steps=steps,

@@ -49,6 +49,20 @@ class PlainConfig:
         check_finite(self)
 
 
+def make_folder(workdir: str, name: str) -> Path:
+    """Makes a folder for the rows of a command.
+
+    Raises:
+      ValueError: if it has such rows already, which a new run would replace.
+      OSError: if it cannot be made.
+    """
+    folder = Path(workdir)
+    if (folder / f'{name}.csv').exists():
+        raise ValueError(f'--workdir={folder} already holds {name}.csv; choose another')
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def compare_seeds(
     config: PlainConfig,
     name: str,
@@ -67,11 +81,10 @@ def compare_seeds(
       The rows.
 
     Raises:
-      ValueError, RuntimeError: if data are damaged, or not to be had.
+      ValueError, RuntimeError: if the folder has rows, or data are damaged, or not to be had.
       OSError: if a file cannot be read or written.
     """
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, lest it be lost
+    folder = make_folder(config.workdir, name)  # before the work, lest it be lost
     dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
     rows = []
     for seed in range(config.seeds):
@@ -84,6 +97,19 @@ def compare_seeds(
     print(f'\nTable: {folder}')
     command_line.print_result(rows)
     return rows
+
+
+def measure_errors(
+    config: PlainConfig, network: nn.Module, params: dns_jax.Params, dataset: resident.Dataset
+) -> dict[str, float | None]:
+    """Measures the errors of a trained network, in percent.
+
+    Returns:
+      `{validation_error, test_error}`, the former None where its images were trained on.
+    """
+    error = train.make_error(network, MNIST_INPUT)
+    validation = None if config.train_on_all else error(params, dataset.validation)
+    return {'validation_error': validation, 'test_error': error(params, dataset.test)}
 
 
 def train_network(
@@ -108,7 +134,8 @@ def train_network(
       config: of the command.
       network: maps images to logits.
       split: the images to train on.
-      seed: of the order of the images, and of the weights where none are given.
+      seed: of the weights where none are given, and of the order of the images, which is another
+        where a network with given weights goes on.
       title: of the bar that shows progress.
       params: the weights at the start; by default those that the network initialises.
       steps: how many; by default those of `config`, as of the first training.
@@ -128,6 +155,7 @@ def train_network(
     pruner = pruner or _prune_nothing()
     solver = solver or _make_solver(rate, steps, config.weight_decay)
     optimizer, run_chunk = _make_run_chunk(network, pruner, solver, quantiser, loss, dropout)
+    order = (seed,) if params is None else (seed, 1)
     if params is None:
         shape = 1, *MNIST_INPUT.image_shape
         params = network.init(jax.random.key(seed), np.zeros(shape, np.float32))['params']
@@ -137,7 +165,7 @@ def train_network(
     with progress.bar(total=steps, desc=title, unit=' steps') as bar:
         for start in range(0, steps, _CHUNK):
             count = min(_CHUNK, steps - start)
-            batches = batch_indices((seed,), len(split), config.batch_size, start, count)
+            batches = batch_indices(order, len(split), config.batch_size, start, count)
             # Waited for, so that the bar shows what is done.
             state, _ = jax.block_until_ready(run_chunk(state, images, labels, batches))
             bar.update(count)
