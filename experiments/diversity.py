@@ -19,8 +19,8 @@ import numpy as np
 import dns_jax
 from experiments.baselines import divnet, units
 from experiments.config import command_line
-from experiments.config.command_line import flag
-from experiments.config.parsers import parse_numbers
+from experiments.config.command_line import check_unread, flag
+from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import middle_and_range, table
@@ -56,18 +56,27 @@ class DiversityConfig(PlainConfig):
     def __post_init__(self):
         super().__post_init__()
         self.parse_kept()
-        self.parse_rates()
+        check_unread(self, [] if self.retraining_steps else ['retraining_rates'])
+        rates = self.parse_rates()
+        if self.retraining_steps and self.train_on_all and len(rates) > 1:
+            raise ValueError(
+                f'--retraining_rates={self.retraining_rates} must be one rate with --train_on_all: '
+                'no validation images are left to choose by'
+            )
 
     def parse_kept(self) -> list[int]:
         """Returns the numbers of units."""
         texts = self.kept.split(',')
         if not all(text.isdecimal() and 1 <= int(text) <= _UNITS for text in texts):
             raise ValueError(f'--kept={self.kept} must be numbers from 1 to {_UNITS}, with commas')
+        check_distinct('kept', texts)
         return [int(text) for text in texts]
 
     def parse_rates(self) -> list[float]:
         """Returns the learning rates of retraining."""
-        return parse_numbers('retraining_rates', self.retraining_rates, 0)
+        rates = parse_numbers('retraining_rates', self.retraining_rates, 0)
+        check_distinct('retraining_rates', rates)
+        return rates
 
 
 class SigmoidNetwork(nn.Module):

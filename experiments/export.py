@@ -24,10 +24,10 @@ from dns_jax.inference.runners import choose_kinds, jax_runner
 from experiments.artefacts.caffe_names import write_caffemodel
 from experiments.artefacts.loading import Model, load_model
 from experiments.config import command_line
-from experiments.config.command_line import flag, names_of
+from experiments.config.command_line import check_unread, flag, names_of
 from experiments.networks import models
 from experiments.reports.tables import table
-from experiments.training.coding import CodingConfig, check_unread, code
+from experiments.training.coding import CodingConfig, code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Writes the file, and prints its size, for programs as JSON.
 
     Returns:
-      `{model, format, path, bytes, dense_bytes, ratio}`, for `coded` also what `coding.code` does.
+      `{model, format, path, bytes, dense_bytes, ratio}`, for `coded` also what `coding.code`
+      returns. The ratio is to the file's own parameters in float32.
 
     Raises:
       ValueError: if the model cannot be read, or not be written in this format.

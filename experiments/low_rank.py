@@ -24,7 +24,7 @@ from experiments.baselines.low_rank import choose_ranks, count_fewest
 from experiments.baselines.low_rank_layers import factorise
 from experiments.config import command_line
 from experiments.config.command_line import flag
-from experiments.config.parsers import parse_numbers
+from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT, LeNet5, LeNet300
@@ -74,6 +74,7 @@ class LowRankConfig(PlainConfig):
         for entry in self.sizes.split(','):
             size, *compressions = parse_numbers('sizes', entry.replace(':', ',', 1), 1)
             pairs.append((size, compressions[0] if compressions else None))
+        check_distinct('sizes', self.sizes.split(','))
         return pairs
 
 

@@ -3,8 +3,9 @@
 python -m experiments.mixed --flagfile=experiments/flagfiles/mixed_lenet5.flags
 
 A share of the filters is whole. The others are horizontal or vertical, and a 1×1 convolution mixes
-all (Ioannou et al. 2016). Where all are whole there is no mixing: that is LeNet-5. Each convolution
-has a ReLU behind it, as the authors' networks have it and Caffe's LeNet-5 has not.
+all (Ioannou et al. 2016). Where all are whole there is no mixing: those are the layers of LeNet-5,
+though they start otherwise. Each convolution has a ReLU behind it, as the authors' networks have it
+and Caffe's LeNet-5 has not.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from dns_jax.inference.chain import max_pool
 from experiments.baselines.mixed_filters import MixedFilters
 from experiments.config import command_line
 from experiments.config.command_line import flag
-from experiments.config.parsers import parse_numbers
+from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT
@@ -40,7 +41,9 @@ class MixedConfig(PlainConfig):
 
     def parse_shares(self) -> list[float]:
         """Returns the shares."""
-        return parse_numbers('shares', self.shares, 0, 1)
+        shares = parse_numbers('shares', self.shares, 0, 1)
+        check_distinct('shares', shares)
+        return shares
 
 
 class MixedLeNet5(nn.Module):

@@ -21,7 +21,8 @@ from experiments.baselines.binary_connect import binary_connect
 from experiments.baselines.bitwise import BitwiseNetwork, bitwise, compressed
 from experiments.baselines.quantisers import Quantiser
 from experiments.config import command_line
-from experiments.config.command_line import flag
+from experiments.config.command_line import check_unread, flag
+from experiments.config.parsers import check_distinct
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import middle_and_range, table
@@ -68,6 +69,8 @@ class OneBitConfig(PlainConfig):
         super().__post_init__()
         self.parse_methods()
         bitwise(self.zeros)
+        of_bitwise = ['bitwise_steps', 'dropout', 'zeros']
+        check_unread(self, [] if 'bitwise' in self.parse_methods() else of_bitwise)
         if not 0 < self.end_learning_rate <= self.learning_rate:
             raise ValueError(
                 f'--end_learning_rate={self.end_learning_rate} must be above 0, and at most '
@@ -79,6 +82,7 @@ class OneBitConfig(PlainConfig):
         names = self.methods.split(',')
         if not {*names} <= {*METHODS}:
             raise ValueError(f'--methods={self.methods} must be of {", ".join(METHODS)}')
+        check_distinct('methods', names)
         return names
 
 
@@ -189,7 +193,7 @@ def train_normalised(
 def train_bitwise(config: OneBitConfig, split: resident.Split, seed: int, method: str) -> _Trained:
     """Trains a bitwise network, and gives what each stage ends with, by name."""
     params = None
-    # The second from tanh(W) in place of W: it has the same signs, in the same order of size.
+    # The second from tanh(W), as `bitwise` says.
     for name, signs, quantiser, steps in (
         ('compressed', False, compressed(), config.steps),
         (method, True, bitwise(config.zeros), config.bitwise_steps),

@@ -8,7 +8,6 @@ masks, signs, factors, scales, codebooks.
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dns_jax.files.codec import SUFFIX
@@ -18,7 +17,8 @@ from experiments.config import command_line
 from experiments.config.command_line import flag, flags_of, read_variant
 from experiments.reports import plots
 from experiments.reports.tables import Rows, middle_and_range, table, to_csv
-from experiments.training.coding import CodingConfig, code
+from experiments.training.coding import CodingConfig, code, find_network
+from experiments.training.plain import make_folder
 
 _SEED = '{seed}'
 
@@ -40,6 +40,9 @@ class SizesConfig:
     def __post_init__(self):
         if not self.files():
             raise ValueError('--coded must be given at least once')
+        points = [(method, own.clusters) for method, seed, own in self.files() if not seed]
+        if twice := sorted({point for point in points if points.count(point) > 1}):
+            raise ValueError(f'--coded has one NAME and --clusters twice: {twice}')
 
     def files(self) -> list[tuple[str, int, CodingConfig]]:
         """Returns the method, the seed and the flags of each file to write."""
@@ -62,19 +65,19 @@ def compare(config: SizesConfig) -> list[dict[str, Any]]:
       A row for each network.
 
     Raises:
-      ValueError, RuntimeError: if a network cannot be read or coded, or data are damaged.
+      ValueError, RuntimeError: if a network cannot be read or coded, the folder has rows, or data
+        are damaged.
       OSError: if a file cannot be read or written.
       FloatingPointError: if tuning diverges.
     """
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [own.model for *_, own in config.files() if not Path(own.model).is_file()]
-    if missing:
-        raise OSError(f'--coded names files that are not there: {missing}')
+    networks = [load_model(own.model, to_run=False) for *_, own in config.files()]
+    for network in networks:
+        find_network(network)  # before the work: what cannot be coded is refused
+    folder = make_folder(config.workdir, 'sizes')
     rows = []
     for number, (method, seed, own) in enumerate(config.files()):
         path = folder / f'{number}{SUFFIX}'
-        result = code(own, load_model(own.model, to_run=False), path)
+        result = code(own, networks[number], path)
         rows.append(
             {
                 **{'method': method, 'clusters': own.clusters, 'seed': seed},

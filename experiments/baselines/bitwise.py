@@ -1,7 +1,8 @@
 """Bitwise neural networks: weights, biases, inputs and units of −1 and 1, trained in two stages.
 
-In the first, weights and units are squeezed by tanh. In the second they are signs, and the real
-weights of the first go on learning, by the gradients at the signs.
+In the first, weights and units are squeezed by tanh. In the second they are signs, and real weights
+go on learning, by the gradients at the signs. What the first stage keeps, tanh(W), is where those
+start here: large weights can then still change their sign.
 """
 
 from collections.abc import Mapping

@@ -252,6 +252,18 @@ def check_finite(config: Any) -> None:
             check_number(f'--{field.name}', value)
 
 
+def check_unread(config: Any, names: Sequence[str]) -> None:
+    """Refuses flags that were given, though nothing reads them.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(f'--{field.name}={value} has no meaning beside the other flags')
+
+
 _DEFINITIONS = {
     bool: absl_flags.DEFINE_bool,
     int: absl_flags.DEFINE_integer,

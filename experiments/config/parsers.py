@@ -1,8 +1,8 @@
 """What stands in a flag: numbers per layer, steps or shares of them, learning-rate policies."""
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import optax
 
@@ -62,6 +62,16 @@ def parse_numbers(flag: str, text: str, least: float, most: float = math.inf) ->
         bounds = f'from {least:g}' + ('' if math.isinf(most) else f' to {most:g}')
         raise ValueError(f'--{flag} must be finite numbers {bounds}, with commas, but has {text!r}')
     return numbers
+
+
+def check_distinct(flag: str, values: Sequence[Any]) -> None:
+    """Refuses values that would be worked on twice, and count as more seeds.
+
+    Raises:
+      ValueError: if one is there twice.
+    """
+    if twice := sorted({f'{value}' for value in values if values.count(value) > 1}):
+        raise ValueError(f'--{flag} names {", ".join(twice)} twice')
 
 
 def parse_structure(text: str) -> dns_jax.Structure:

@@ -249,12 +249,11 @@ def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str,
         ),
         images,
     )
-    outputs = dict(named_leaves(variables['intermediates']))
-    layers = dict.fromkeys(parent_path(path) for path, _ in named_leaves(variables['params']))
+    layers = {parent_path(path) for path, _ in named_leaves(variables['params'])}
     return {
-        layer: math.prod(outputs[f'{layer}/__call__/0'].shape[1:3])
-        for layer in layers
-        if outputs[f'{layer}/__call__/0'].ndim == 4
+        layer: math.prod(output.shape[1:3])
+        for path, output in named_leaves(variables['intermediates'])
+        if (layer := path.removesuffix('/__call__/0')) in layers and output.ndim == 4
     }
 
 

@@ -2,19 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import FrozenDict
 
 import dns_jax
 from dns_jax.files.codec import load_coded, save_coded
 from dns_jax.files.sharing import expand, share_weights
+from dns_jax.layers import named_leaves
 from experiments.artefacts.loading import Model
 from experiments.artefacts.tuning import tune
-from experiments.config.command_line import check_finite, flag, names_of
+from experiments.config.command_line import check_finite, check_unread, flag, names_of
 from experiments.config.parsers import parse_table
 from experiments.data import resident
 from experiments.networks import models
@@ -28,12 +29,12 @@ class CodingConfig:
     model: str = flag('zoo/lenet5.safetensors', 'File of a pruned network.')
     clusters: str = flag(
         '16',
-        'With --format=coded: values that the weights of a layer share, as LAYER:NUMBER,…',
+        'Values that the weights of a layer of a coded file share, as LAYER:NUMBER,…',
         part='coding',
     )
     tuned: str = flag(
         'weights',
-        'What is tuned with --format=coded: codebooks tunes the shared values alone; weights tunes '
+        'What is tuned of a coded file: codebooks tunes the shared values alone; weights tunes '
         'the weights as well, each of which takes the nearest shared value.',
         choices=('codebooks', 'weights'),
         part='tuning',
@@ -67,16 +68,33 @@ class CodingConfig:
             raise ValueError(f'--clusters: {error}') from error
 
 
-def check_unread(config: Any, names: Sequence[str]) -> None:
-    """Refuses flags that were given, though nothing reads them.
+def find_network(model: Model) -> nn.Module:
+    """Makes the network that a file names, and checks that it is the file's.
 
     Raises:
-      ValueError: if there is one.
+      ValueError: if the file names none that can be trained here, or has other parameters.
     """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in names and value != field.default:
-            raise ValueError(f'--{field.name}={value} has no meaning beside the other flags')
+    name, ranks = model.metadata.get('network'), model.metadata.get('ranks', '{}')
+    if name not in models.CHAINS:
+        raise ValueError(
+            f'{model.name} names the network {name!r}, but to be coded it must be one of '
+            f'{sorted(models.CHAINS)}'
+        )
+    try:
+        network = models.NETWORKS[name](FrozenDict(json.loads(ranks)))
+        wanted = models.shapes(network, models.MNIST_INPUT.image_shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{model.name} has ranks of no use, {ranks!r}: {error}') from error
+    shapes = [
+        [(path, jnp.shape(leaf)) for path, leaf in named_leaves(tree)]
+        for tree in (model.params, wanted)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f'{model.name} must have the parameters of {name} with ranks {ranks}, '
+            f'{shapes[1]}, but has {shapes[0]}'
+        )
+    return network
 
 
 def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
@@ -87,14 +105,11 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
       in percent before and after, on test and, unless these are trained on, validation images.
 
     Raises:
-      ValueError: if the network is none that can be trained here.
+      ValueError: as `find_network` does.
       OSError: if a file cannot be read or written.
       FloatingPointError: if tuning diverges.
     """
-    if model.metadata.get('network') not in models.CHAINS:
-        raise ValueError(f'--format=coded needs a network of {sorted(models.CHAINS)}')
-    ranks = FrozenDict(json.loads(model.metadata.get('ranks', '{}')))
-    network = models.NETWORKS[model.metadata['network']](ranks)
+    network = find_network(model)
     dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
     shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
     options = {

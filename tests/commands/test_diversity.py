@@ -66,6 +66,7 @@ def test_fused_units_lose_less(rows):
 
 def test_all_networks_are_trained_on_if_asked_to(config, rows):
     options = {'kept': '5', 'retraining_steps': 100, 'retraining_rates': '0.001'}
+    options['workdir'] = f'{config.workdir}-again'
     again = diversity.compare(dataclasses.replace(config, **options))
     few = [row for row in rows if row['kept'] == 5]
     for before, after in zip(few, again, strict=True):
@@ -88,6 +89,27 @@ def test_each_pruned_network_has_the_rate_that_suits_it(config, params):
         assert found['retrained_error'] < diversity._error(smaller, digits.test)
 
 
+def test_the_rate_is_chosen_on_validation_images(config, params, monkeypatch):
+    digits = resident.load('digits', config.data_dir)
+    own = dataclasses.replace(config, retraining_steps=1, retraining_rates='0.1,0.2,0.3')
+    wanted = {id(digits.validation): [2, 1, 3], id(digits.test): [1, 5, 2]}
+    rates = [0.1, 0.2, 0.3]
+    monkeypatch.setattr(diversity, 'train_network', lambda *_, rate, **options: (rate, None))
+    monkeypatch.setattr(
+        diversity, '_error', lambda rate, split: wanted[id(split)][rates.index(rate)]
+    )
+    row = diversity._retrain(own, digits, params, 0, 'short')
+    assert row == {'retraining_rate': 0.2, 'retrained_error': 5}
+
+
+def test_a_rate_is_not_chosen_on_images_that_were_trained_on():
+    with pytest.raises(ValueError, match='must be one rate with --train_on_all'):
+        DiversityConfig(train_on_all=True, retraining_steps=5)
+    DiversityConfig(train_on_all=True, retraining_steps=5, retraining_rates='0.1')
+    with pytest.raises(ValueError, match=r'--retraining_rates=0\.1 has no meaning'):
+        DiversityConfig(retraining_rates='0.1')
+
+
 def test_activations_are_those_of_the_network(config, params):
     images = resident.load('digits', config.data_dir).test.images / np.float32(256)
     logits = diversity.SigmoidNetwork().apply({'params': params}, images)
@@ -96,15 +118,15 @@ def test_activations_are_those_of_the_network(config, params):
     np.testing.assert_allclose(own, logits, atol=1e-4)
 
 
-@pytest.mark.parametrize('kept', ['', '0', '501', '5,x', '5,,6'])
+@pytest.mark.parametrize('kept', ['', '0', '501', '5,x', '5,,6', '5,6,5'])
 def test_bad_numbers_of_units_are_refused(kept):
-    with pytest.raises(ValueError, match='--kept='):
+    with pytest.raises(ValueError, match='--kept'):
         DiversityConfig(kept=kept)
 
 
 def test_bad_rates_are_refused():
     with pytest.raises(ValueError, match='--retraining_rates must be '):
-        DiversityConfig(retraining_rates='0.1,-1')
+        DiversityConfig(retraining_steps=1, retraining_rates='0.1,-1')
 
 
 def test_the_table_has_medians_over_seeds():

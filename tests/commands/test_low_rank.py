@@ -1,9 +1,11 @@
 """Tests of low_rank: sizes, errors and tables of short runs on the digits."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flax.core import FrozenDict
 
@@ -13,6 +15,7 @@ from experiments import low_rank
 from experiments.data import resident
 from experiments.low_rank import LowRankConfig
 from experiments.networks.models import MNIST_INPUT, LeNet300
+from experiments.training.plain import train_network
 from experiments.training.steps import make_error
 
 
@@ -51,6 +54,27 @@ def test_training_makes_good_what_factorising_lost(run):
     assert large['untuned_error'] == pytest.approx(large['reference_error'], abs=1)
     assert small['untuned_error'] > small['reference_error']
     assert small['test_error'] < small['untuned_error']
+
+
+def test_factors_are_tuned_with_steps_and_a_rate_of_their_own(run, monkeypatch, tmp_path):
+    config, _ = run
+    calls = []
+
+    def record(own, network, split, **options):
+        calls.append(options)
+        return train_network(own, network, split, **{**options, 'steps': 1})
+
+    monkeypatch.setattr(low_rank, 'train_network', record)
+    changes = {'sizes': '8', 'tuning_rate': 0.01, 'workdir': str(tmp_path)}
+    rows = low_rank.compare(dataclasses.replace(config, **changes))
+    assert calls[0].keys() == {'seed', 'title'}
+    assert (calls[1]['steps'], calls[1]['rate']) == (200, 0.01)
+    assert rows[0]['validation_error'] is not None
+
+
+def test_budgets_that_factors_do_not_fill_prune_nothing():
+    params = {'fc': {'first': {'kernel': np.ones((4, 2))}, 'second': {'kernel': np.ones((2, 4))}}}
+    assert low_rank._density_of_kernels(params, 17) == 1
 
 
 def test_files_and_table_have_every_row(run):

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import one_bit
@@ -94,6 +95,58 @@ def test_statistics_are_those_of_the_weights_that_are_kept(config, method):
     assert np.abs(network.apply({'params': bare}, images[:3]) - whole[:3]).max() > 0.1
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_each_is_trained_as_its_paper_has_it(monkeypatch, config, method):
+    calls = []
+
+    def record(own, network, split, **options):
+        calls.append((network, options))
+        images = jnp.zeros((2, 28, 28, 1))
+        return options.get('params') or network.init(jax.random.key(0), images)['params'], None
+
+    monkeypatch.setattr(one_bit, 'train_network', record)
+    changes = {'weight_decay': 0.5, 'learning_rate': 0.1, 'end_learning_rate': 0.001}
+    changes |= {'methods': method, 'seeds': 1, 'steps': 2, 'units': 32, 'batch_size': 50}
+    if method == 'bitwise':
+        changes |= {'bitwise_steps': 3, 'dropout': 0.25}
+    own = OneBitConfig(dataset='digits', data_dir=config.data_dir, **changes)
+    rows = one_bit.measure_seed(own, resident.load('digits', config.data_dir), 7)
+    assert [row['seed'] for row in rows] == [7] * len(calls)
+
+    for _, options in calls:
+        assert options['seed'] == 7
+        steps = options.get('steps', own.steps)
+        weights, state = jnp.ones(()), options['solver'].init(jnp.ones(()))
+        updates = []
+        for _ in range(steps + 1):
+            update, state = options['solver'].update(jnp.ones(()), state, weights)
+            updates.append(float(update))
+        # Adam moves by the rate whatever the gradient; the decay adds half of it.
+        assert updates[0] == pytest.approx(-0.1 * 1.5, rel=1e-4)
+        assert updates[-1] == pytest.approx(-0.001 * 1.5, rel=1e-4)
+    if method == 'bitwise':
+        (first, one), (second, two) = calls
+        assert (first.signs, second.signs) == (False, True)
+        assert (one['steps'], two['steps']) == (2, 3)
+        assert one['dropout'] == two['dropout'] == 0.25
+        assert one['params'] is None
+        kernel = {'kernel': jnp.array([[0.5, -2.0]])}
+        masks = {'kernel': jnp.array(True)}
+        kept = [each['quantiser'].finish(kernel, masks)['kernel'] for each in (one, two)]
+        np.testing.assert_allclose(kept[0], jnp.tanh(kernel['kernel']), rtol=1e-6)
+        np.testing.assert_array_equal(kept[1], [[1, -1]])
+    else:
+        ((_, one),) = calls
+        assert one['loss'] is one_bit.squared_hinge
+        key = optax.tree.get(one['pruner'].init({'kernel': jnp.ones((2, 2))}), 'key')
+        assert (jax.random.key_data(key) == jax.random.key_data(jax.random.key(7))).all()
+        kernel, masks = {'kernel': jnp.full((50, 50), 0.01)}, {'kernel': jnp.array(True)}
+        used = one['quantiser'].quantise(kernel, masks, jax.random.key(1))['kernel']
+        signs = {'none': 0, 'binary': 1, 'stochastic_binary': 2}
+        assert len(np.unique(used)) == (2 if signs[method] == 2 else 1)
+        assert (np.asarray(used) == 0.01).all() == (method == 'none')
+
+
 def test_weights_start_within_the_limit():
     images = jnp.zeros((2, 28, 28, 1))
     params = NormalisedNetwork(32).init(jax.random.key(0), images)['params']
@@ -134,6 +187,9 @@ def test_a_run_that_breaks_off_leaves_what_was_done(config, monkeypatch, tmp_pat
         ({'methods': ''}, '--methods='),
         ({'methods': 'binary,ternary'}, '--methods=binary,ternary must be of none, binary'),
         ({'zeros': 1.0}, 'zeros must be from 0 to below 1'),
+        ({'methods': 'none,none'}, '--methods names none twice'),
+        ({'methods': 'none', 'zeros': 0.5}, '--zeros=0.5 has no meaning'),
+        ({'methods': 'none', 'bitwise_steps': 5}, '--bitwise_steps=5 has no meaning'),
         ({'learning_rate': 0.0}, '--end_learning_rate='),
         ({'end_learning_rate': 0.0}, '--end_learning_rate=0.0 must be above 0'),
         ({'end_learning_rate': 0.1}, '--end_learning_rate=0.1 must be above 0, and at most'),

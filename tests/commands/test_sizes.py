@@ -59,6 +59,7 @@ def test_a_row_says_what_its_file_has(run):
         books = load_coded(path).codebooks.values()
         assert max(map(len, books)) <= int(row['clusters'])
         assert 0 <= row['test_error'] <= 100
+    assert any(row['test_error'] != row['error_before'] for row in rows)
     for row, own in zip(rows[2:4], masks, strict=True):
         kernels = [layer['kernel'] for layer in own.values()]
         # 16 values of random weights seldom have one that is 0.
@@ -93,6 +94,7 @@ def test_table_and_file_have_all_rows(run):
         (('a: --model={seed} --nonsense',), "Unknown command line flag 'nonsense'"),
         (('a: --model={seed} b',), r"but has \['b'\]"),
         (('a: --model={seed} --clusters=x',), '--clusters'),
+        (('a: --model={seed}', 'a: --model=b{seed}'), r"twice: \[\('a', '16'\)\]"),
     ],
 )
 def test_bad_flags_are_refused(coded, message):
@@ -100,9 +102,12 @@ def test_bad_flags_are_refused(coded, message):
         SizesConfig(coded=coded, shared={})
 
 
-def test_a_file_that_is_not_there_is_told_before_the_work(tmp_path):
-    config = SizesConfig(
-        workdir=str(tmp_path), coded=(f'a: --model={tmp_path}/{{seed}}.safetensors',), shared={}
-    )
-    with pytest.raises(OSError, match='files that are not there'):
+def test_what_cannot_be_coded_is_told_before_the_work(tmp_path):
+    flags = f'--model={tmp_path}/{{seed}}.safetensors'
+    config = SizesConfig(workdir=f'{tmp_path}/run', coded=(f'a: {flags}',), seeds=1, shared={})
+    with pytest.raises(OSError, match=r'0\.safetensors'):
         sizes.compare(config)
+    save_sparse(tmp_path / '0.safetensors', {'w': np.ones(3)}, {'w': np.ones((), bool)}, {})
+    with pytest.raises(ValueError, match='0 names the network None'):
+        sizes.compare(config)
+    assert not Path(config.workdir).exists()

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from experiments.config.parsers import (
+    check_distinct,
     parse_learning_rate,
     parse_numbers,
     parse_step,
@@ -46,6 +47,12 @@ def test_tables(text, number, expected):
 def test_malformed_tables(text, number, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_table(text, number)
+
+
+def test_what_is_named_twice_is_refused():
+    check_distinct('some', [1, 2, 3])
+    with pytest.raises(ValueError, match='--some names 1, 2 twice'):
+        check_distinct('some', [1, 2, 1, 3, 2])
 
 
 def test_numbers_have_bounds():

@@ -1,5 +1,7 @@
 """Tests of coding: what is measured is what the file has."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,11 @@ import pytest
 from dns_jax.files.codec import load_coded
 from dns_jax.files.sharing import expand
 from experiments.artefacts.loading import load_model
-from experiments.training.coding import CodingConfig, code
+from experiments.data import resident
+from experiments.networks import models
+from experiments.training import coding
+from experiments.training.coding import CodingConfig, code, find_network
+from experiments.training.steps import make_error
 from experiments.zoo import FOLDER
 
 
@@ -29,7 +35,44 @@ def test_what_is_measured_is_what_was_written(data_dir, tmp_path):
         576 * counts['conv1'] + 64 * counts['conv2'] + counts['fc1'] + counts['fc2']
     )
     assert measured['kept'] == sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(written))
-    assert {'error', 'error_before', 'validation_error'} <= measured.keys()
+    digits = resident.load('digits', data_dir)
+    error = make_error(models.LeNet5(), models.MNIST_INPUT)
+    assert measured['error'] == error(written, digits.test)
+    assert measured['validation_error'] == error(written, digits.validation)
+    assert measured['error_before'] != measured['error']
+
+
+def test_weights_are_tuned_on_training_images(data_dir, tmp_path, monkeypatch):
+    splits = []
+
+    def record(network, params, shared, split, **options):
+        splits.append(split)
+        assert options['steps'] == 3
+        return shared
+
+    monkeypatch.setattr(coding, 'tune', record)
+    model = str(FOLDER / 'lenet5.safetensors')
+    config = CodingConfig(model, dataset='digits', data_dir=str(data_dir), finetuning_steps=3)
+    code(config, load_model(model, to_run=False), tmp_path / 'network.dns')
+    (split,) = splits
+    np.testing.assert_array_equal(split.labels, resident.load('digits', data_dir).train.labels)
+
+
+@pytest.mark.parametrize(
+    ('metadata', 'message'),
+    [
+        ({}, 'net names the network None, but to be coded it must be one of'),
+        ({'network': 'lenet300'}, 'net must have the parameters of lenet300 with ranks {}'),
+        ({'network': 'lenet5', 'ranks': '{"fc1": 3}'}, 'with ranks {"fc1": 3}'),
+        ({'network': 'lenet5', 'ranks': '[1]'}, 'net has ranks of no use'),
+        ({'network': 'lenet5', 'ranks': 'x'}, 'net has ranks of no use'),
+        ({'network': 'lenet5', 'ranks': '{"fc9": 3}'}, 'net has ranks of no use'),
+    ],
+)
+def test_a_file_of_another_network_is_refused(metadata, message):
+    model = load_model(str(FOLDER / 'lenet5.safetensors'), to_run=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_network(model._replace(name='net', metadata=metadata))
 
 
 @pytest.mark.parametrize(

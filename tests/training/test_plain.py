@@ -1,6 +1,7 @@
 """The plain training: it learns, keeps what is pruned at zero, and leaves what it was given."""
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ import dns_jax
 from experiments.baselines.ternary import scaled_signs
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT, LeNet300
-from experiments.training.plain import PlainConfig, compare_seeds, train_network
+from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
 from experiments.training.steps import make_error
 
 CONFIG = PlainConfig(steps=120, batch_size=16, seeds=2, dataset='digits')
@@ -66,8 +67,8 @@ def test_steps_rate_and_seed_are_those_asked_for(data_dir):
     digits, network = resident.load('digits', data_dir), LeNet300()
     start = network.init(jax.random.key(1), np.zeros((1, 28, 28, 1), np.float32))['params']
 
-    def distance(**options):
-        params, _ = train_network(CONFIG, network, digits.train, title='short', **options)
+    def distance(config=CONFIG, **options):
+        params, _ = train_network(config, network, digits.train, title='short', **options)
         return float(np.linalg.norm(params['fc1']['kernel'] - start['fc1']['kernel']))
 
     whole = distance(seed=1)
@@ -75,6 +76,10 @@ def test_steps_rate_and_seed_are_those_asked_for(data_dir):
     assert whole == distance(seed=1, steps=120, rate=0.05)
     assert 0 < distance(seed=1, steps=1) < whole / 10
     assert distance(seed=1, rate=1e-6) < whole / 10
+    assert whole != distance(dataclasses.replace(CONFIG, batch_size=17), seed=1)
+    assert distance(dataclasses.replace(CONFIG, weight_decay=0.3), seed=1) > 2 * whole
+    # With weights that are given the images come in another order.
+    assert whole != distance(seed=1, params=start)
 
 
 def test_rows_of_all_seeds_are_written_and_told(data_dir, tmp_path, capsys):
@@ -91,9 +96,22 @@ def test_rows_of_all_seeds_are_written_and_told(data_dir, tmp_path, capsys):
         written = list(csv.DictReader(file))
     assert [int(row['images']) for row in written] == [row['images'] for row in rows]
     assert Path(config.workdir, 'some.md').read_text() == '6 rows\n'
+    with pytest.raises(ValueError, match=r'already holds some\.csv'):
+        compare_seeds(config, 'some', measure, str)
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == '6 rows'
     assert json.loads(last) == rows
+
+
+@pytest.mark.parametrize('train_on_all', [False, True])
+def test_images_that_were_trained_on_give_no_validation_error(data_dir, train_on_all):
+    digits, network = resident.load('digits', data_dir), LeNet300()
+    params = network.init(jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32))['params']
+    config, error = PlainConfig(train_on_all=train_on_all), make_error(network, MNIST_INPUT)
+    assert measure_errors(config, network, params, digits) == {
+        'validation_error': None if train_on_all else error(params, digits.validation),
+        'test_error': error(params, digits.test),
+    }
 
 
 def test_numbers_that_are_none_are_refused():
