@@ -32,7 +32,7 @@ class SizesConfig:
         (),
         'NAME: FLAGS of how the networks of one method are coded, as in "surgery: '
         '--model=runs/compare/surgery-100-{seed}/network.safetensors --clusters=5". Each seed '
-        'stands in its turn for {seed}. Give this flag once for each method and --clusters.',
+        'stands in its turn for {seed}, which one seed does not need. Give this flag once for each method and --clusters.',
     )
     seeds: int = flag(3, 'Networks of each method, with the seeds from 0 upwards.', lower_bound=1)
     shared: Mapping[str, Any] = flags_of(CodingConfig, 'model')
@@ -50,7 +50,7 @@ class SizesConfig:
         for text in self.coded:
             name, changed = read_variant('coded', text, CodingConfig)
             model = changed.get('model', '')
-            if _SEED not in model:
+            if self.seeds > 1 and _SEED not in model:
                 raise ValueError(f'--coded={text} must have a --model with {_SEED}')
             for seed in range(self.seeds):
                 own = {'model': model.replace(_SEED, f'{seed}')}

@@ -102,9 +102,14 @@ def test_bad_flags_are_refused(coded, message):
         SizesConfig(coded=coded, shared={})
 
 
+def test_one_seed_needs_no_place_for_it():
+    SizesConfig(coded=('a: --model=x.safetensors',), seeds=1, shared={})
+
+
 def test_what_cannot_be_coded_is_told_before_the_work(tmp_path):
     flags = f'--model={tmp_path}/{{seed}}.safetensors'
-    config = SizesConfig(workdir=f'{tmp_path}/run', coded=(f'a: {flags}',), seeds=1, shared={})
+    coded = (f'a: {flags}',)
+    config = SizesConfig(workdir=f'{tmp_path}/run', coded=coded, seeds=1, shared={})
     with pytest.raises(OSError, match=r'0\.safetensors'):
         sizes.compare(config)
     save_sparse(tmp_path / '0.safetensors', {'w': np.ones(3)}, {'w': np.ones((), bool)}, {})
