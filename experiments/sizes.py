@@ -32,7 +32,8 @@ class SizesConfig:
         (),
         'NAME: FLAGS of how the networks of one method are coded, as in "surgery: '
         '--model=runs/compare/surgery-100-{seed}/network.safetensors --clusters=5". Each seed '
-        'stands in its turn for {seed}, which one seed does not need. Give this flag once for each method and --clusters.',
+        'stands in its turn for {seed}, which one seed does not need. Give this flag once for each '
+        'method and --clusters.',
     )
     seeds: int = flag(3, 'Networks of each method, with the seeds from 0 upwards.', lower_bound=1)
     shared: Mapping[str, Any] = flags_of(CodingConfig, 'model')
@@ -70,9 +71,10 @@ def compare(config: SizesConfig) -> list[dict[str, Any]]:
       OSError: if a file cannot be read or written.
       FloatingPointError: if tuning diverges.
     """
-    networks = [load_model(own.model, to_run=False) for *_, own in config.files()]
-    for network in networks:
-        find_network(network)  # before the work: what cannot be coded is refused
+    networks = []
+    for *_, own in config.files():
+        networks.append(load_model(own.model, to_run=False))
+        find_network(own.model, networks[-1])  # before the work: what cannot be coded is refused
     folder = make_folder(config.workdir, 'sizes')
     rows = []
     for number, (method, seed, own) in enumerate(config.files()):

@@ -68,8 +68,12 @@ class CodingConfig:
             raise ValueError(f'--clusters: {error}') from error
 
 
-def find_network(model: Model) -> nn.Module:
+def find_network(path: str, model: Model) -> nn.Module:
     """Makes the network that a file names, and checks that it is the file's.
+
+    Args:
+      path: of the file, for messages.
+      model: what was loaded from it.
 
     Raises:
       ValueError: if the file names none that can be trained here, or has other parameters.
@@ -77,21 +81,21 @@ def find_network(model: Model) -> nn.Module:
     name, ranks = model.metadata.get('network'), model.metadata.get('ranks', '{}')
     if name not in models.CHAINS:
         raise ValueError(
-            f'{model.name} names the network {name!r}, but to be coded it must be one of '
+            f'{path} names the network {name!r}, but to be coded it must be one of '
             f'{sorted(models.CHAINS)}'
         )
     try:
         network = models.NETWORKS[name](FrozenDict(json.loads(ranks)))
         wanted = models.shapes(network, models.MNIST_INPUT.image_shape)
     except (TypeError, ValueError) as error:
-        raise ValueError(f'{model.name} has ranks of no use, {ranks!r}: {error}') from error
+        raise ValueError(f'{path} has ranks of no use, {ranks!r}: {error}') from error
     shapes = [
         [(path, jnp.shape(leaf)) for path, leaf in named_leaves(tree)]
         for tree in (model.params, wanted)
     ]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f'{model.name} must have the parameters of {name} with ranks {ranks}, '
+            f'{path} must have the parameters of {name} with ranks {ranks}, '
             f'{shapes[1]}, but has {shapes[0]}'
         )
     return network
@@ -109,7 +113,7 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
       OSError: if a file cannot be read or written.
       FloatingPointError: if tuning diverges.
     """
-    network = find_network(model)
+    network = find_network(config.model, model)
     dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
     shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
     options = {

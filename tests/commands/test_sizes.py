@@ -112,7 +112,9 @@ def test_what_cannot_be_coded_is_told_before_the_work(tmp_path):
     config = SizesConfig(workdir=f'{tmp_path}/run', coded=coded, seeds=1, shared={})
     with pytest.raises(OSError, match=r'0\.safetensors'):
         sizes.compare(config)
-    save_sparse(tmp_path / '0.safetensors', {'w': np.ones(3)}, {'w': np.ones((), bool)}, {})
-    with pytest.raises(ValueError, match='0 names the network None'):
+    save_sparse(
+        tmp_path / '0.safetensors', {'w': np.ones(3, np.float32)}, {'w': np.ones((), bool)}, {}
+    )
+    with pytest.raises(ValueError, match=r'0\.safetensors names the network None'):
         sizes.compare(config)
     assert not Path(config.workdir).exists()

@@ -72,7 +72,7 @@ def test_weights_are_tuned_on_training_images(data_dir, tmp_path, monkeypatch):
 def test_a_file_of_another_network_is_refused(metadata, message):
     model = load_model(str(FOLDER / 'lenet5.safetensors'), to_run=False)
     with pytest.raises(ValueError, match=re.escape(message)):
-        find_network(model._replace(name='net', metadata=metadata))
+        find_network('net', model._replace(metadata=metadata))
 
 
 @pytest.mark.parametrize(
