@@ -23,7 +23,7 @@ from experiments.config.command_line import check_unread, flag
 from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import middle_and_range, table
+from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.training.plain import PlainConfig, compare_seeds, train_network
 from experiments.training.steps import make_error
 
@@ -122,13 +122,10 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _lines(rows: Sequence[dict[str, Any]], column: str) -> list[tuple[str, ...]]:
     """Writes a line for each number of units, a cell for each method."""
-    of: dict[Any, dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        own = of.setdefault(row['kept'], {method: [] for method in METHODS})
-        own[row['method']].append(row)
+    of = group_rows(rows, 'kept', 'method')
     return [
-        (f'{kept:g}', *(middle_and_range(cell, column, '.2f', ' %') for cell in cells.values()))
-        for kept, cells in of.items()
+        (f'{kept:g}', *(middle_and_range(of[kept, name], column, '.2f', ' %') for name in METHODS))
+        for (kept,) in group_rows(rows, 'kept')
     ]
 
 

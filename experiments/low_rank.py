@@ -28,7 +28,7 @@ from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT, LeNet5, LeNet300
-from experiments.reports.tables import middle_and_range, table
+from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
 from experiments.training.steps import make_error
 
@@ -94,10 +94,9 @@ def compare(config: LowRankConfig) -> list[dict[str, Any]]:
 def to_table(rows: list[dict[str, Any]]) -> str:
     """Writes sizes and errors as Markdown, medians and ranges over seeds."""
     lines = []
-    for key in dict.fromkeys((row['size'], row.get('compression')) for row in rows):
-        own = [row for row in rows if (row['size'], row.get('compression')) == key]
-        name = 'dense, trained as long' if key[0] == 1 else f'factors, {key[0]:g}×'
-        name += f', surgery to {key[1]:g}×' if key[1] else ''
+    for (size, compression), own in group_rows(rows, 'size', 'compression').items():
+        name = 'dense, trained as long' if size == 1 else f'factors, {size:g}×'
+        name += f', surgery to {compression:g}×' if compression else ''
         cells = [
             middle_and_range(own, column, form, unit)
             for column, form, unit in (

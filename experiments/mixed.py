@@ -24,7 +24,7 @@ from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import middle_and_range, table
+from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
 
 
@@ -90,8 +90,7 @@ def compare(config: MixedConfig) -> list[dict[str, Any]]:
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """Writes sizes and errors as Markdown, medians and ranges over seeds."""
     lines = []
-    for share in dict.fromkeys(row['share'] for row in rows):
-        own = [row for row in rows if row['share'] == share]
+    for (share,), own in group_rows(rows, 'share').items():
         lines.append(
             (
                 'all, LeNet-5' if share == 1 else f'{share:g}',

@@ -25,7 +25,7 @@ from experiments.config.command_line import check_unread, flag
 from experiments.config.parsers import check_distinct
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import middle_and_range, table
+from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
 
 _QUANTISERS = {
@@ -232,10 +232,10 @@ def keep_statistics(
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """Writes the errors as Markdown, medians and ranges over seeds."""
-    lines = []
-    for method in dict.fromkeys(row['method'] for row in rows):
-        own = [row for row in rows if row['method'] == method]
-        lines.append((method, f'{len(own)}', middle_and_range(own, 'test_error', '.2f', ' %')))
+    lines = [
+        (method, f'{len(own)}', middle_and_range(own, 'test_error', '.2f', ' %'))
+        for (method,), own in group_rows(rows, 'method').items()
+    ]
     return table(('method', 'seeds', 'error'), lines)
 
 

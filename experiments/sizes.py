@@ -16,7 +16,7 @@ from experiments.artefacts.loading import load_model
 from experiments.config import command_line
 from experiments.config.command_line import flag, flags_of, read_variant
 from experiments.reports import plots
-from experiments.reports.tables import Rows, middle_and_range, table, to_csv
+from experiments.reports.tables import Rows, group_rows, middle_and_range, table, to_csv
 from experiments.training.coding import CodingConfig, code, find_network
 from experiments.training.plain import make_folder
 
@@ -101,8 +101,7 @@ def compare(config: SizesConfig) -> list[dict[str, Any]]:
 def to_table(rows: Rows) -> str:
     """Writes sizes and errors as Markdown, medians and ranges over seeds."""
     lines = []
-    for method, clusters in dict.fromkeys((row['method'], row['clusters']) for row in rows):
-        own = [row for row in rows if (row['method'], row['clusters']) == (method, clusters)]
+    for (method, clusters), own in group_rows(rows, 'method', 'clusters').items():
         cells = [
             middle_and_range(own, column, form, unit)
             for column, form, unit in (

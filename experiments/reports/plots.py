@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 from dns_jax.files.writing import write_whole
 from experiments.reports import published
 from experiments.reports.records import PHASES
+from experiments.reports.tables import group_rows
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -263,11 +264,9 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         `compression` and `test_error`.
     """
     figure, axes = _new_frontier()
-    variants = list(dict.fromkeys(row['variant'] for row in rows))
-    for number, variant in enumerate(variants):
-        own = [row for row in rows if row['variant'] == variant]
-        targets = list(dict.fromkeys(row['target'] for row in own))
-        groups = [[row for row in own if row['target'] == target] for target in targets]
+    variants = group_rows(rows, 'variant')
+    for number, ((variant,), own) in enumerate(variants.items()):
+        groups = list(group_rows(own, 'target').values())
         compressions = [np.median([row['compression'] for row in group]) for group in groups]
         # A little apart, so that ranges at one compression do not hide each other.
         apart = 0.97 + 0.06 * (number + 0.5) / len(variants)
@@ -309,7 +308,6 @@ def sizes_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure = Figure(figsize=(6.4, 6.4), dpi=150, layout='constrained')
     panels = figure.subplots(2)
-    methods = list(dict.fromkeys(row['method'] for row in rows))
     for axes, key, label in zip(
         panels,
         ('bytes', 'multiply_adds'),
@@ -317,12 +315,8 @@ def sizes_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         strict=True,
     ):
         style(axes)
-        for number, method in enumerate(methods):
-            own = [row for row in rows if row['method'] == method]
-            groups = [
-                [row for row in own if row['clusters'] == clusters]
-                for clusters in dict.fromkeys(row['clusters'] for row in own)
-            ]
+        for number, ((method,), own) in enumerate(group_rows(rows, 'method').items()):
+            groups = list(group_rows(own, 'clusters').values())
             places = [np.median([row[key] for row in group]) for group in groups]
             _draw_ranges(axes, number, places, groups, method)
         _set_scale(axes, [row['test_error'] for row in rows])

@@ -1,9 +1,7 @@
 """The tables of many runs: of a frontier and of a comparison."""
 
-import itertools
-
 from experiments.networks.names import NETWORK_NAMES
-from experiments.reports.tables import Rows, Table, middle_and_range
+from experiments.reports.tables import Rows, Table, group_rows, middle_and_range
 
 FRONTIER_HEADER = (
     *('network', 'seeds', 'compression', 'kept'),
@@ -42,11 +40,10 @@ def frontier_tables(rows: Rows) -> list[Table]:
 
     Args:
       rows: with at least `network`, `target`, `compression`, `kept`, `reference_error` and
-        `test_error`, sorted by network and target.
+        `test_error`.
     """
     lines = []
-    for (network, _), group in itertools.groupby(rows, lambda row: (row['network'], row['target'])):
-        runs = list(group)
+    for (network, _), runs in group_rows(rows, 'network', 'target').items():
         lines.append(
             (
                 NETWORK_NAMES.get(network) or network,
@@ -64,20 +61,16 @@ def compare_tables(rows: Rows) -> list[Table]:
     """The runs of a comparison, a row per variant and target: medians and ranges over seeds.
 
     Args:
-      rows: of `experiments.compare`, those of one variant and target side by side. Where some of
-        them were cut, or counted what returned, tables of that follow.
+      rows: of `experiments.compare`. Where some of them were cut, or counted what returned, tables
+        of that follow.
     """
-    groups = [
-        (name, list(group))
-        for (name, _), group in itertools.groupby(rows, lambda row: (row['variant'], row['target']))
-    ]
-
+    groups = group_rows(rows, 'variant', 'target')
     tables = []
     for caption, columns in COMPARE_TABLES.items():
         key = next(iter(columns.values()))[0]
         lines = [
             (name, f'{len(runs)}', *(middle_and_range(runs, *cell) for cell in columns.values()))
-            for name, runs in groups
+            for (name, _), runs in groups.items()
             if runs[0].get(key, '') != ''
         ]
         if lines:

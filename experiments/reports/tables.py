@@ -44,6 +44,22 @@ def to_csv(rows: Rows) -> str:
     return text.getvalue()
 
 
+def group_rows(rows: Rows, *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """Groups rows that are alike in some columns, in the order of their first.
+
+    A column that a row leaves out counts as None.
+
+    Example:
+      >>> rows = [{'seed': 0, 'size': 2}, {'seed': 0, 'size': 5}, {'seed': 1, 'size': 2}]
+      >>> {size: len(own) for (size,), own in group_rows(rows, 'size').items()}
+      {2: 2, 5: 1}
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return groups
+
+
 def middle_and_range(rows: Rows, name: str, form: str, unit: str = '') -> str:
     """The median of a quantity over runs, and in brackets its range."""
     values = [row[name] for row in rows]
