@@ -57,19 +57,13 @@ class OneBitConfig(PlainConfig):
     learning_rate: float = flag(1e-3, 'Learning rate of Adam at the start.')
     end_learning_rate: float = flag(3e-6, 'Learning rate at the end, to which it falls by powers.')
     weight_decay: float = flag(0.0, 'Weight decay of AdamW.', lower_bound=0.0)
-    dropout: float = flag(
-        0.0,
-        'Share of the hidden units of bitwise networks that are dropped out, in both stages.',
-        lower_bound=0.0,
-        upper_bound=0.9,
-    )
     zeros: float = flag(0.0, 'Share of the weights of bitwise networks that are 0.')
 
     def __post_init__(self):
         super().__post_init__()
         self.parse_methods()
         bitwise(self.zeros)
-        of_bitwise = ['bitwise_steps', 'dropout', 'zeros']
+        of_bitwise = ['bitwise_steps', 'zeros']
         check_unread(self, [] if 'bitwise' in self.parse_methods() else of_bitwise)
         if not 0 < self.end_learning_rate <= self.learning_rate:
             raise ValueError(
@@ -209,7 +203,6 @@ def train_bitwise(config: OneBitConfig, split: resident.Split, seed: int, method
             steps=steps,
             solver=_make_solver(config, steps),
             quantiser=quantiser,
-            dropout=config.dropout,
         )
         yield name, network, params
 

@@ -5,8 +5,6 @@ go on learning, by the gradients at the signs. What the first stage keeps, tanh(
 start here: large weights can then still change their sign.
 """
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -109,17 +107,12 @@ class BitwiseNetwork(nn.Module):
     units: int = 1_024
 
     @nn.compact
-    def __call__(self, images: jax.Array, dropout: Mapping[str, float] | None = None) -> jax.Array:
-        """Maps images (batch, 28, 28, 1), from 0 to 1, to logits (batch, 10).
-
-        With `dropout` a share of the units of each hidden layer, `hidden`, is dropped out.
-        """
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images (batch, 28, 28, 1), from 0 to 1, to logits (batch, 10)."""
         hidden = jnp.where(images >= 0.5, 1, -1).astype(images.dtype).reshape(len(images), -1)
         for name in ('fc1', 'fc2', 'fc3'):
             sums = self._add_up(hidden, self.units, name)
             hidden = sign_unit(sums) if self.signs else jnp.tanh(sums)
-            if dropout is not None:
-                hidden = nn.Dropout(dropout['hidden'], deterministic=False)(hidden)
         return self._add_up(hidden, 10, 'fc4')
 
     def _add_up(self, hidden: jax.Array, features: int, name: str) -> jax.Array:

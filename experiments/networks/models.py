@@ -31,7 +31,7 @@ _VGG_BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 _FEWEST_COLUMNS = 32  # of a matrix; the first convolution of LeNet-5 has 5 in a row of its kernel
 
 
-DropoutRates = Mapping[str, jax.typing.ArrayLike]
+DropoutRates = Mapping[str, jax.Array]
 """The rate of dropout behind each fully connected layer; it takes random bits named `dropout`."""
 
 

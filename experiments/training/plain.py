@@ -24,8 +24,7 @@ from experiments.reports.tables import to_csv
 from experiments.training import steps as train
 
 _CHUNK = 500  # steps of one compiled call
-# The numbers of random bits, above any count of steps.
-_COINS, _DROPOUT = 2**31, 2**31 + 1
+_COINS = 2**31  # the number of their random bits, above any count of steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,6 @@ def train_network(
     solver: optax.GradientTransformation | None = None,
     quantiser: Quantiser | None = None,
     loss: train.Loss = train.CROSS_ENTROPY,
-    dropout: float = 0.0,
 ) -> tuple[dns_jax.Params, dns_jax.Masks]:
     """Trains a network.
 
@@ -145,7 +143,6 @@ def train_network(
       quantiser: of what the network computes with; its coins are thrown by the key of the pruner,
         and a count of steps that the schedule of the learning rate has.
       loss: of images.
-      dropout: the share of hidden units that are dropped out, of a network that takes `hidden`.
 
     Returns:
       W⊙T, or what the quantiser makes of it, and T, NumPy arrays.
@@ -154,7 +151,7 @@ def train_network(
     rate = config.learning_rate if rate is None else rate
     pruner = pruner or _prune_nothing()
     solver = solver or _make_solver(rate, steps, config.weight_decay)
-    optimizer, run_chunk = _make_run_chunk(network, pruner, solver, quantiser, loss, dropout)
+    optimizer, run_chunk = _make_run_chunk(network, pruner, solver, quantiser, loss)
     order = (seed,) if params is None else (seed, 1)
     if params is None:
         shape = 1, *MNIST_INPUT.image_shape
@@ -195,11 +192,9 @@ def _make_run_chunk(
     solver: optax.GradientTransformation,
     quantiser: Quantiser | None,
     loss: train.Loss,
-    dropout: float,
 ) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
     constrain = (quantiser.constrain,) if quantiser else ()
     optimizer = optax.chain(pruner, solver, *constrain)
     rounding = train.Rounding(quantiser, _COINS) if quantiser else None
-    dropping = train.Dropout(lambda masks: {'hidden': dropout}, _DROPOUT) if dropout else None
-    step = train.make_step(network, optimizer, MNIST_INPUT, dropping, rounding=rounding, loss=loss)
+    step = train.make_step(network, optimizer, MNIST_INPUT, rounding=rounding, loss=loss)
     return optimizer, train.make_run_chunk(step)
