@@ -31,7 +31,7 @@ class SizesConfig:
     coded: tuple[str, ...] = flag(
         (),
         'NAME: FLAGS of how the networks of one method are coded, as in "surgery: '
-        '--model=runs/compare/surgery-100-{seed}/network.safetensors --clusters=5". Each seed '
+        '--model=runs/compare/surgery-100-{seed}/pruned.safetensors --clusters=5". Each seed '
         'stands in its turn for {seed}, which one seed does not need. Give this flag once for each '
         'method and --clusters.',
     )
