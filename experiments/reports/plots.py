@@ -290,13 +290,17 @@ def _new_frontier() -> tuple[Figure, Any]:
 
 def _finish_frontier(figure: Figure, axes: Any) -> Figure:
     """Scales and labels error and compression, once all is drawn."""
-    axes.set_xscale('log')
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}×'))
-    axes.xaxis.set_minor_formatter('')
+    _scale_logarithmically(axes, '{x:,g}×')
     axes.set_ylabel('test error (%)')
     axes.set_xlabel('compression: all parameters / kept parameters')
     return _add_legend(figure, *axes.get_legend_handles_labels())
+
+
+def _scale_logarithmically(axes: Any, form: str) -> None:
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter(form))
+    axes.xaxis.set_minor_formatter('')
 
 
 def sizes_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -320,7 +324,7 @@ def sizes_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             places = [np.median([row[key] for row in group]) for group in groups]
             _draw_ranges(axes, number, places, groups, method)
         _set_scale(axes, [row['test_error'] for row in rows])
-        axes.set_xscale('log')
+        _scale_logarithmically(axes, '{x:,.0f}')
         axes.set_ylabel('test error (%)')
         axes.set_xlabel(label)
     panels[0].set_title('Error and size')

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import diversity, low_rank, results
+from experiments import diversity, low_rank, mixed, one_bit, results, sizes
 from experiments.measurements import latency_report, scale_report
 from experiments.reports import run_report, sweep_tables, tables
 
@@ -92,13 +92,26 @@ def test_the_page_of_comparisons_holds_the_other_tables():
 
 
 @pytest.mark.parametrize(
-    ('name', 'module'), [('low_rank_lenet300', low_rank), ('diversity_mnist', diversity)]
+    ('name', 'module'),
+    [
+        ('low_rank_lenet300', low_rank),
+        ('low_rank_lenet5', low_rank),
+        ('mixed_lenet5', mixed),
+        ('diversity_mnist', diversity),
+        ('one_bit_mnist', one_bit),
+        ('sizes_lenet300', sizes),
+        ('sizes_lenet5', sizes),
+    ],
 )
 def test_the_page_of_baselines_holds_the_other_tables(name, module):
     said = (ROOT / 'results' / 'baselines.md').read_text()
     rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
     assert module.to_table(rows) in said
-    assert f'python -m experiments.{module.__name__.split(".")[1]} --flagfile=' in said
+    command = module.__name__.split('.')[1]
+    flagfile = FLAGFILES / f'{name}.flags'
+    assert f'python -m experiments.{command} --flagfile=experiments/flagfiles/{name}.flags' in said
+    (seeds,) = re.findall(r'^--seeds=(\d+)', flagfile.read_text(), re.MULTILINE)
+    assert {row['seed'] for row in rows} == set(range(int(seeds)))
 
 
 @pytest.mark.parametrize('path', TIMINGS, ids=lambda path: path.stem)
