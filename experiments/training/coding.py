@@ -3,10 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 
 import dns_jax
@@ -115,7 +117,8 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
     """
     network = find_network(config.model, model)
     dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
-    shared = share_weights(model.params, model.masks, config.parse_clusters(), model.metadata)
+    masks = jax.tree.map(_leave_out_zeros, model.params, model.masks)
+    shared = share_weights(model.params, masks, config.parse_clusters(), model.metadata)
     options = {
         'tuned': config.tuned,
         'steps': config.finetuning_steps,
@@ -139,3 +142,9 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
     weights = jax.tree.map(lambda leaf: leaf != 0, written)
     size = dns_jax.measure_sizes(written, weights, positions).total
     return {'kept': size.kept, 'multiply_adds': size.kept_multiply_adds, **errors}
+
+
+def _leave_out_zeros(weights: Any, mask: Any) -> np.ndarray:
+    """Masks what is 0, as many ternary weights are: else it would share a value that is tuned."""
+    kept = np.broadcast_to(mask, np.shape(weights)) & (np.asarray(weights) != 0)
+    return np.asarray(mask) if kept.all() and not np.ndim(mask) else kept

@@ -42,6 +42,22 @@ def test_what_is_measured_is_what_was_written(data_dir, tmp_path):
     assert measured['error_before'] != measured['error']
 
 
+@pytest.mark.usefixtures('promotion')  # which optax's Adam takes for granted
+def test_zeros_of_ternary_weights_stay_zeros(data_dir, tmp_path):
+    model = load_model(str(FOLDER / 'lenet300.safetensors'), to_run=False)
+    everywhere = jax.tree.map(lambda mask: np.ones(np.shape(mask), bool), model.masks)
+    signs = {
+        layer: {'kernel': np.sign(leaves['kernel']), 'bias': leaves['bias'] + np.float32(0.5)}
+        for layer, leaves in model.params.items()
+    }
+    flags = {'dataset': 'digits', 'data_dir': str(data_dir), 'finetuning_steps': 3}
+    config = CodingConfig('ternary', clusters='16', tuned='codebooks', **flags)
+    ternary = model._replace(params=signs, masks=everywhere)
+    measured = code(config, ternary, tmp_path / 'ternary.dns')
+    kept = sum(np.count_nonzero(leaves['kernel']) for leaves in signs.values())
+    assert measured['multiply_adds'] == kept < 3_000
+
+
 def test_weights_are_tuned_on_training_images(data_dir, tmp_path, monkeypatch):
     splits = []
 
