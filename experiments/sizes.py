@@ -111,7 +111,9 @@ def to_table(rows: Rows) -> str:
                 ('test_error', '.2f', ' %'),
             )
         ]
-        lines.append((method, f'{clusters}', *cells))
+        # Read back from a file, a lone number is one.
+        values = clusters if isinstance(clusters, str) else f'{clusters:g}'
+        lines.append((method, values, *cells))
     header = 'method', 'values of a layer', 'bytes', 'multiply-adds', 'before coding', 'coded'
     return table(header, lines)
 
