@@ -20,8 +20,8 @@ from flax.core import FrozenDict
 import dns_jax
 from dns_jax.files.sparse import save_sparse
 from dns_jax.layers import named_leaves
-from experiments.baselines.low_rank import choose_ranks, count_fewest
 from experiments.baselines.low_rank_layers import factorise
+from experiments.baselines.ranks import choose_ranks, count_fewest
 from experiments.config import command_line
 from experiments.config.command_line import flag
 from experiments.config.parsers import check_distinct, parse_numbers

@@ -127,6 +127,7 @@ def test_commands_only_parse_and_delegate():
 ASKED_WITH = {
     # One run each, all by the same way.
     **dict.fromkeys(('lenet300', 'lenet5', 'alexnet', 'vgg16'), 'commands/test_flags_of_commands'),
+    'baselines/ranks': 'baselines/test_low_rank',
     'data/archives': 'data/test_builders',
     'devices/hosts': 'devices/test_distributed',
     'reports/pages': 'reports/test_run_report',

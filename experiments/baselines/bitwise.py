@@ -1,8 +1,7 @@
 """Bitwise neural networks: weights, biases, inputs and units of −1 and 1, trained in two stages.
 
-In the first, weights and units are squeezed by tanh. In the second they are signs, and real weights
-go on learning, by the gradients at the signs. What the first stage keeps, tanh(W), is where those
-start here: large weights can then still change their sign.
+In the first, tanh squeezes weights and units. In the second they are signs, and real weights learn
+by the gradients at the signs. They start at tanh(W), so that large ones can still change sign.
 """
 
 import flax.linen as nn

@@ -1,4 +1,4 @@
-"""Tests of baselines.low_rank: factors and ranks, against NumPy and against all other choices."""
+"""Tests of baselines.low_rank and ranks, against NumPy and against all other choices."""
 
 import itertools
 from typing import Any
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.baselines.low_rank import choose_ranks, count_parameters, factorise_kernel
+from experiments.baselines.low_rank import count_parameters, factorise_kernel
+from experiments.baselines.ranks import choose_ranks
 
 SHAPES = {'dense': (7, 5), 'wide dense': (4, 9), 'square': (3, 3, 4, 6), 'oblong': (2, 5, 3, 4)}
 LAYERS = {'conv': (3, 3, 2, 4), 'fc1': (9, 7), 'fc2': (8, 4), 'thin': (6, 1)}
