@@ -43,8 +43,8 @@ class LowRankConfig(PlainConfig):
     network: str = flag('lenet300', 'Network.', choices=tuple(_NETWORKS))
     sizes: str = flag(
         '1,2,4,8,16',
-        'How many times fewer parameters the factors have, and after a colon how many times fewer '
-        'surgery keeps of them, as 2,8,2:20; 1 is the dense network, trained as long.',
+        'How many times fewer parameters than the dense network the factors have, and after a '
+        'colon surgery keeps, as 2,8,2:20; 1 is the dense network, trained as long.',
     )
     tuning_steps: int = flag(20_000, 'Steps after factorising.', lower_bound=2)
     tuning_rate: float = flag(0.05, 'Learning rate after factorising, from which it falls to 0.')

@@ -51,7 +51,7 @@ class SizesConfig:
         for text in self.coded:
             name, changed = read_variant('coded', text, CodingConfig)
             model = changed.get('model', '')
-            if self.seeds > 1 and _SEED not in model:
+            if not model or (self.seeds > 1 and _SEED not in model):
                 raise ValueError(f'--coded={text} must have a --model with {_SEED}')
             for seed in range(self.seeds):
                 own = {'model': model.replace(_SEED, f'{seed}')}
@@ -111,7 +111,7 @@ def to_table(rows: Rows) -> str:
                 ('test_error', '.2f', ' %'),
             )
         ]
-        # Read back from a file, a lone number is one.
+        # In rows that were read back from a CSV a lone number is a float.
         values = clusters if isinstance(clusters, str) else f'{clusters:g}'
         lines.append((method, values, *cells))
     header = 'method', 'values of a layer', 'bytes', 'multiply-adds', 'before coding', 'coded'

@@ -28,7 +28,7 @@ from experiments.training.steps import make_error
 class CodingConfig:
     """Which network is coded, and how."""
 
-    model: str = flag('zoo/lenet5.safetensors', 'File of a pruned network.')
+    model: str = flag('zoo/lenet5.safetensors', 'File of a trained network.')
     clusters: str = flag(
         '16',
         'Values that the weights of a layer of a coded file share, as LAYER:NUMBER,…',
@@ -92,7 +92,7 @@ def find_network(path: str, model: Model) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise ValueError(f'{path} has ranks of no use, {ranks!r}: {error}') from error
     shapes = [
-        [(path, jnp.shape(leaf)) for path, leaf in named_leaves(tree)]
+        [(name_of_leaf, jnp.shape(leaf)) for name_of_leaf, leaf in named_leaves(tree)]
         for tree in (model.params, wanted)
     ]
     if shapes[0] != shapes[1]:
@@ -111,7 +111,8 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
       in percent before and after, on test and, unless these are trained on, validation images.
 
     Raises:
-      ValueError: as `find_network` does.
+      ValueError, RuntimeError: as `find_network` does, or if a layer has no number of values, or
+        data are damaged or not to be had.
       OSError: if a file cannot be read or written.
       FloatingPointError: if tuning diverges.
     """

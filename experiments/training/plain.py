@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,7 +25,7 @@ from experiments.reports.tables import to_csv
 from experiments.training import steps as train
 
 _CHUNK = 500  # steps of one compiled call
-_COINS = 2**31  # the number of their random bits, above any count of steps
+_COINS = 2**31  # the number of a quantiser's random bits, above any count of steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def train_network(
     Returns:
       W⊙T, or what the quantiser makes of it, and T, NumPy arrays.
     """
-    steps = steps or config.steps
+    steps = config.steps if steps is None else steps
     rate = config.learning_rate if rate is None else rate
     pruner = pruner or _prune_nothing()
     solver = solver or _make_solver(rate, steps, config.weight_decay)
@@ -157,7 +158,7 @@ def train_network(
         shape = 1, *MNIST_INPUT.image_shape
         params = network.init(jax.random.key(seed), np.zeros(shape, np.float32))['params']
     # Copies: a compiled call takes the state over.
-    state = train.TrainState(jax.tree.map(jax.numpy.array, params), optimizer.init(params))
+    state = train.TrainState(jax.tree.map(jnp.array, params), optimizer.init(params))
     images, labels = jax.device_put((split.images, split.labels))
     with progress.bar(total=steps, desc=title, unit=' steps') as bar:
         for start in range(0, steps, _CHUNK):
@@ -172,20 +173,20 @@ def train_network(
 
 # Trainings that are alike and follow each other are compiled once, so what they are made of is the
 # same object for each.
-_kept = functools.lru_cache(8)
+_cached = functools.lru_cache(8)
 
 
-@_kept
+@_cached
 def _prune_nothing() -> optax.GradientTransformation:
     return dns_jax.surgery({}, jax.random.key(0))
 
 
-@_kept
+@_cached
 def _make_solver(rate: float, steps: int, weight_decay: float) -> optax.GradientTransformation:
     return dns_jax.caffe_sgd(dns_jax.caffe_poly(rate, 1.0, steps), weight_decay=weight_decay)
 
 
-@_kept
+@_cached
 def _make_run_chunk(
     network: nn.Module,
     pruner: optax.GradientTransformation,

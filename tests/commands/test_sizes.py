@@ -104,6 +104,8 @@ def test_bad_flags_are_refused(coded, message):
 
 def test_one_seed_needs_no_place_for_it():
     SizesConfig(coded=('a: --model=x.safetensors',), seeds=1, shared={})
+    with pytest.raises(ValueError, match='must have a --model'):
+        SizesConfig(coded=('a: --clusters=3',), seeds=1, shared={})
 
 
 def test_what_cannot_be_coded_is_told_before_the_work(tmp_path):
