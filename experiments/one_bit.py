@@ -21,7 +21,7 @@ from experiments.baselines.binary_connect import binary_connect
 from experiments.baselines.bitwise import BitwiseNetwork, bitwise, compressed
 from experiments.baselines.quantisers import Quantiser
 from experiments.config import command_line
-from experiments.config.command_line import check_unread, flag
+from experiments.config.command_line import flag
 from experiments.config.parsers import check_distinct
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
@@ -63,8 +63,6 @@ class OneBitConfig(PlainConfig):
         super().__post_init__()
         self.parse_methods()
         bitwise(self.zeros)
-        of_bitwise = ['bitwise_steps', 'zeros']
-        check_unread(self, [] if 'bitwise' in self.parse_methods() else of_bitwise)
         if not 0 < self.end_learning_rate <= self.learning_rate:
             raise ValueError(
                 f'--end_learning_rate={self.end_learning_rate} must be above 0, and at most '

@@ -91,7 +91,9 @@ def test_networks_learn_and_are_written(run):
     assert '431,080 |     2,293,000' in table[3]
 
 
-@pytest.mark.parametrize('shares', ['', '0.5,x', '-0.1', '1.1', '25', '0.5,0.50'])
+@pytest.mark.parametrize('shares', ['', '0.5,x', '-0.1', '1.1', '25'])
 def test_bad_shares_are_refused(shares):
     with pytest.raises(ValueError, match='--shares must be finite numbers from 0 to 1'):
         MixedConfig(shares=shares)
+    with pytest.raises(ValueError, match=r'--shares names 0\.5 twice'):
+        MixedConfig(shares='0.5,0.50')

@@ -187,8 +187,6 @@ def test_a_run_that_breaks_off_leaves_what_was_done(config, monkeypatch, tmp_pat
         ({'methods': 'binary,ternary'}, '--methods=binary,ternary must be of none, binary'),
         ({'zeros': 1.0}, 'zeros must be from 0 to below 1'),
         ({'methods': 'none,none'}, '--methods names none twice'),
-        ({'methods': 'none', 'zeros': 0.5}, '--zeros=0.5 has no meaning'),
-        ({'methods': 'none', 'bitwise_steps': 5}, '--bitwise_steps=5 has no meaning'),
         ({'learning_rate': 0.0}, '--end_learning_rate='),
         ({'end_learning_rate': 0.0}, '--end_learning_rate=0.0 must be above 0'),
         ({'end_learning_rate': 0.1}, '--end_learning_rate=0.1 must be above 0, and at most'),
