@@ -100,8 +100,7 @@ def compare(config: DiversityConfig) -> list[dict[str, Any]]:
       A row for each network, number of units and method.
 
     Raises:
-      ValueError, RuntimeError: if data are damaged, or not to be had.
-      OSError: if a file cannot be read or written.
+      As `plain.compare_seeds` does.
     """
     return compare_seeds(config, 'diversity', _measure, to_table)
 

@@ -34,6 +34,14 @@ from experiments.training.steps import make_error
 
 _NETWORKS: dict[str, Any] = {'lenet300': LeNet300, 'lenet5': LeNet5}
 
+# Of the table: their names, formats and units.
+_COLUMNS = (
+    ('kept', ',.0f'),
+    ('reference_error', '.2f', ' %'),
+    ('untuned_error', '.2f', ' %'),
+    ('test_error', '.2f', ' %'),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LowRankConfig(PlainConfig):
@@ -85,8 +93,7 @@ def compare(config: LowRankConfig) -> list[dict[str, Any]]:
       A row for each size and seed.
 
     Raises:
-      ValueError, RuntimeError: if data are damaged, or not to be had.
-      OSError: if a file cannot be read or written.
+      As `plain.compare_seeds` does.
     """
     return compare_seeds(config, 'low_rank', _measure, to_table)
 
@@ -97,15 +104,7 @@ def to_table(rows: list[dict[str, Any]]) -> str:
     for (size, compression), own in group_rows(rows, 'size', 'compression').items():
         name = 'dense, trained as long' if size == 1 else f'factors, {size:g}×'
         name += f', surgery to {compression:g}×' if compression else ''
-        cells = [
-            middle_and_range(own, column, form, unit)
-            for column, form, unit in (
-                ('kept', ',.0f', ''),
-                ('reference_error', '.2f', ' %'),
-                ('untuned_error', '.2f', ' %'),
-                ('test_error', '.2f', ' %'),
-            )
-        ]
+        cells = [middle_and_range(own, *column) for column in _COLUMNS]
         lines.append((name, own[0]['ranks'], *cells))
     header = 'network', 'ranks', 'parameters', 'dense', 'factorised', 'after training'
     return table(header, lines)

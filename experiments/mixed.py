@@ -81,8 +81,7 @@ def compare(config: MixedConfig) -> list[dict[str, Any]]:
       A row for each share and seed.
 
     Raises:
-      ValueError, RuntimeError: if data are damaged, or not to be had.
-      OSError: if a file cannot be read or written.
+      As `plain.compare_seeds` does.
     """
     return compare_seeds(config, 'mixed', _measure, to_table)
 

@@ -22,6 +22,14 @@ from experiments.training.plain import make_folder
 
 _SEED = '{seed}'
 
+# Of the table: their names, formats and units.
+_COLUMNS = (
+    ('bytes', ',.0f'),
+    ('multiply_adds', ',.0f'),
+    ('error_before', '.2f', ' %'),
+    ('test_error', '.2f', ' %'),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SizesConfig:
@@ -102,15 +110,7 @@ def to_table(rows: Rows) -> str:
     """Writes sizes and errors as Markdown, medians and ranges over seeds."""
     lines = []
     for (method, clusters), own in group_rows(rows, 'method', 'clusters').items():
-        cells = [
-            middle_and_range(own, column, form, unit)
-            for column, form, unit in (
-                ('bytes', ',.0f', ''),
-                ('multiply_adds', ',.0f', ''),
-                ('error_before', '.2f', ' %'),
-                ('test_error', '.2f', ' %'),
-            )
-        ]
+        cells = [middle_and_range(own, *column) for column in _COLUMNS]
         # In rows that were read back from a CSV a lone number is a float.
         values = clusters if isinstance(clusters, str) else f'{clusters:g}'
         lines.append((method, values, *cells))
