@@ -19,7 +19,8 @@ from experiments.training.flags import Config
 from experiments.training.plan import Plan, make_plan
 
 COLUMNS = (
-    *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
+    *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept'),
+    *('unit', 'reference_error'),
     *('reference_validation_error', 'test_error', 'validation_error'),
     *('steps_to_reach', 'pruning_seconds', 'state_mebibytes'),
     *('commit', 'jax', 'device'),
@@ -55,7 +56,8 @@ def _to_rows(
     for run, variant in variants.items():
         if run in summaries:
             records = read_records(run.workdir)
-            row = {**summaries[run], 'variant': variant, 'target': run.compression or ''}
+            target = run.kernel_density or run.compression or ''
+            row = {**summaries[run], 'variant': variant, 'target': target}
             row['steps_to_reach'] = steps_to_reach(records)
             returns = {f'returns_{key}': value for key, value in row.get('returns', {}).items()}
             errors = _errors_of_cut(plans[run], row, records)

@@ -24,8 +24,8 @@ from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import group_rows, middle_and_range, table
-from experiments.training.plain import PlainConfig, compare_seeds, train_network
-from experiments.training.steps import make_error
+from experiments.plain.training import PlainConfig, compare_seeds, train_network
+from experiments.training.steps import make_measure
 
 _HIDDEN = ('fc1', 'fc2')
 _UNITS = 500
@@ -210,7 +210,7 @@ def _activations(params: dns_jax.Params, points: np.ndarray, layers: int) -> np.
 
 def _error(params: dns_jax.Params, split: resident.Split) -> float:
     network = SigmoidNetwork(len(params['fc1']['bias']))
-    return make_error(network, MNIST_INPUT)(params, split)
+    return make_measure(network, MNIST_INPUT)(params, split)
 
 
 if __name__ == '__main__':

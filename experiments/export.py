@@ -27,7 +27,7 @@ from experiments.config import command_line
 from experiments.config.command_line import check_unread, flag, names_of
 from experiments.networks import models
 from experiments.reports.tables import table
-from experiments.training.coding import CodingConfig, code
+from experiments.plain.coding import CodingConfig, code
 
 
 @dataclasses.dataclass(frozen=True)

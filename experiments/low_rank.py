@@ -29,8 +29,8 @@ from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT, LeNet5, LeNet300
 from experiments.reports.tables import group_rows, middle_and_range, table
-from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
-from experiments.training.steps import make_error
+from experiments.plain.training import PlainConfig, compare_seeds, measure_errors, train_network
+from experiments.training.steps import make_measure
 
 _NETWORKS: dict[str, Any] = {'lenet300': LeNet300, 'lenet5': LeNet5}
 
@@ -156,8 +156,8 @@ def _measure(
             'ranks': ' '.join('whole' if rank is None else f'{rank}' for rank in ranks.values()),
             'kept': total.kept,
             'multiply_adds': total.kept_multiply_adds,
-            'reference_error': make_error(make_network(), MNIST_INPUT)(dense, dataset.test),
-            'untuned_error': make_error(network, MNIST_INPUT)(factors, dataset.test),
+            'reference_error': make_measure(make_network(), MNIST_INPUT)(dense, dataset.test),
+            'untuned_error': make_measure(network, MNIST_INPUT)(factors, dataset.test),
             **measure_errors(config, network, tuned, dataset),
         }
 

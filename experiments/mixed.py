@@ -25,7 +25,7 @@ from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT
 from experiments.reports.tables import group_rows, middle_and_range, table
-from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
+from experiments.plain.training import PlainConfig, compare_seeds, measure_errors, train_network
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from experiments.config import command_line
 from experiments.config.command_line import flag, flags_of, read_variant
 from experiments.reports import plots
 from experiments.reports.tables import Rows, group_rows, middle_and_range, table, to_csv
-from experiments.training.coding import CodingConfig, code, find_network
-from experiments.training.plain import make_folder
+from experiments.plain.coding import CodingConfig, code, find_network
+from experiments.plain.training import make_folder
 
 _SEED = '{seed}'
 

@@ -24,6 +24,7 @@ WINGS = (
     {'experiments.reports'},
     {'experiments.artefacts'},
     {'experiments.training'},
+    {'experiments.plain'},
     {'experiments.measurements', 'experiments.own_loops', 'experiments.sweeps'},
     {'experiments'},  # the commands
 )

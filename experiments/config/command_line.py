@@ -45,6 +45,12 @@ def flags_of(config_type: type, *without: str) -> Any:
     return dataclasses.field(metadata=metadata, kw_only=True)
 
 
+def with_default(config_type: type, name: str, default: Any) -> Any:
+    """Makes the field of a flag of another configuration over again, with another default."""
+    (field,) = (each for each in dataclasses.fields(config_type) if each.name == name)
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
 def is_flag(field: dataclasses.Field) -> bool:
     """Says whether a field of a configuration is a flag."""
     return 'help' in field.metadata
@@ -269,5 +275,6 @@ _DEFINITIONS = {
     int: absl_flags.DEFINE_integer,
     float: absl_flags.DEFINE_float,
     float | None: absl_flags.DEFINE_float,
+    int | None: absl_flags.DEFINE_integer,
     tuple[str, ...]: absl_flags.DEFINE_multi_string,
 }

@@ -109,12 +109,20 @@ def parse_step(text: str, steps: int) -> int:
         raise ValueError(f'{text!r} must be a step or a share of the steps, as 80% is') from error
 
 
+def _warm_cosine(base: float, warm_up: float, share: float, steps: int) -> dns_jax.Schedule:
+    """Rises to the base in some steps, then falls as half a cosine to a share of it at the end."""
+    # A phase that is shorter than its warm-up has at least one step to fall in.
+    warm_up, steps = min(int(warm_up), max(steps - 1, 0)), max(steps, 1)
+    return optax.warmup_cosine_decay_schedule(0.0, base, warm_up, steps, share * base)
+
+
 _POLICIES = {
     'fixed': (optax.constant_schedule, ('BASE',)),
     'exp': (dns_jax.caffe_exp, ('BASE', 'GAMMA')),
     'inv': (dns_jax.caffe_inv, ('BASE', 'GAMMA', 'POWER')),
     'poly': (dns_jax.caffe_poly, ('BASE', 'POWER')),
     'step': (dns_jax.caffe_step, ('BASE', 'GAMMA', 'STEPS')),
+    'cosine': (_warm_cosine, ('BASE', 'STEPS', 'SHARE')),
 }
 
 
@@ -123,7 +131,7 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
 
     Args:
       text: `POLICY:NUMBERS`; the numbers are base, gamma and power, as far as the policy has them.
-      steps: the length of the phase, at whose end `poly` reaches 0.
+      steps: the length of the phase, at whose end `poly` reaches 0, and `cosine` its share.
 
     Raises:
       ValueError: if the policy is unknown or its numbers are not as wanted.
@@ -146,7 +154,9 @@ def parse_learning_rate(text: str, steps: int) -> dns_jax.Schedule:
         if values[-1] < 1 or values[-1] % 1:
             raise ValueError(f'{text!r} must end in a whole number of steps, at least 1')
         values[-1] = int(values[-1])
-    return policy(*values, *([steps] if name == 'poly' else []))
+    if name == 'cosine' and (values[1] % 1 or values[2] > 1):
+        raise ValueError(f'{text!r} must have a whole number of steps, and a share of at most 1')
+    return policy(*values, *([steps] if name in ('poly', 'cosine') else []))
 
 
 def scale_learning_rate(text: str, factor: float) -> str:

@@ -200,10 +200,40 @@ class Input(NamedTuple):
     scale: float
     size: int  # of a side of the image as a rule, in pixels
 
+    dtype = jnp.float32  # of what `prepare` gives
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one image."""
         return self.size, self.size, len(self.mean)
+
+    def prepare(self, images: jax.Array) -> jax.Array:
+        """Makes of images (batch, height, width, channels), uint8, what the network takes."""
+        scaled = images.astype(jnp.float32) * self.scale
+        if any(self.mean):
+            scaled -= (jnp.array(self.mean) * self.scale)[None, None, None]
+        return scaled
+
+    def describe(self) -> dict[str, str]:
+        """Says it in the words of a file of weights."""
+        said = {'input_scale': repr(self.scale)}
+        if any(self.mean):
+            said['input_mean'] = ','.join(map(repr, self.mean))
+        return said
+
+
+class Tokens(NamedTuple):
+    """What a language model takes: the numbers of characters, as they are."""
+
+    dtype = jnp.int32
+
+    def prepare(self, tokens: jax.Array) -> jax.Array:
+        """Gives the tokens (batch, characters), integers."""
+        return tokens
+
+    def describe(self) -> dict[str, str]:
+        """Says nothing, for tokens are taken as they are."""
+        return {}
 
 
 NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5, 'alexnet': AlexNet, 'vgg16': VGG16}
@@ -226,13 +256,21 @@ CHAINS = {
 }
 
 
-def shapes(network: nn.Module, image_shape: Sequence[int]) -> Any:
-    """Returns the shapes of a network's parameters, by layer, without making them."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(network.init, jax.random.key(0), images)['params']
+def shapes(network: nn.Module, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+    """Returns the shapes of a network's parameters, by layer, without making them.
+
+    Args:
+      network: any.
+      shape: of one example, height, width and channels of an image for instance.
+      dtype: of what the network takes.
+    """
+    examples = jax.ShapeDtypeStruct((1, *shape), dtype)
+    return jax.eval_shape(network.init, jax.random.key(0), examples)['params']
 
 
-def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
+def count_positions(
+    network: nn.Module, shape: Sequence[int], dtype: Any = jnp.float32
+) -> dict[str, int]:
     """Counts at how many places of one example each layer applies its kernel.
 
     Returns:
@@ -242,12 +280,12 @@ def count_positions(network: nn.Module, image_shape: Sequence[int]) -> dict[str,
       >>> count_positions(LeNet5(FrozenDict(conv1=4)), (28, 28, 1))
       {'conv1/first': 672, 'conv1/second': 576, 'conv2': 64}
     """
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    examples = jax.ShapeDtypeStruct((1, *shape), dtype)
     _, variables = jax.eval_shape(
-        lambda images: network.init_with_output(
-            jax.random.key(0), images, capture_intermediates=True, mutable=True
+        lambda examples: network.init_with_output(
+            jax.random.key(0), examples, capture_intermediates=True, mutable=True
         ),
-        images,
+        examples,
     )
     layers = {parent_path(path) for path, _ in named_leaves(variables['params'])}
     return {

@@ -179,12 +179,11 @@ def surgery_figure(records: Records) -> Figure:
     return _finish(figure, axes, 'steps of surgery')
 
 
-def training_figure(records: Records) -> Figure:
+def training_figure(records: Records, unit: str = '%') -> Figure:
     """Validation error and loss over the steps of all phases, the start of each marked."""
     figure, panels = _new_figure('Validation error and loss', rows=2)
-    for axes, key, label in zip(
-        panels, ('validation_error', 'loss'), ('validation error (%)', 'training loss'), strict=True
-    ):
+    labels = f'validation error ({unit})', 'training loss'
+    for axes, key, label in zip(panels, ('validation_error', 'loss'), labels, strict=True):
         start, shown = 0, []
         for phase, colour in zip(PHASES, (BLACK, BLUE, GREEN), strict=True):
             part = _phase(records, phase)

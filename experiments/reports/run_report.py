@@ -18,7 +18,7 @@ from experiments.reports import plots, published
 from experiments.reports.pages import Bar, Section, render
 from experiments.reports.records import METRICS_FILE, REPORT_FILE, SUMMARY_FILE, read_records
 from experiments.reports.summaries import LAYER_COUNTS, Summary, check_summary
-from experiments.reports.tables import Rows, Table, to_text
+from experiments.reports.tables import Rows, Table, format_of, to_text
 
 RESULT_HEADER = ('network', 'parameters → kept', 'error: reference → after surgery', 'compression')
 LAYER_HEADER = (
@@ -191,7 +191,7 @@ def write(
     records = read_records(workdir)
     if not records:
         raise ValueError(f'{workdir / METRICS_FILE} holds no records')
-    figures = [plots.training_figure(records)]
+    figures = [plots.training_figure(records, summary.get('unit', '%'))]
     if any(record['phase'] == 'surgery' for record in records):
         figures += [plots.density_figure(records, summary), plots.surgery_figure(records)]
     write_whole(paths[1], page(summary, figures + pixels))
@@ -228,9 +228,14 @@ def _result_cells(summary: Summary) -> tuple[str, ...]:
     return (
         network,
         f'{_short_count(summary["parameters"])} → {_short_count(summary["kept"])}',
-        f'{summary["reference_error"]:.2f} % → {summary["test_error"]:.2f} %',
+        f'{_measured(summary, "reference_error")} → {_measured(summary, "test_error")}',
         _times(summary),
     )
+
+
+def _measured(summary: Summary, name: str) -> str:
+    number, unit = format_of(summary.get('unit', '%'))
+    return f'{summary[name]:{number}}{unit}'
 
 
 def _layers(summary: Summary) -> Table:
@@ -272,5 +277,5 @@ def _run_flags(summary: Summary) -> list[str]:
 
 def _validation_error(summary: Summary) -> str:
     seen = summary.get('flags', {}).get('train_on_all')
-    error = f'{summary["validation_error"]:.2f} %'
+    error = _measured(summary, 'validation_error')
     return f'{error}, of images that it was trained on' if seen else error

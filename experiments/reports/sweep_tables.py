@@ -1,26 +1,27 @@
 """The tables of many runs: of a frontier and of a comparison."""
 
 from experiments.networks.names import NETWORK_NAMES
-from experiments.reports.tables import Rows, Table, group_rows, middle_and_range
+from experiments.reports.tables import Rows, Table, format_of, group_rows, middle_and_range
 
 FRONTIER_HEADER = (
     *('network', 'seeds', 'compression', 'kept'),
     *('error of the reference', 'error after surgery'),
 )
-# For each table of a comparison, heading: the column, its format and unit.
+# For each table of a comparison, heading: the column, its format and unit; without these it is a
+# measurement of the network, in the unit of its rows.
 COMPARE_TABLES = {
     'Medians over seeds, and in brackets their ranges': {
         'compression': ('compression', '.1f', '×'),
-        'error of the reference': ('reference_error', '.2f', ' %'),
-        'error': ('test_error', '.2f', ' %'),
+        'error of the reference': ('reference_error',),
+        'error': ('test_error',),
         'steps to reach it': ('steps_to_reach', ',.0f'),
         'time': ('pruning_seconds', '.0f', ' s'),
         'state': ('state_mebibytes', '.1f', ' MiB'),
     },
     'Validation error around a random cut': {
-        'before the cut': ('cut_before', '.2f', ' %'),
-        'after it': ('cut_after', '.2f', ' %'),
-        'in the end': ('cut_end', '.2f', ' %'),
+        'before the cut': ('cut_before',),
+        'after it': ('cut_after',),
+        'in the end': ('cut_end',),
         'compression': ('compression', '.1f', '×'),
     },
     'Connections that returned, and the training loss without them': {
@@ -50,8 +51,8 @@ def frontier_tables(rows: Rows) -> list[Table]:
                 f'{len(runs)}',
                 middle_and_range(runs, 'compression', '.1f', '×'),
                 middle_and_range(runs, 'kept', ',.0f'),
-                middle_and_range(runs, 'reference_error', '.2f', ' %'),
-                middle_and_range(runs, 'test_error', '.2f', ' %'),
+                _cell(runs, 'reference_error'),
+                _cell(runs, 'test_error'),
             )
         )
     return [Table('Medians over seeds, and in brackets their ranges', FRONTIER_HEADER, lines)]
@@ -69,10 +70,14 @@ def compare_tables(rows: Rows) -> list[Table]:
     for caption, columns in COMPARE_TABLES.items():
         key = next(iter(columns.values()))[0]
         lines = [
-            (name, f'{len(runs)}', *(middle_and_range(runs, *cell) for cell in columns.values()))
+            (name, f'{len(runs)}', *(_cell(runs, *cell) for cell in columns.values()))
             for (name, _), runs in groups.items()
             if runs[0].get(key, '') != ''
         ]
         if lines:
             tables.append(Table(caption, ('variant', 'seeds', *columns), lines))
     return tables
+
+
+def _cell(runs: Rows, column: str, *form: str) -> str:
+    return middle_and_range(runs, column, *(form or format_of(runs[0].get('unit', '%'))))

@@ -34,6 +34,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines)
 
 
+def format_of(unit: str) -> tuple[str, str]:
+    """Says how a measurement is written: the format of the number, and what follows it."""
+    return ('.2f', ' %') if unit == '%' else ('.3f', f' {unit}')
+
+
 def to_csv(rows: Rows) -> str:
     """Writes rows as CSV; the columns are all that a row has."""
     text = io.StringIO()

@@ -17,9 +17,11 @@ from experiments.config.command_line import (
     read_variant,
 )
 from experiments.training.flags import Config
+from experiments.training.sized_flags import SizedConfig
 
 _TARGETS = names_of(Config, 'target')
-_NETWORKS = ('lenet300', 'lenet5')
+_LENETS = ('lenet300', 'lenet5')
+_SIZED = ('resnet', 'gpt')  # whose size is chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,12 @@ class SweepConfig:
     """What sweeps have in common: targets × seeds."""
 
     workdir: str
-    network: str = flag('lenet300', 'Network.', choices=_NETWORKS)
+    network: str = flag('lenet300', 'Network.', choices=(*_LENETS, *_SIZED))
     compressions: str = flag(
         '30,60,120', 'Compressions to reach (all / kept parameters), separated by commas.'
+    )
+    kernel_densities: str = flag(
+        '', 'In place of --compressions, values of --kernel_density, separated by commas.'
     )
     seeds: int = flag(
         5,
@@ -40,7 +45,7 @@ class SweepConfig:
     side_by_side: int = flag(
         5, 'Most seeds that are trained in one program, side by side.', lower_bound=1
     )
-    shared: Mapping[str, Any] = flags_of(Config, 'workdir', *_TARGETS)
+    shared: Mapping[str, Any] = flags_of(SizedConfig, 'workdir', *_TARGETS)
 
     def __post_init__(self):
         self.named_runs()  # each checks itself
@@ -49,17 +54,22 @@ class SweepConfig:
         """Returns the configuration of every run, with the name of its variant."""
         raise NotImplementedError
 
+    @property
+    def target(self) -> str:
+        """Which flag of a run the targets are values of."""
+        return 'kernel_density' if self.kernel_densities else 'compression'
+
     def targets(self) -> list[float]:
-        """Returns the compressions to reach."""
+        """Returns the compressions or densities to reach."""
+        name = 'kernel_densities' if self.kernel_densities else 'compressions'
+        text = getattr(self, name)
         try:
-            compressions = [float(text) for text in self.compressions.split(',')]
+            targets = [float(number) for number in text.split(',')]
         except ValueError as error:
-            raise ValueError(
-                f'--compressions={self.compressions} must be numbers with commas between'
-            ) from error
-        if len(set(compressions)) < len(compressions):
-            raise ValueError(f'--compressions={self.compressions} names one twice')
-        return compressions
+            raise ValueError(f'--{name}={text} must be numbers with commas between') from error
+        if len(set(targets)) < len(targets):
+            raise ValueError(f'--{name}={text} names one twice')
+        return targets
 
     def all_seeds(self) -> range:
         """Returns the seeds of each target."""
@@ -68,7 +78,15 @@ class SweepConfig:
     def make_run(self, label: str, **own: Any) -> Config:
         """Makes the configuration of one run, in the folder of that label."""
         folder = f'{self.workdir}/{label}'
-        return Config(**{**self.shared, 'network': self.network, 'workdir': folder, **own})
+        values = {**self.shared, 'network': self.network, 'workdir': folder, **own}
+        if self.network in _SIZED:
+            return SizedConfig(**values)
+        sized = {field.name: field.default for field in dataclasses.fields(SizedConfig)}
+        known = {field.name for field in dataclasses.fields(Config)}
+        for name in values.keys() - known:
+            if values.pop(name) != sized[name]:
+                raise ValueError(f'--{name} has no meaning with --network={self.network}')
+        return Config(**values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +111,7 @@ class FrontierConfig(SweepConfig):
                 reference = self.shared['reference']
                 if target != first and not reference:
                     reference = f'{self.workdir}/{first:g}-{seed}'
-                own = {'seed': seed, 'compression': target, 'reference': reference}
+                own = {'seed': seed, self.target: target, 'reference': reference}
                 runs.append(('', self.make_run(f'{target:g}-{seed}', **own)))
         return runs
 
@@ -128,7 +146,7 @@ class CompareConfig(SweepConfig):
                     label = f'{slug}-{seed}' if target is None else f'{slug}-{target:g}-{seed}'
                     own = {
                         'seed': seed,
-                        'compression': target,
+                        self.target: target,
                         'reference': self.shared['reference'] or first.get(seed),
                     }
                     first.setdefault(seed, f'{self.workdir}/{label}')
@@ -148,10 +166,10 @@ class CompareConfig(SweepConfig):
         """Returns the fields that each variant changes, by its name."""
         variants = {}
         for text in self.variant:
-            name, changed = read_variant('variant', text, Config)
+            name, changed = read_variant('variant', text, SizedConfig)
             if name in variants:
                 raise ValueError(f'--variant={text} must have a name of its own')
-            common = changed.keys() & {*names_of(Config, 'place', 'task'), 'compression'}
+            common = changed.keys() & {*names_of(SizedConfig, 'place', 'task'), self.target}
             if common:
                 raise ValueError(
                     f'--variant={text} may change how a network is pruned and fine-tuned, but not '
@@ -167,7 +185,7 @@ class CompareConfig(SweepConfig):
 class SearchConfig:
     """What `experiments.search` searches."""
 
-    network: str = flag('lenet300', 'Network.', choices=_NETWORKS)
+    network: str = flag('lenet300', 'Network.', choices=_LENETS)
     workdir: str = flag('runs/search', 'Folder that the search writes to.', decides=False)
     space: str = flag(
         'layer_density',

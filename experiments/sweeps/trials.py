@@ -105,7 +105,7 @@ def _operate(
     started = time.perf_counter()
     runs = [Run(task, make_plan(own), on_record)]
     dense = side_by_side.train_references(runs, stopping)
-    reference_error = task.error(dense[0], task.dataset.validation)
+    reference_error = task.measure(dense[0], task.dataset.validation)
     bound = reference_error + config.tolerance
     try:
         states = side_by_side.train_surgery(runs, dense, stopping)

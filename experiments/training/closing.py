@@ -1,5 +1,6 @@
 """The end of a run: what is measured of its network, on the test images too, and written."""
 
+import json
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from experiments.training.workdir import NETWORK_FILE
 
 def finish(
     run: Run,
-    reference: dns_jax.Params,
+    reference: steps.Weights,
     final: steps.TrainState,
     seconds: dict[str, float],
     returns: probes.ReturnsState | None,
@@ -27,7 +28,7 @@ def finish(
 
     Args:
       run: the one that ends.
-      reference: the weights of the dense network.
+      reference: the dense network.
       final: the state at the end.
       seconds: that it took, for the summary.
       returns: what was counted of connections that return, if anything.
@@ -35,43 +36,55 @@ def finish(
     Raises:
       OSError: if the folder cannot be written.
     """
-    summary = _summarise(run, reference, final) | seconds
+    pruned = run.plan.finetuning.finish(final)
+    if run.plan.fresh_statistics:
+        network, inputs, images = run.task.network, run.task.inputs, run.task.dataset.train
+        pruned = steps.estimate_statistics(network, inputs, pruned, images)
+    summary = _summarise(run, reference, pruned, final) | seconds
     if any(run.setbacks.values()):
         summary['setbacks'] = run.setbacks
     if returns:
-        summary['returns'] = _measure_returns(run, final, returns)
-    params = run.plan.finetuning.finish(final.params, final.masks)
-    params, masks = meshes.to_host((params, final.masks))
-    hosts.on_first(lambda: _write(run, params, masks, summary))
+        summary['returns'] = _measure_returns(run, pruned, final, returns)
+    pruned, masks = meshes.to_host((pruned, final.masks))
+    hosts.on_first(lambda: _write(run, pruned, masks, summary))
     return summary
 
 
-def _write(run: Run, params: Any, masks: dns_jax.Masks, summary: dict[str, Any]) -> None:
-    network, inputs = summary['network'], run.task.inputs
-    metadata = {'network': network, 'input_scale': repr(inputs.scale)}
-    if any(inputs.mean):
-        metadata['input_mean'] = ','.join(map(repr, inputs.mean))
-    save_sparse(run.folder / NETWORK_FILE, params, masks, metadata)
+def _write(
+    run: Run, weights: steps.Weights, masks: dns_jax.Masks, summary: dict[str, Any]
+) -> None:
+    network = summary['network']
+    metadata = {'network': network, **run.task.inputs.describe()}
+    if run.task.feed.options:
+        metadata['options'] = json.dumps(run.task.feed.options)
+    tree: Any = weights.params, masks
+    if weights.statistics:
+        dense = jax.tree.map(lambda leaf: np.array(True), weights.statistics)
+        tree = {'params': weights.params, **weights.statistics}, {'params': masks, **dense}
+    save_sparse(run.folder / NETWORK_FILE, *tree, metadata)
     first_layer = masks.get('fc1', {}).get('kernel')
     sees_pixels = network == 'lenet300' and np.ndim(first_layer)
     run_report.write(run.folder, summary, first_layer if sees_pixels else None)
 
 
-def _summarise(run: Run, reference: Any, final: steps.TrainState) -> dict[str, Any]:
+def _summarise(
+    run: Run, reference: steps.Weights, pruned: steps.Weights, final: steps.TrainState
+) -> dict[str, Any]:
     """Measures sizes and errors, and reads the test split."""
-    task = run.task
-    pruned = run.plan.finetuning.finish(final.params, final.masks)
-    positions = models.count_positions(task.network, task.feed.image_shape)
-    sizes = dns_jax.measure_sizes(final.params, final.masks, positions)
+    task, splits = run.task, run.task.dataset
+    positions = models.count_positions(task.network, task.feed.example_shape, task.inputs.dtype)
+    apart = dns_jax.unstack(run.plan.pruning.stacked, final.params, final.masks)
+    sizes = dns_jax.measure_sizes(*apart, positions)
     return {
         'network': run.identity['network'],
         'dataset': run.identity['dataset'],
         'seed': run.identity['seed'],
         'steps': run.plan.surgery.steps,
-        'reference_validation_error': task.error(reference, task.dataset.validation),
-        'reference_error': task.error(reference, task.dataset.test),
-        'validation_error': task.error(pruned, task.dataset.validation),
-        'test_error': task.error(pruned, task.dataset.test),
+        'unit': task.metric.unit,
+        'reference_validation_error': task.measure(reference, splits.validation),
+        'reference_error': task.measure(reference, splits.test),
+        'validation_error': task.measure(pruned, splits.validation),
+        'test_error': task.measure(pruned, splits.test),
         **_size_summary(sizes.total),
         'per_layer': {layer: _size_summary(size) for layer, size in sizes.layers.items()},
         'state_mebibytes': sum(leaf.nbytes for leaf in jax.tree.leaves(final)) / 2**20,
@@ -83,7 +96,7 @@ def _summarise(run: Run, reference: Any, final: steps.TrainState) -> dict[str, A
 
 
 def _measure_returns(
-    run: Run, final: steps.TrainState, returns: probes.ReturnsState
+    run: Run, network: steps.Weights, final: steps.TrainState, returns: probes.ReturnsState
 ) -> dict[str, float]:
     """Says how many connections came back, and what they are good for in the end."""
     final_masks, returned = meshes.to_host((final.masks, returns.returned))
@@ -100,13 +113,12 @@ def _measure_returns(
     removed = dns_jax.count_events(final_masks, others).values()
     measured['others_removed'] = sum(int(np.sum(event.pruned)) for event in removed)
     task = run.task
-    loss = steps.make_loss(task.network, task.inputs)
+    loss = steps.make_measure(task.network, task.inputs, steps.NATS)
     # Quantised as it is kept: what is taken away changes no magnitude of the others.
-    network = run.plan.finetuning.finish(final.params, final.masks)
     for name, masks in (*(('', final.masks), ('_without', without)), ('_without_others', others)):
-        pruned = dns_jax.apply_masks(network, masks)
-        measured[f'loss{name}'] = loss(pruned, task.dataset.train)
-        measured[f'test_error{name}'] = task.error(pruned, task.dataset.test)
+        pruned = network._replace(params=dns_jax.apply_masks(network.params, masks))
+        measured[f'loss{name}'] = loss(pruned.params, task.dataset.train, pruned.statistics)
+        measured[f'test_error{name}'] = task.measure(pruned, task.dataset.test)
     return measured
 
 

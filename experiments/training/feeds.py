@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.data import resident
+from experiments.data import resident, texts
 from experiments.devices import hosts, meshes
 from experiments.networks import models
 from experiments.training import steps
@@ -32,7 +32,8 @@ class Feed(Protocol):
     network: nn.Module
     accumulate: int  # parts that a step takes its batch in
     steps_per_call: int  # at most; a run that is asked to leave does so after a call
-    image_shape: tuple[int, int, int]
+    example_shape: tuple[int, ...]
+    options: dict[str, Any]  # that the network is made with, and its file holds
 
     def place(self, state: steps.TrainState) -> steps.TrainState:
         """Puts a new state where the steps want it."""
@@ -64,17 +65,24 @@ def open_feed(config: Config) -> Feed:
 
 
 class Resident:
-    """A data set of small images that lies on the device."""
-
-    steps_per_call = 20
+    """A data set of small images, or a text, that lies on the device."""
 
     def __init__(self, config: Config):
+        is_slow = config.network in models.SLOW_IN_LOOPS and jax.default_backend() == 'cpu'
+        self.steps_per_call = 1 if is_slow else 20
         self._batch_size, self.accumulate = config.batch_size, 1
-        self.dataset = resident.load(
-            config.dataset, config.data_dir, config.manual_dir, config.train_on_all
-        )
-        self.network = models.NETWORKS[config.network]()
-        self.image_shape = models.MNIST_INPUT.image_shape
+        folders = config.data_dir, config.manual_dir, config.train_on_all
+        if config.dataset in texts.DATASETS:
+            context = models.NETWORKS[config.network](**config.network_options).context
+            self.dataset = texts.load(config.dataset, context, *folders)
+            own = {'characters': len(self.dataset.alphabet)}
+            self.example_shape = (context,)
+        else:
+            self.dataset = resident.load(config.dataset, *folders)
+            own = {}
+            self.example_shape = self.dataset.train.images.shape[1:]
+        self.options = config.network_options | own
+        self.network = models.NETWORKS[config.network](**self.options)
 
     def place(self, state):
         """Leaves a new state as it is."""
@@ -83,13 +91,12 @@ class Resident:
     def compile(self, step, states):
         """Makes one call of all steps, for one network or several side by side."""
         del states
-        run_chunks = steps.make_run_chunks(step)
         split = self.dataset.train
-        images, labels = jax.device_put((split.images, split.labels))
-        return lambda states, batches: run_chunks(states, images, labels, batches)
+        run_chunks, arrays = steps.make_run_chunks(step, split.gather), jax.device_put(split.arrays)
+        return lambda states, batches: run_chunks(states, arrays, batches)
 
     def batches(self, seed, start, count):
-        """Chooses images by number."""
+        """Chooses examples by number."""
         return resident.batch_indices(seed, len(self.dataset.train), self._batch_size, start, count)
 
 
@@ -104,6 +111,7 @@ class Streamed:
         from experiments.data.streams import open_streams
 
         self._batch_size, self.accumulate = config.batch_size, config.accumulate
+        self.options = {}
         self._mesh = meshes.make_mesh(config.mesh, config.batch_size, config.accumulate)
         if jax.process_count() > 1:
             folders = resident.resolve_folders(config.data_dir, config.manual_dir)
@@ -117,10 +125,9 @@ class Streamed:
             config.train_on_all,
             config.workers,
         )
-        self.image_shape = source.image_shape
-        self.network = models.NETWORKS[config.network](
-            classes=source.classes, width=config.width, dtype=jnp.dtype(config.compute_dtype)
-        )
+        self.example_shape = source.image_shape
+        options = {**config.network_options, 'classes': source.classes}
+        self.network = models.NETWORKS[config.network](**options)
         # Threads evaluate: processes would be started again for every record.
         splits = {
             name: _Placed(

@@ -8,19 +8,22 @@ there must be one. The others are about what happens to the dense network.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.config.command_line import check_finite, flag, names_of
 from experiments.data import resident
 from experiments.training.pruning import IMPORTANCES, PRUNERS, QUANTISERS
+from experiments.training.solvers import SOLVERS
 
 _ADDED_TO_THE_GRADIENT = 'added to the gradient as decay · weight'
 _BY_LAYER = (
     'as LAYER:NUMBER,…, where conv* is a LAYER too, or NUMBER for all; layers left out stay dense.'
 )
-_ONE_OF = 'One of --compression, --density, --layer_density, --c_rate must be given.'
+_ONE_OF = (
+    'One of --compression, --density, --kernel_density, --layer_density, --c_rate must be given.'
+)
 _IN_ROUNDS = ' or '.join(name for name, pruner in PRUNERS.items() if pruner.in_rounds)
 
 
@@ -34,7 +37,7 @@ class Config:
 
     network: str  # chosen by the entry script, not a flag
 
-    dataset: str = flag('mnist', 'Data set.', choices=resident.DATASETS, part='task')
+    dataset: str = flag('mnist', 'Data set.', choices=resident.GREY_DATASETS, part='task')
     data_dir: str | None = flag(None, resident.DATA_DIR_HELP, decides=False, part='place')
     manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP, decides=False, part='place')
     train_on_all: bool = flag(
@@ -61,7 +64,16 @@ class Config:
         part='task',
     )
 
-    batch_size: int = flag(64, 'Images per step.', lower_bound=1, part='task')
+    shift: int = flag(
+        0,
+        'Pixels that training images are moved by at most, at random, to black beyond the border.',
+        lower_bound=0,
+        part='task',
+    )
+    mirror: bool = flag(
+        False, 'Whether training images are mirrored left to right, half of them.', part='task'
+    )
+    batch_size: int = flag(64, 'Examples per step.', lower_bound=1, part='task')
     reference_steps: int = flag(10_000, 'Steps of dense training.', lower_bound=1, part='task')
     surgery_steps: int = flag(16_000, 'Steps of surgery.', lower_bound=1)
     finetuning_steps: int = flag(
@@ -92,7 +104,8 @@ class Config:
     reference_learning_rate: str = flag(
         'inv:0.01,1e-4,0.75',
         'Learning rate of dense training: fixed:BASE, exp:BASE,GAMMA, inv:BASE,GAMMA,POWER, '
-        'poly:BASE,POWER or step:BASE,GAMMA,STEPS, as in Caffe.',
+        'poly:BASE,POWER or step:BASE,GAMMA,STEPS, as in Caffe; or cosine:BASE,STEPS,SHARE, which '
+        'rises from 0 for some steps and then falls to a share of the base.',
         part='task',
     )
     learning_rate: str = flag(
@@ -110,11 +123,26 @@ class Config:
     finetuning_weight_decay: float = flag(
         0.0, f'Weight decay of fine-tuning, {_ADDED_TO_THE_GRADIENT}.'
     )
+    optimizer: str = flag(
+        'caffe',
+        'What trains the weights: caffe, SGD as Caffe does it; sgd, as optax does, where momentum '
+        'knows of no rate; adamw.',
+        choices=tuple(SOLVERS),
+        part='solver',
+    )
+    clip: float = flag(
+        0.0,
+        'Norm that gradients of all weights together are cut down to; 0 leaves them as they are.',
+        lower_bound=0.0,
+        part='solver',
+    )
     momentum: float = flag(
         0.9, 'Momentum: share of the last update that goes into the next, in [0, 1).', part='solver'
     )
     bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.', part='solver')
-    decay_biases: bool = flag(True, 'Whether biases get weight decay too.', part='solver')
+    decay_biases: bool = flag(
+        True, 'Whether biases get weight decay too, and the scales of norms.', part='solver'
+    )
 
     compression: float | None = flag(
         None,
@@ -124,6 +152,12 @@ class Config:
     )
     density: float | None = flag(
         None, f'Density to reach, kept parameters / all parameters. {_ONE_OF}', part='target'
+    )
+    kernel_density: float | None = flag(
+        None,
+        'Density to reach over all that takes part, which is all kernels where --prune_biases is '
+        f'off: kept / all of its parameters. {_ONE_OF}',
+        part='target',
     )
     layer_density: str = flag(
         '',
@@ -197,7 +231,11 @@ class Config:
         'or 2of4 along the inputs; one for all layers, or LAYER:STRUCTURE,…, where conv* is a '
         'LAYER too. By default, in layers left out, and for biases, weights are pruned one by one.',
     )
-    prune_biases: bool = flag(True, 'Whether biases take part in surgery.')
+    prune_biases: bool = flag(
+        True, 'Whether biases take part in surgery, and the scales of norms.'
+    )
+    prune_embeddings: bool = flag(False, 'Whether embeddings take part in surgery.')
+    stay_dense: str = flag('', 'Layers that take no part in surgery, as LAYER,…; conv* is one too.')
     quantiser: str = flag(
         'none',
         'What kernels are rounded to in surgery and fine-tuning, while real weights learn: binary, '
@@ -253,13 +291,15 @@ class Config:
         }
         if len(wanted) != 1:
             raise ValueError(
-                'one of --compression, --density, --layer_density and --c_rate must say what to '
-                f'keep, as --compression=100 does, but {wanted or "none"} is given'
+                'one of --compression, --density, --kernel_density, --layer_density and --c_rate '
+                f'must say what to keep, as --compression=100 does, but {wanted or "none"} is given'
             )
         if self.compression is not None and not 1 <= self.compression < math.inf:
             raise ValueError(f'--compression={self.compression} must be finite and at least 1')
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f'--density={self.density} must be in (0, 1]')
+        for name in ('density', 'kernel_density'):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f'--{name}={value} must be in (0, 1]')
         for name in ('cut', 'dropout', 'drop'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
@@ -302,13 +342,28 @@ class Config:
             'cut_at': self.cut > 0,
         }
         unread |= {name for name, other in beside.items() if not other}
-        for field in dataclasses.fields(Config):
+        self.refuse(unread, f'--pruner={self.pruner}')
+        of_solvers = {name for solver in SOLVERS.values() for name in solver.reads}
+        unread = of_solvers - {*SOLVERS[self.optimizer].reads}
+        self.refuse(unread, f'--optimizer={self.optimizer}')
+
+    def refuse(self, names: Collection[str], beside: str) -> None:
+        """Refuses flags that were given, though nothing reads them beside another one.
+
+        Raises:
+          ValueError: if there is one.
+        """
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != field.default and field.name in unread:
+            if value != field.default and field.name in names:
                 raise ValueError(
-                    f'--{field.name}={value} has no meaning with the other flags, such as '
-                    f'--pruner={self.pruner}'
+                    f'--{field.name}={value} has no meaning with the other flags, such as {beside}'
                 )
+
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """What the network is made with beside its name."""
+        return {}
 
 
 def _same(one: str, other: str) -> bool:

@@ -1,6 +1,9 @@
 """The flags of runs on streamed images, those of ImageNet above all: `flags.Config` and more."""
 
 import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
 
 from experiments.config.command_line import flag
 from experiments.data.crops import CROPS
@@ -64,3 +67,8 @@ class ImageConfig(Config):
             parse_distributed(self.distributed)
         if self.width <= 0:
             raise ValueError(f'--width={self.width} must be above 0')
+
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """What the network is made with beside its name; how many classes, the data say."""
+        return {'width': self.width, 'dtype': jnp.dtype(self.compute_dtype)}

@@ -18,10 +18,11 @@ from absl import logging
 import dns_jax
 from experiments.devices import hosts, progress
 from experiments.reports.records import PHASES
+from experiments.reports.tables import format_of
 from experiments.training import divergence, plan
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import Chunk, TrainState, make_step
-from experiments.training.task import Run
+from experiments.training.task import Run, Task
 from experiments.training.workdir import CHECKPOINTS_FOLDER
 
 
@@ -52,7 +53,7 @@ class PhaseOfRun:
         """Says how many steps to take in one call: of a record, as many in each."""
         record_every, most = self.flags.record_every, self.feed.steps_per_call
         # Every length is compiled: of one length, if that makes no more than twice as many calls.
-        alike = [n for n in range(most // 2, most + 1) if record_every % n == 0]
+        alike = [n for n in range(max(most // 2, 1), most + 1) if record_every % n == 0]
         left = record_every - self.done % record_every, self.steps - self.done
         return min(max(alike, default=most), *left)
 
@@ -77,7 +78,7 @@ class PhaseOfRun:
             since = jax.tree.map(lambda *parts: np.concatenate(parts), *self._unrecorded)
             record = self.run.record(self.name, self.done, state, since)
             self._unrecorded = []
-            self.progress = _progress(record, self.run.task.parameters)
+            self.progress = _progress(record, self.run.task)
 
     def save(self) -> None:
         """Saves a checkpoint of the step the phase is at, where there is none."""
@@ -146,8 +147,15 @@ def train_side_by_side(
     def compile_calls(setbacks: tuple[bool, ...]) -> Callable[..., Any]:
         optimizer = phase.make_optimizer(task.shapes, setbacks)
         dropout = phase.make_dropout(task.shapes)
-        rounding, accumulate = phase.make_rounding(), task.feed.accumulate
-        step = make_step(task.network, optimizer, task.inputs, dropout, accumulate, rounding)
+        step = make_step(
+            task.network,
+            optimizer,
+            task.inputs,
+            dropout=dropout,
+            accumulate=task.feed.accumulate,
+            rounding=phase.make_rounding(),
+            augmentation=phase.make_augmentation(),
+        )
         return task.feed.compile(step, tuple(course.state for course in courses))
 
     stop = 0
@@ -224,10 +232,11 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _progress(record, parameters) -> dict[str, str]:
-    compression = parameters / max(sum(record['kept'].values()), 1)
+def _progress(record: dict[str, Any], task: Task) -> dict[str, str]:
+    compression = task.parameters / max(sum(record['kept'].values()), 1)
+    number, unit = format_of(task.metric.unit)
     return {
         'loss': f'{record["loss"]:.4f}',
-        'validation_error': f'{record["validation_error"]:.2f} %',
+        'validation_error': f'{record["validation_error"]:{number}}{unit}',
         'compression': f'{compression:.1f}×',
     }

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 
 import dns_jax
 from dns_jax import sparse_training
+from dns_jax.layers import named_leaves
 from experiments.baselines.quantisers import Quantiser
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_structure, parse_table
+from experiments.data.augmentation import shift_and_mirror
 from experiments.networks import models
 from experiments.reports.records import PHASES
 from experiments.training import divergence
@@ -29,8 +32,11 @@ from experiments.training.pruning import (
     Window,
     make_no_pruner,
     make_pruner,
+    make_takes_part,
 )
-from experiments.training.steps import Dropout, Rounding
+from experiments.training.sized_flags import SizedConfig
+from experiments.training.solvers import make_solver
+from experiments.training.steps import Augmentation, Dropout, Rounding, TrainState, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Phase:
     dropout: float  # of dense layers
     scales_dropout: bool  # whether it falls with the root of the density
     quantiser: Quantiser | None  # of the weights that the network computes with
+    shift: int  # pixels that images are moved by at most
+    mirror: bool  # whether half of them are mirrored
 
     def make_optimizer(
         self, params: Any, setbacks: Sequence[bool] = ()
@@ -67,15 +75,23 @@ class Phase:
         # Before they are chained: where what is pruned is zeroed, that is after the rate is halved.
         return self.chain(*divergence.after_setbacks(pruner, solver, setbacks))
 
-    def finish(self, params: Any, masks: dns_jax.Masks) -> Any:
-        """Gives the weights of the network to keep: W⊙T, quantised where the phase does so."""
-        return (self.quantiser.finish if self.quantiser else dns_jax.apply_masks)(params, masks)
+    def finish(self, state: TrainState) -> Weights:
+        """Gives the network to keep: W⊙T, quantised where the phase does so."""
+        apply = self.quantiser.finish if self.quantiser else dns_jax.apply_masks
+        return Weights(apply(state.params, state.masks), state.statistics)
 
     def make_rounding(self) -> Rounding | None:
         """Says how the phase quantises weights, None where it does not."""
         # Above the numbers of dropout.
         number = 2**31 + 2**30 + PHASES.index(self.name)
         return Rounding(self.quantiser, number) if self.quantiser else None
+
+    def make_augmentation(self) -> Augmentation | None:
+        """Says how the phase changes images at random, None where it does not."""
+        if not (self.shift or self.mirror):
+            return None
+        change = functools.partial(shift_and_mirror, pixels=self.shift, mirror=self.mirror)
+        return Augmentation(change, 2**31 + 2**29 + PHASES.index(self.name))
 
     def make_dropout(self, params: Any) -> Dropout | None:
         """Says how the phase drops units out, None where it does not."""
@@ -102,6 +118,7 @@ class Plan:
     reference: Phase
     surgery: Phase
     finetuning: Phase
+    fresh_statistics: bool  # whether those of BatchNorm are estimated anew in the end
 
 
 def make_plan(config: Config) -> Plan:
@@ -115,7 +132,10 @@ def make_plan(config: Config) -> Plan:
         network or the other flags.
     """
     shapes = _shapes(config)
-    pruning = read_pruning(config, list(shapes))
+    stacked = models.STACKED.get(config.network, {})
+    (apart,) = jax.eval_shape(lambda shapes: dns_jax.unstack(stacked, shapes), shapes)
+    could = make_takes_part(config.prune_biases, config.prune_embeddings)
+    pruning = read_pruning(config, list(dns_jax.group_by_layer(apart, takes_part=could)))
     pruner = functools.partial(make_pruner, pruning)
     dropout = 0.0 if config.pruned_dropout == 'dropped' else config.dropout
     reference = _make_phase(config, 'reference', 'reference_', make_no_pruner, config.dropout)
@@ -126,10 +146,12 @@ def make_plan(config: Config) -> Plan:
 
     finetuning = _make_phase(config, 'finetuning', 'finetuning_', make_frozen, dropout)
     surgery.make_optimizer(shapes)  # what does not fit the network is refused
+    leaves = dict(named_leaves(apart))
     for layer, structure in pruning.structures.items():
-        kernel = shapes[layer]['kernel']
-        named('structure', structure.check, f'{layer}/kernel', kernel.shape)
-    return Plan(config, pruning, reference, surgery, finetuning)
+        path = f'{layer}/kernel'
+        named('structure', structure.check, path, leaves[path].shape)
+    fresh = isinstance(config, SizedConfig) and config.fresh_statistics
+    return Plan(config, pruning, reference, surgery, finetuning, fresh)
 
 
 def _make_phase(
@@ -143,30 +165,40 @@ def _make_phase(
     decay = getattr(config, decay_flag)
     if decay < 0:
         raise ValueError(f'--{decay_flag}={decay} must be at least 0')
-    biases = config.bias_scale, config.decay_biases
-    solver = dns_jax.caffe_sgd(rate, config.momentum, decay, *biases)
+    solver = make_solver(config, rate, decay)
     chain, scales = PRUNERS[config.pruner].chain, config.pruned_dropout == 'scaled'
     quantiser = None if name == 'reference' else QUANTISERS[config.quantiser]
-    return Phase(name, steps, solver, make, chain, dropout, scales, quantiser)
+    changes = config.shift, config.mirror
+    return Phase(name, steps, solver, make, chain, dropout, scales, quantiser, *changes)
 
 
 def _shapes(config: Config) -> Any:
     """The shapes of the weights; how many classes streamed images have, their data say."""
+    options = dict(config.network_options)
+    inputs: Any = models.INPUTS.get(config.network, models.MNIST_INPUT)
     if isinstance(config, ImageConfig):
         # Fewer classes keep fewer weights that take no part: nothing that fits the data is refused.
-        network = models.NETWORKS[config.network](width=config.width, classes=1)
-        return _cached_shapes(network, (config.image_size, config.image_size, 3))
-    return _cached_shapes(models.NETWORKS[config.network](), models.MNIST_INPUT.image_shape)
+        options['classes'] = 1
+        shape = config.image_size, config.image_size, 3
+    elif isinstance(inputs, models.Tokens):
+        shape = (1,)
+    else:
+        shape = inputs.image_shape
+    network = models.NETWORKS[config.network](**options)
+    return _cached_shapes(network, shape, inputs.dtype)
 
 
 @functools.cache
-def _cached_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
-    return models.shapes(network, image_shape)
+def _cached_shapes(network: nn.Module, shape: tuple[int, ...], dtype: Any) -> Any:
+    return models.shapes(network, shape, dtype)
 
 
 def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
-    """Reads all that is said of pruning, for the layers of a network."""
+    """Reads all that is said of pruning, for the layers of a network that could take part."""
     steps = config.surgery_steps
+    stay = dict.fromkeys(filter(None, config.stay_dense.split(',')), True)
+    dense = named('stay_dense', dns_jax.match_patterns, stay, layers)
+    layers = [layer for layer in layers if layer not in dense]
     rates = _by_layer(config, 'c_rate', layers)
     densities = _by_layer(config, 'layer_density', layers)
     for density in densities.values():
@@ -191,6 +223,7 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         densities=densities,
         compression=config.compression,
         density=config.density,
+        kernel_density=config.kernel_density,
         score=config.score,
         windows=windows,
         ramps=ramps,
@@ -205,7 +238,8 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         drop=config.drop,
         importance=IMPORTANCES[config.importance],
         structures=structures,
-        prune_biases=config.prune_biases,
+        takes_part=make_takes_part(config.prune_biases, config.prune_embeddings, dense),
+        stacked=models.STACKED.get(config.network, {}),
         cut=config.cut,
         cut_at=cut_at,
         count_returns=config.count_returns,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import optax
 
 import dns_jax
 from dns_jax import importance, pruners, sparse_training
-from dns_jax.typing import Importance
+from dns_jax.layers import has_axes, parent_path, role
+from dns_jax.typing import Importance, TakesPart
 from experiments.baselines.binary_connect import binary_connect
 from experiments.baselines.ternary import scaled_signs, ternary
 from experiments.training import probes
@@ -45,6 +46,7 @@ class Pruning:
     densities: Mapping[str, float]  # of each layer; empty where the network has one
     compression: float | None  # of the network: parameters / kept
     density: float | None  # of the network: kept / parameters
+    kernel_density: float | None  # of what takes part: kept / all
     score: str  # how layers share what the network keeps
     windows: Mapping[str, Window]  # the steps with updates of masks
     ramps: Mapping[str, Window]  # the first and the last step of a falling density
@@ -59,15 +61,11 @@ class Pruning:
     drop: float  # share of the kept connections that are exchanged in a round
     importance: Importance
     structures: Mapping[str, dns_jax.Structure]  # of each layer; others are pruned by weights
-    prune_biases: bool
+    takes_part: TakesPart  # which leaves surgery is done on
+    stacked: Mapping[str, int]  # nodes of the network that hold many layers, and the axis
     cut: float  # share of the kept connections that is cut at random, once
     cut_at: int  # the step
     count_returns: bool
-
-    @property
-    def takes_part(self) -> Callable[[str, jax.Array], bool]:
-        """Which leaves surgery is done on, as a predicate of path and leaf."""
-        return dns_jax.has_axes if self.prune_biases else dns_jax.is_kernel
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,6 +74,7 @@ class Pruning:
             'takes_part': self.takes_part,
             'importance': self.importance,
             'structure': self.structures,
+            'stacked': self.stacked,
         }
 
     def kept_share(self, params: dns_jax.Params) -> float:
@@ -84,7 +83,10 @@ class Pruning:
         Raises:
           ValueError: if what takes no part is more than is to be kept.
         """
-        groups = dns_jax.group_by_layer(params, takes_part=self.takes_part).values()
+        if self.kernel_density:
+            return self.kernel_density
+        (apart,) = jax.eval_shape(lambda params: dns_jax.unstack(self.stacked, params), params)
+        groups = dns_jax.group_by_layer(apart, takes_part=self.takes_part).values()
         part = sum(leaf.size for leaves in groups for leaf in leaves)
         total = sum(leaf.size for leaf in jax.tree.leaves(params))
         # Rounded down: a network as small as asked for, or smaller.
@@ -98,6 +100,29 @@ class Pruning:
                 f'{total - part} take no part in surgery and at least one other must be kept'
             )
         return (wanted - (total - part)) / part
+
+
+def make_takes_part(
+    prune_biases: bool, prune_embeddings: bool, dense: Collection[str] = ()
+) -> TakesPart:
+    """Says which leaves surgery is done on: kernels, and what else is asked for.
+
+    Args:
+      prune_biases: whether biases take part, and the scales of norms.
+      prune_embeddings: whether embeddings do.
+      dense: layers that take no part.
+    """
+    roles = {'kernel'}
+    if prune_biases:
+        roles |= {'bias', 'scale'}
+    if prune_embeddings:
+        roles.add('embedding')
+
+    def takes_part(path, leaf):
+        is_wanted = has_axes(path, leaf) and role(path, leaf) in roles
+        return is_wanted and parent_path(path) not in dense
+
+    return takes_part
 
 
 def make_pruner(pruning: Pruning, params: dns_jax.Params) -> optax.GradientTransformation:
@@ -193,6 +218,7 @@ def _make_surgery(pruning, params, key):
         takes_part=pruning.takes_part,
         importance=pruning.importance,
         splicing=pruning.splicing,
+        stacked=pruning.stacked,
     )
 
 
@@ -244,6 +270,7 @@ def _make_regrowing(drop, growth, pruning, params, key):
         initial=importance.magnitude,
         density_rule=rule,
         takes_part=pruning.takes_part,
+        stacked=pruning.stacked,
     )
 
 
@@ -253,7 +280,7 @@ def _cosine(drop: float, steps: int) -> dns_jax.Schedule:
     return lambda step: jnp.asarray(schedule(jnp.float32(step)))
 
 
-_DENSITIES = ('compression', 'density', 'layer_density')
+_DENSITIES = ('compression', 'density', 'kernel_density', 'layer_density')
 
 
 class Pruner(NamedTuple):

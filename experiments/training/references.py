@@ -12,7 +12,7 @@ import dns_jax
 from experiments.artefacts import caffe_names
 from experiments.devices import meshes
 from experiments.training.checkpoints import Checkpoints
-from experiments.training.steps import TrainState
+from experiments.training.steps import TrainState, Weights
 from experiments.training.workdir import CHECKPOINTS_FOLDER, read_flags
 
 
@@ -56,7 +56,7 @@ def _checkpoints(folder: Path) -> Path:
     return folder / CHECKPOINTS_FOLDER / 'reference'
 
 
-def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Params:
+def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> Weights:
     """Reads the reference network that a run is to start from.
 
     Args:
@@ -65,7 +65,7 @@ def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Para
       like: the state at the start of the run's own dense training.
 
     Returns:
-      The weights. Those of a Caffe network with masks are W⊙T.
+      The network. That of Caffe with masks is W⊙T.
 
     Raises:
       ValueError: if the network is another one, may have been trained on the images that this run
@@ -74,13 +74,14 @@ def read(path: Path, flags: Mapping[str, Any], like: TrainState) -> dns_jax.Para
     """
     check(path, flags)
     if path.suffix == '.caffemodel':
-        params = _of_caffe(path, flags['network'], like)
+        weights = Weights(_of_caffe(path, flags['network'], like))
     else:
         with Checkpoints(_checkpoints(path)) as checkpoints:
-            params = checkpoints.restore(like, read_flags(path)['reference_steps'])[1].params
+            state = checkpoints.restore(like, read_flags(path)['reference_steps'])[1]
+        weights = Weights(state.params, state.statistics)
     # Orbax binds arrays to a device. Beside a new optimizer state, which is not bound, the loop
     # would be compiled once for the mixture and once for what it gives back.
-    return jax.tree.map(jnp.asarray, meshes.to_host(params))
+    return jax.tree.map(jnp.asarray, meshes.to_host(weights))
 
 
 def _of_caffe(path: Path, name: str, like: TrainState) -> dns_jax.Params:

@@ -14,7 +14,7 @@ from experiments.training import closing, divergence, probes
 from experiments.training.phases import stop_on_signals, train_side_by_side
 from experiments.training.plan import Plan
 from experiments.training.pruning import make_rules
-from experiments.training.steps import TrainState
+from experiments.training.steps import TrainState, Weights
 from experiments.training.task import Run, Task
 
 
@@ -54,7 +54,7 @@ def run_together(
     ]
 
 
-def train_references(runs: Sequence[Run], stopping: list[int]) -> list[dns_jax.Params]:
+def train_references(runs: Sequence[Run], stopping: list[int]) -> list[Weights]:
     """Trains the dense network of each run, or takes the ones that --reference names."""
     given = [run.reference for run in runs if run.reference is not None]
     if given:
@@ -62,22 +62,24 @@ def train_references(runs: Sequence[Run], stopping: list[int]) -> list[dns_jax.P
     phase = runs[0].plan.reference
     optimizer = phase.make_optimizer(runs[0].task.shapes)
     states = [run.start(optimizer, jax.tree.map(jnp.copy, run.initial)) for run in runs]
-    return [state.params for state in train_side_by_side(phase, runs, states, stopping)]
+    trained = train_side_by_side(phase, runs, states, stopping)
+    return [Weights(state.params, state.statistics) for state in trained]
 
 
 def train_surgery(
-    runs: Sequence[Run], dense: Sequence[dns_jax.Params], stopping: list[int]
+    runs: Sequence[Run], dense: Sequence[Weights], stopping: list[int]
 ) -> list[TrainState]:
     """Operates on the network of each run, from its dense weights."""
     phase, pruning = runs[0].plan.surgery, runs[0].plan.pruning
     optimizer, states = phase.make_optimizer(runs[0].task.shapes), []
-    for run, params in zip(runs, dense, strict=True):
+    for run, weights in zip(runs, dense, strict=True):
         if pruning.pruner.has_rules and pruning.importance is importance.magnitude:
-            rules = make_rules(pruning, params)
-            for warning in divergence.find_emptied_layers(rules, params, pruning.takes_part):
+            rules = make_rules(pruning, weights.params)
+            (apart,) = dns_jax.unstack(pruning.stacked, weights.params)
+            for warning in divergence.find_emptied_layers(rules, apart, pruning.takes_part):
                 logging.warning('%s', warning)
         # A copy: the loop donates its state, and the reference is still needed.
-        states.append(run.start(optimizer, jax.tree.map(jnp.copy, params)))
+        states.append(run.start(optimizer, jax.tree.map(jnp.copy, weights)))
     return train_side_by_side(phase, runs, states, stopping)
 
 
@@ -90,7 +92,7 @@ def finetune(
         return list(states)
     optimizer = phase.make_optimizer(runs[0].task.shapes)
     begun = [
-        run.start(optimizer, state.params, state.masks)
+        run.start(optimizer, Weights(state.params, state.statistics), state.masks)
         for run, state in zip(runs, states, strict=True)
     ]
     return train_side_by_side(phase, runs, begun, stopping)

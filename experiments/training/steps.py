@@ -5,7 +5,8 @@ whose rule table is empty: then every mask is a scalar and costs nothing.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -20,16 +21,28 @@ from experiments.networks import models
 
 _AHEAD = 2  # steps handed to the device before the one that is waited for
 
+Statistics = Mapping[str, Any]
+"""What a network has beside its weights, by Flax's collection: BatchNorm's running means."""
 
-class Images(Protocol):
+
+class Examples(Protocol):
     """A split of a data set, as it is measured on."""
 
-    def __len__(self) -> int:
-        """Counts its images."""
+    def batches(self) -> Iterable[tuple[Any, Any]]:
+        """Gives examples and labels in batches; labels below 0 are padding."""
         ...
 
-    def batches(self) -> Iterable[tuple[Any, Any]]:
-        """Gives images and labels in batches; labels below 0 are padding."""
+
+class Inputs(Protocol):
+    """What a network takes."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the arrays that it takes."""
+        ...
+
+    def prepare(self, examples: Any, /) -> jax.Array:
+        """Makes it of a batch as the data set has it."""
         ...
 
 
@@ -38,11 +51,19 @@ class TrainState(NamedTuple):
 
     params: dns_jax.Params
     opt_state: optax.OptState
+    statistics: Statistics = {}
 
     @property
     def masks(self) -> dns_jax.Masks:
         """The masks, from wherever in the optimizer's state surgery put them."""
         return dns_jax.get_masks(self.opt_state)
+
+
+class Weights(NamedTuple):
+    """What a network computes with: dense weights, or W⊙T."""
+
+    params: dns_jax.Params
+    statistics: Statistics = {}
 
 
 class Chunk(NamedTuple):
@@ -66,59 +87,92 @@ class Rounding(NamedTuple):
     number: int  # of the phase's coins; no count of steps, nor the number of a `Dropout`
 
 
+class Augmentation(NamedTuple):
+    """How the images of a step are changed at random."""
+
+    change: Callable[[jax.Array, jax.Array], jax.Array]  # of a key and images
+    number: int  # of the random bits, as of `Rounding`
+
+
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
-"""Maps logits (batch, classes) and labels (batch,) to the loss of each image."""
+"""Maps logits (…, classes) and labels (…) to the loss of each label."""
 
 CROSS_ENTROPY: Loss = optax.softmax_cross_entropy_with_integer_labels
+
+
+class Metric(NamedTuple):
+    """What a network is measured by; less is better."""
+
+    unit: str
+    of_labels: Loss  # whose mean it is, over all labels of a split
+
+
+ERROR = Metric('%', lambda logits, labels: 100.0 * (jnp.argmax(logits, -1) != labels))
+NATS = Metric('nats', CROSS_ENTROPY)
+BITS = Metric('bits/character', lambda logits, labels: CROSS_ENTROPY(logits, labels) / jnp.log(2))
 
 
 def make_step(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
-    inputs: models.Input,
+    inputs: Inputs,
     dropout: Dropout | None = None,
     accumulate: int = 1,
     rounding: Rounding | None = None,
     loss: Loss = CROSS_ENTROPY,
+    augmentation: Augmentation | None = None,
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
     Args:
-      network: maps images to logits.
+      network: maps examples, such as images, to logits.
       optimizer: a chain with `dns_jax.surgery` in it.
       inputs: what the network takes.
       dropout: of the phase.
       accumulate: parts of one size that a batch is taken in, one after the other: memory is
         needed for the images of one, and the gradient is the mean of theirs.
       rounding: of what the network computes with; None leaves weights as they are.
-      loss: of images; that of a batch is their mean.
+      loss: of labels; that of a batch is their mean.
+      augmentation: of images; None leaves them as they are.
 
     Returns:
-      A function of the state, images (batch, height, width, channels) uint8 and labels (batch,)
-      int32 that returns the new state and the loss of the batch, by default in nats.
+      A function of the state, examples, such as images (batch, height, width, channels) uint8, and
+      labels (batch, …) int32 that returns the new state and the loss of the batch, by default in
+      nats.
     """
 
-    def loss_fn(params, images, labels, **dropping_out):
-        return loss(_logits(network, inputs, params, images, **dropping_out), labels).mean()
+    def loss_fn(params, statistics, examples, labels, **options):
+        variables, prepared = {'params': params, **statistics}, inputs.prepare(examples)
+        if statistics:
+            options |= {'train': True, 'mutable': list(statistics)}
+            logits, statistics = network.apply(variables, prepared, **options)
+        else:
+            logits = network.apply(variables, prepared, **options)
+        return loss(jnp.asarray(logits), labels).mean(), statistics
 
-    value_and_grad = dns_jax.masked_value_and_grad(loss_fn)
+    value_and_grad = dns_jax.masked_value_and_grad(loss_fn, has_aux=True)
     if accumulate > 1:
         value_and_grad = _in_parts(value_and_grad, accumulate)
     if rounding:
         value_and_grad = quantised(value_and_grad, rounding.quantiser)
 
-    def step(state, images, labels):
+    def step(state, examples, labels):
         options = {}
+        if augmentation:
+            examples = augmentation.change(_fold_key(state, augmentation.number), examples)
         if dropout:
             key = _fold_key(state, dropout.number)
             options = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
         if rounding:
             options['key'] = _fold_key(state, rounding.number)
-        value, gradients = value_and_grad(state.params, state.masks, images, labels, **options)
+        (value, statistics), gradients = value_and_grad(
+            state.params, state.masks, state.statistics, examples, labels, **options
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, statistics), value
 
     return step
 
@@ -138,60 +192,80 @@ def _fold_key(state: TrainState, number: int) -> jax.Array:
 def _in_parts(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[..., Any]:
     """Takes a batch in parts, one after the other; the mean of their losses and gradients."""
 
-    def mean(params, masks, images, labels, rngs=None, **options):
-        def add_part(total, part):
-            number, images, labels = part
+    def mean(params, masks, statistics, examples, labels, rngs=None, **options):
+        def add_part(carry, part):
+            (total, statistics), (number, examples, labels) = carry, part
             own = dict(options)
             if rngs:
                 own['rngs'] = jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs)
-            new = value_and_grad(params, masks, images, labels, **own)
-            return jax.tree.map(lambda sum_, term: sum_ + term / accumulate, total, new), None
+            (value, statistics), gradients = value_and_grad(
+                params, masks, statistics, examples, labels, **own
+            )
+            new = value, gradients
+            total = jax.tree.map(lambda sum_, term: sum_ + term / accumulate, total, new)
+            return (total, statistics), None
 
         # Every part has rows of every device that the batch is spread over.
         split = (
             jnp.moveaxis(array.reshape(-1, accumulate, *array.shape[1:]), 1, 0)
-            for array in (images, labels)
+            for array in (examples, labels)
         )
         nothing = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
         # XLA runs convolutions inside a loop on CPU many times slower than outside of it.
         unroll = accumulate if jax.default_backend() == 'cpu' else 1
         parts = (jnp.arange(accumulate), *split)
-        return jax.lax.scan(add_part, nothing, parts, unroll=unroll)[0]
+        start = nothing, statistics
+        ((value, gradients), statistics), _ = jax.lax.scan(add_part, start, parts, unroll=unroll)
+        return (value, statistics), gradients
 
     return mean
 
 
-def make_run_chunk(step: TrainStep) -> Callable[..., tuple[TrainState, Chunk]]:
+Gather = Callable[[tuple[jax.Array, ...], jax.Array], tuple[jax.Array, jax.Array]]
+"""Takes the examples and labels of some numbers out of the arrays of a split."""
+
+
+def make_run_chunk(step: TrainStep, gather: Gather) -> Callable[..., tuple[TrainState, Chunk]]:
     """Makes the compiled call that runs many steps; it donates the state.
 
+    Args:
+      step: from `make_step`.
+      gather: of the split.
+
     Returns:
-      A jitted function of the state, all images, all labels and the indices (steps, batch) of
+      A jitted function of the state, the arrays of the split and the numbers (steps, batch) of
       each step's batch that returns the new state and a `Chunk`.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def run_chunk(state, images, labels, indices):
+    def run_chunk(state, arrays, numbers):
         def body(state, batch):
-            new_state, loss = step(state, images[batch], labels[batch])
+            new_state, loss = step(state, *gather(arrays, batch))
             return new_state, Chunk(loss, dns_jax.count_events(state.masks, new_state.masks))
 
         # Two steps a turn: XLA on CPU copies weights and masks between turns, not within one.
-        return jax.lax.scan(body, state, indices, unroll=2)
+        return jax.lax.scan(body, state, numbers, unroll=2)
 
     return run_chunk
 
 
-def make_run_chunks(step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
+def make_run_chunks(
+    step: TrainStep, gather: Gather
+) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
     """Makes the compiled call that runs many steps of several networks, each on its own batches.
 
+    Args:
+      step: from `make_step`.
+      gather: of the split.
+
     Returns:
-      As `make_run_chunk` does, but for tuples of states and of indices; the result is a tuple of
+      As `make_run_chunk` does, but for tuples of states and of numbers; the result is a tuple of
       pairs. Several networks are vmapped into one program; they must be at the same step.
     """
-    run_chunk = make_run_chunk(step)
+    run_chunk = make_run_chunk(step, gather)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def run_vmapped(states, images, labels, indices):
+    def run_vmapped(states, arrays, numbers):
         # Whole numbers count steps, the same for all. Kept out of the vmap, they leave a `cond` on
         # them one branch instead of both.
         shared = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.integer), states[0])
@@ -201,8 +275,8 @@ def make_run_chunks(step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Ch
             shared,
             *states,
         )
-        run_all = jax.vmap(run_chunk, (axes, None, None, 0), (axes, 0))
-        state, chunk = run_all(stacked, images, labels, jnp.stack(indices))
+        run_all = jax.vmap(run_chunk, (axes, None, 0), (axes, 0))
+        state, chunk = run_all(stacked, arrays, jnp.stack(numbers))
 
         def network(at):
             own = jax.tree.map(
@@ -212,10 +286,10 @@ def make_run_chunks(step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Ch
 
         return tuple(map(network, range(len(states))))
 
-    def run_chunks(states, images, labels, indices):
+    def run_chunks(states, arrays, numbers):
         if len(states) == 1:
-            return (run_chunk(states[0], images, labels, indices[0]),)
-        return run_vmapped(states, images, labels, indices)
+            return (run_chunk(states[0], arrays, numbers[0]),)
+        return run_vmapped(states, arrays, numbers)
 
     return run_chunks
 
@@ -228,22 +302,22 @@ def make_run_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., 
       like: a state whose leaves lie where those of all states are to lie.
 
     Returns:
-      A function of the state, which it donates, and batches (images, labels) that
+      A function of the state, which it donates, and batches (examples, labels) that
       returns the new state and a `Chunk`.
     """
     stay = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(stay, None))
-    def run_step(state, images, labels):
-        new_state, loss = step(state, images, labels)
+    def run_step(state, examples, labels):
+        new_state, loss = step(state, examples, labels)
         return new_state, Chunk(loss, dns_jax.count_events(state.masks, new_state.masks))
 
     def run_chunk(
         state: TrainState, batches: Iterable[tuple[jax.Array, jax.Array]]
     ) -> tuple[TrainState, Chunk]:
         steps = []
-        for images, labels in batches:
-            state, happened = run_step(state, images, labels)
+        for examples, labels in batches:
+            state, happened = run_step(state, examples, labels)
             steps.append(happened)
             # Else a slow device would let batches pile up.
             steps[-_AHEAD:][0].losses.block_until_ready()
@@ -252,58 +326,53 @@ def make_run_streamed_chunk(step: TrainStep, like: TrainState) -> Callable[..., 
     return run_chunk
 
 
-def make_error(
-    network: nn.Module, inputs: models.Input
-) -> Callable[[dns_jax.Params, Images], float]:
-    """Makes the function that measures the classification error.
+def make_measure(
+    network: nn.Module, inputs: Inputs, metric: Metric = ERROR
+) -> Callable[..., float]:
+    """Makes the function that measures a network.
 
     Returns:
-      A function of the weights to compute with (W⊙T) and a split that returns the share of
-      images it gets wrong, in percent.
+      A function of the weights to compute with (W⊙T), a split and the `Statistics`, by default
+      none, that returns the metric, in its unit.
     """
 
     @jax.jit
-    def count_wrong(params, images, labels):
-        logits = _logits(network, inputs, params, images)
-        return jnp.sum((jnp.argmax(logits, -1) != labels) & (labels >= 0))
+    def add_up(variables, examples, labels):
+        logits = jnp.asarray(network.apply(variables, inputs.prepare(examples)))
+        measured = metric.of_labels(logits, jnp.maximum(labels, 0))
+        return jnp.where(labels >= 0, measured, 0).sum(), (labels >= 0).sum()
 
-    def error(params, split):
-        return 100 * _sum_over(split, functools.partial(count_wrong, params)) / len(split)
+    def measure(params: Any, split: Examples, statistics: Statistics = {}) -> float:
+        variables = {'params': params, **statistics}
+        sums = [jax.device_get(add_up(variables, *batch)) for batch in split.batches()]
+        total, count = (math.fsum(map(float, each)) for each in zip(*sums, strict=True))
+        return total / count
 
-    return error
+    return measure
 
 
-def make_loss(
-    network: nn.Module, inputs: models.Input
-) -> Callable[[dns_jax.Params, Images], float]:
-    """Makes the function that measures the cross-entropy.
+def estimate_statistics(
+    network: nn.Module, inputs: Inputs, weights: Weights, split: Examples
+) -> Weights:
+    """Estimates the statistics of a network anew: the mean of those of all batches of a split.
+
+    Args:
+      network: with a `momentum` that its running statistics have.
+      inputs: what it takes.
+      weights: to compute with.
+      split: without padding.
 
     Returns:
-      A function of the weights to compute with (W⊙T) and a split that returns the mean over its
-      images, in nats.
+      The weights with new statistics.
     """
+    memoryless = network.clone(momentum=0.0)
 
     @jax.jit
-    def sum_losses(params, images, labels):
-        logits = _logits(network, inputs, params, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-        return jnp.where(labels >= 0, losses, 0).sum()
+    def of_batch(examples):
+        variables = {'params': weights.params, **weights.statistics}
+        options = {'train': True, 'mutable': list(weights.statistics)}
+        return memoryless.apply(variables, inputs.prepare(examples), **options)[1]
 
-    def loss(params, split):
-        return _sum_over(split, functools.partial(sum_losses, params)) / len(split)
-
-    return loss
-
-
-def _sum_over(split: Images, measure: Callable[[Any, Any], jax.Array]) -> float:
-    """Adds up what is measured of all batches of a split; labels below 0 are padding."""
-    return sum(float(measure(images, labels)) for images, labels in split.batches())
-
-
-def _logits(
-    network: nn.Module, inputs: models.Input, params: Any, images: jax.Array, **dropping_out
-) -> jax.Array:
-    scaled = images.astype(jnp.float32) * inputs.scale
-    if any(inputs.mean):
-        scaled -= (jnp.array(inputs.mean) * inputs.scale)[None, None, None]
-    return jnp.asarray(network.apply({'params': params}, scaled, **dropping_out))
+    found = [of_batch(examples) for examples, _ in split.batches()]
+    mean = jax.tree.map(lambda *each: sum(each) / len(each), *found)
+    return weights._replace(statistics=mean)

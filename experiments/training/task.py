@@ -41,14 +41,22 @@ class Task:
         """
         self.feed = open_feed(config)
         self.dataset, self.network = self.feed.dataset, self.feed.network
-        self.inputs = models.INPUTS.get(config.network, models.MNIST_INPUT)
-        self.shapes = models.shapes(self.network, self.feed.image_shape)
+        self.inputs: Any = models.INPUTS.get(config.network, models.MNIST_INPUT)
+        shape, dtype = self.feed.example_shape, self.inputs.dtype
+        self.shapes = models.shapes(self.network, shape, dtype)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
-        self.error = steps.make_error(self.network, self.inputs)
+        self.metric = steps.BITS if isinstance(self.inputs, models.Tokens) else steps.ERROR
+        self._measure = steps.make_measure(self.network, self.inputs, self.metric)
 
-    def init(self, key: jax.Array) -> dns_jax.Params:
-        """Makes the weights that a run begins with."""
-        return self.network.init(key, jnp.zeros((1, *self.feed.image_shape)))['params']
+    def measure(self, weights: steps.Weights, split: Any) -> float:
+        """Measures a network on a split, by the metric of the task."""
+        return self._measure(weights.params, split, weights.statistics)
+
+    def init(self, key: jax.Array) -> steps.Weights:
+        """Makes what a run begins with."""
+        example = jnp.zeros((1, *self.feed.example_shape), self.inputs.dtype)
+        variables = dict(self.network.init(key, example))
+        return steps.Weights(variables.pop('params'), variables)
 
 
 class Run:
@@ -94,26 +102,28 @@ class Run:
     def start(
         self,
         optimizer: optax.GradientTransformation,
-        params: dns_jax.Params,
+        weights: steps.Weights,
         masks: dns_jax.Masks | None = None,
     ) -> steps.TrainState:
         """Makes the state at the start of a phase, from given masks if there are some."""
+        params, statistics = weights
         state = optax.tree.set(optimizer.init(params), key=jnp.copy(self._coins_key))
         if masks is not None:
             state = optax.tree.set(state, masks=masks)
-        return self.task.feed.place(steps.TrainState(params, state))
+        return self.task.feed.place(steps.TrainState(params, state, statistics))
 
     def record(
         self, phase: str, step: int, state: steps.TrainState, chunk: steps.Chunk
     ) -> dict[str, Any]:
         """Measures where the run is after a chunk, writes it down and returns it."""
-        pruned = getattr(self.plan, phase).finish(state.params, state.masks)
-        sizes = dns_jax.measure_sizes(state.params, state.masks)
+        pruned = getattr(self.plan, phase).finish(state)
+        apart = dns_jax.unstack(self.plan.pruning.stacked, state.params, state.masks)
+        sizes = dns_jax.measure_sizes(*apart)
         record = {
             'phase': phase,
             'step': step,
             'loss': float(np.mean(chunk.losses)),
-            'validation_error': self.task.error(pruned, self.task.dataset.validation),
+            'validation_error': self.task.measure(pruned, self.task.dataset.validation),
             'kept': {layer: size.kept for layer, size in sizes.layers.items()},
             'pruned': {layer: int(np.sum(event.pruned)) for layer, event in chunk.events.items()},
             'spliced': {layer: int(np.sum(event.spliced)) for layer, event in chunk.events.items()},

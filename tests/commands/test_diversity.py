@@ -10,7 +10,7 @@ import pytest
 from experiments import diversity
 from experiments.data import resident
 from experiments.diversity import METHODS, DiversityConfig
-from experiments.training.plain import train_network
+from experiments.plain.training import train_network
 
 
 @pytest.fixture(scope='module')

@@ -15,8 +15,8 @@ from experiments import low_rank
 from experiments.data import resident
 from experiments.low_rank import LowRankConfig
 from experiments.networks.models import MNIST_INPUT, LeNet300
-from experiments.training.plain import train_network
-from experiments.training.steps import make_error
+from experiments.plain.training import train_network
+from experiments.training.steps import make_measure
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +101,7 @@ def test_networks_are_kept_with_their_ranks(run):
         ]
         assert dns_jax.measure_sizes(params, masks).total.kept == row['kept']
         network = LeNet300(FrozenDict(ranks))
-        assert make_error(network, MNIST_INPUT)(params, test) == row['test_error']
+        assert make_measure(network, MNIST_INPUT)(params, test) == row['test_error']
 
 
 def test_factors_of_convolutions_are_applied_at_many_places(data_dir, tmp_path):

@@ -60,7 +60,7 @@ def test_a_network_makes_the_errors_of_its_card(path, mnist):
     """The network runs as a user would run it: scaled images, masked weights, linen."""
     summary = json.loads(path.with_suffix('.json').read_text())
     network = load_sparse(path)
-    error = train.make_error(models.NETWORKS[network.metadata['network']](), models.MNIST_INPUT)
+    error = train.make_measure(models.NETWORKS[network.metadata['network']](), models.MNIST_INPUT)
     assert error(network.params, mnist.test) == pytest.approx(summary['test_error'], abs=0.011)
     # A coded one errs little more.
     coded = load_coded(path.with_suffix('.dns'))

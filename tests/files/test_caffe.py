@@ -183,5 +183,5 @@ def test_the_networks_of_the_authors(network, file, outputs, error, tmp_path_fac
     params, masks = to_linen(layers, lambda name: name.replace('ip', 'fc'))
     assert not any(mask.ndim for mask in jax.tree.leaves(masks))
     mnist = resident.load('mnist', tmp_path_factory.mktemp('mnist'), mnist_folder)
-    error_of = train.make_error(models.NETWORKS[network](), models.INPUTS[network])
+    error_of = train.make_measure(models.NETWORKS[network](), models.INPUTS[network])
     assert round(error_of(params, mnist.test), 2) == error

@@ -160,7 +160,7 @@ def test_colours_are_taken_less_their_mean(make_config, monkeypatch):
     images = np.full((2, SIZE, SIZE, 3), 40, np.uint8)
     split = resident.Split(images, np.zeros(2, np.int32))
     with jax.disable_jit():
-        steps.make_error(Seeing(), inputs)({}, split)
+        steps.make_measure(Seeing(), inputs)({}, split)
     np.testing.assert_array_equal(seen[0][1, 2, 3], [15.0, 10.0, 5.0])
 
 

@@ -243,7 +243,7 @@ def test_error_is_the_share_of_wrong_images(params, examples):
     hidden = np.maximum(hidden @ weights['fc1']['kernel'] + weights['fc1']['bias'], 0)
     logits = hidden @ weights['fc2']['kernel'] + weights['fc2']['bias']
     expected = 100 * np.mean(logits.argmax(1) != part.labels)
-    assert train.make_error(NETWORK, models.MNIST_INPUT)(params, part) == pytest.approx(expected)
+    assert train.make_measure(NETWORK, models.MNIST_INPUT)(params, part) == pytest.approx(expected)
 
 
 def test_the_masks_are_found_in_the_state_of_any_optimizer(params):

@@ -12,8 +12,8 @@ from experiments.artefacts.loading import load_model
 from experiments.data import resident
 from experiments.networks import models
 from experiments.training import coding
-from experiments.training.coding import CodingConfig, code, find_network
-from experiments.training.steps import make_error
+from experiments.plain.coding import CodingConfig, code, find_network
+from experiments.training.steps import make_measure
 from experiments.zoo import FOLDER
 
 
@@ -36,7 +36,7 @@ def test_what_is_measured_is_what_was_written(data_dir, tmp_path):
     )
     assert measured['kept'] == sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(written))
     digits = resident.load('digits', data_dir)
-    error = make_error(models.LeNet5(), models.MNIST_INPUT)
+    error = make_measure(models.LeNet5(), models.MNIST_INPUT)
     assert measured['error'] == error(written, digits.test)
     assert measured['validation_error'] == error(written, digits.validation)
     assert measured['error_before'] != measured['error']

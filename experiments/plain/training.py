@@ -107,7 +107,7 @@ def measure_errors(
     Returns:
       `{validation_error, test_error}`, the former None where its images were trained on.
     """
-    error = train.make_error(network, MNIST_INPUT)
+    error = train.make_measure(network, MNIST_INPUT)
     validation = None if config.train_on_all else error(params, dataset.validation)
     return {'validation_error': validation, 'test_error': error(params, dataset.test)}
 
@@ -159,13 +159,13 @@ def train_network(
         params = network.init(jax.random.key(seed), np.zeros(shape, np.float32))['params']
     # Copies: a compiled call takes the state over.
     state = train.TrainState(jax.tree.map(jnp.array, params), optimizer.init(params))
-    images, labels = jax.device_put((split.images, split.labels))
+    arrays = jax.device_put(split.arrays)
     with progress.bar(total=steps, desc=title, unit=' steps') as bar:
         for start in range(0, steps, _CHUNK):
             count = min(_CHUNK, steps - start)
             batches = batch_indices(order, len(split), config.batch_size, start, count)
             # Waited for, so that the bar shows what is done.
-            state, _ = jax.block_until_ready(run_chunk(state, images, labels, batches))
+            state, _ = jax.block_until_ready(run_chunk(state, arrays, batches))
             bar.update(count)
     finish = quantiser.finish if quantiser else dns_jax.apply_masks
     return jax.device_get((finish(state.params, state.masks), state.masks))
@@ -198,4 +198,4 @@ def _make_run_chunk(
     optimizer = optax.chain(pruner, solver, *constrain)
     rounding = train.Rounding(quantiser, _COINS) if quantiser else None
     step = train.make_step(network, optimizer, MNIST_INPUT, rounding=rounding, loss=loss)
-    return optimizer, train.make_run_chunk(step)
+    return optimizer, train.make_run_chunk(step, Split.gather)

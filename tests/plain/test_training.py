@@ -15,8 +15,8 @@ import dns_jax
 from experiments.baselines.ternary import scaled_signs
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT, LeNet300
-from experiments.training.plain import PlainConfig, compare_seeds, measure_errors, train_network
-from experiments.training.steps import make_error
+from experiments.plain.training import PlainConfig, compare_seeds, measure_errors, train_network
+from experiments.training.steps import make_measure
 
 CONFIG = PlainConfig(steps=120, batch_size=16, seeds=2, dataset='digits')
 
@@ -30,7 +30,7 @@ def test_it_learns_and_gives_the_network_to_keep(density, data_dir):
     trained, masks = train_network(
         CONFIG, network, digits.train, seed=0, title='short', params=params, pruner=pruner
     )
-    assert make_error(network, MNIST_INPUT)(trained, digits.test) < 50  # chance is 90 %
+    assert make_measure(network, MNIST_INPUT)(trained, digits.test) < 50  # chance is 90 %
     kernels = [leaves['kernel'] for leaves in trained.values()]
     kept = sum(np.count_nonzero(kernel) for kernel in kernels)
     assert kept == pytest.approx((density or 1) * sum(map(np.size, kernels)), rel=1e-3)
@@ -107,7 +107,7 @@ def test_rows_of_all_seeds_are_written_and_told(data_dir, tmp_path, capsys):
 def test_images_that_were_trained_on_give_no_validation_error(data_dir, train_on_all):
     digits, network = resident.load('digits', data_dir), LeNet300()
     params = network.init(jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32))['params']
-    config, error = PlainConfig(train_on_all=train_on_all), make_error(network, MNIST_INPUT)
+    config, error = PlainConfig(train_on_all=train_on_all), make_measure(network, MNIST_INPUT)
     assert measure_errors(config, network, params, digits) == {
         'validation_error': None if train_on_all else error(params, digits.validation),
         'test_error': error(params, digits.test),

@@ -21,7 +21,7 @@ from experiments.config.command_line import check_finite, check_unread, flag, na
 from experiments.config.parsers import parse_table
 from experiments.data import resident
 from experiments.networks import models
-from experiments.training.steps import make_error
+from experiments.training.steps import make_measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
     if config.finetuning_steps:
         shared = tune(network, model.params, shared, dataset.train, **options)
     save_coded(path, shared)
-    error, written = make_error(network, models.MNIST_INPUT), expand(*load_coded(path)[:3])
+    error, written = make_measure(network, models.MNIST_INPUT), expand(*load_coded(path)[:3])
     splits = {'': dataset.test}
     if not config.train_on_all:
         splits['validation_'] = dataset.validation

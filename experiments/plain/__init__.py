@@ -1,0 +1,1 @@
+"""Trainings without phases or records, for commands that compare many small networks."""
