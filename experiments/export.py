@@ -21,11 +21,10 @@ from dns_jax.files.export import save_dense, save_onnx, save_stablehlo
 from dns_jax.files.sparse import save_sparse
 from dns_jax.inference.chain import chain_to_json
 from dns_jax.inference.runners import choose_kinds, jax_runner
-from experiments.artefacts.caffe_names import write_caffemodel
+from experiments.artefacts.caffe_names import CAFFE_NETWORKS, write_caffemodel
 from experiments.artefacts.loading import Model, load_model
 from experiments.config import command_line
 from experiments.config.command_line import check_unread, flag, names_of
-from experiments.networks import models
 from experiments.reports.tables import table
 from experiments.plain.coding import CodingConfig, code
 
@@ -126,8 +125,8 @@ def _write_compact(
 
 def _write_caffemodel(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
     network = model.metadata.get('network', '')
-    if network not in models.NETWORKS:
-        raise ValueError(f'--format=caffemodel needs a network of {sorted(models.NETWORKS)}')
+    if network not in CAFFE_NETWORKS:
+        raise ValueError(f'--format=caffemodel needs a network of {sorted(CAFFE_NETWORKS)}')
     write_caffemodel(path, network, model.params, model.masks)
     return {}
 

@@ -9,6 +9,9 @@ import numpy as np
 import dns_jax
 from dns_jax.files import caffe, caffe_writer
 
+CAFFE_NETWORKS = ('lenet300', 'lenet5', 'alexnet', 'vgg16')
+"""Those of our networks that Caffe has too, by the names of `experiments.networks.models`."""
+
 # Their first layers; Caffe shows these networks blue, green and red, in this order.
 _COLOUR_LAYERS = {'alexnet': 'conv1', 'vgg16': 'conv1_1'}
 
@@ -37,7 +40,7 @@ def write_caffemodel(
 
     Args:
       path: the file, in a folder that exists.
-      network: a name of `experiments.networks.models.NETWORKS`.
+      network: one of `CAFFE_NETWORKS`.
       params: its weights, float32.
       masks: parallel to them; None writes a file without masks.
 
