@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from dns_jax.inference.chain import Convolution, Dense, Flatten, MaxPool, Relu, max_pool
-from dns_jax.layers import named_leaves, parent_path
+from dns_jax.layers import is_kernel, named_leaves, parent_path
 from experiments.baselines.low_rank_layers import LowRankConv, LowRankDense
 from experiments.networks.image_layers import (
     convolution_by_groups,
     normalize_across_channels,
     pool_as_caffe,
 )
+from experiments.networks.language import Gpt
+from experiments.networks.residual import ResNet
 
 # Caffe's filler `xavier` is uniform in ±√(3 / fan-in).
 _XAVIER = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
@@ -236,7 +238,14 @@ class Tokens(NamedTuple):
         return {}
 
 
-NETWORKS = {'lenet300': LeNet300, 'lenet5': LeNet5, 'alexnet': AlexNet, 'vgg16': VGG16}
+NETWORKS = {
+    'lenet300': LeNet300,
+    'lenet5': LeNet5,
+    'alexnet': AlexNet,
+    'vgg16': VGG16,
+    'resnet': ResNet,
+    'gpt': Gpt,
+}
 
 MNIST_INPUT = Input((0.0,), 1 / 256, 28)
 INPUTS = {
@@ -244,6 +253,7 @@ INPUTS = {
     'lenet5': MNIST_INPUT,
     'alexnet': Input((122.679, 116.669, 104.007), 1.0, 227),
     'vgg16': Input((123.68, 116.779, 103.939), 1.0, 224),
+    'resnet': Input((125.3, 123.0, 113.9), 1 / 64, 32),  # the mean colour of CIFAR-10
 }
 
 # The same as chains, without dropout, for what becomes of them after training.
@@ -287,7 +297,8 @@ def count_positions(
         ),
         examples,
     )
-    layers = {parent_path(path) for path, _ in named_leaves(variables['params'])}
+    named = named_leaves(variables['params'])
+    layers = {parent_path(path) for path, leaf in named if is_kernel(path, leaf)}
     return {
         layer: math.prod(output.shape[1:3])
         for path, output in named_leaves(variables['intermediates'])

@@ -5,4 +5,6 @@ NETWORK_NAMES = {
     'lenet5': 'LeNet-5',
     'alexnet': 'AlexNet',
     'vgg16': 'VGG-16',
+    'resnet': 'ResNet',
+    'gpt': 'GPT',
 }

@@ -51,7 +51,9 @@ def value_and_gradients(function, arguments, cotangent):
 
 
 def test_the_networks():
-    assert list(models.NETWORKS) == list(models.INPUTS) == [*SHAPES, 'alexnet', 'vgg16']
+    of_images = [*SHAPES, 'alexnet', 'vgg16', 'resnet']
+    assert list(models.INPUTS) == of_images
+    assert list(models.NETWORKS) == [*of_images, 'gpt']
 
 
 @pytest.mark.parametrize('name', SHAPES)
@@ -257,11 +259,12 @@ def test_lenet300_computes_two_hidden_layers_of_relu(all_params):
     np.testing.assert_allclose(logits, hidden, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', models.NETWORKS)
-def test_inputs_are_those_of_caffe(name):
-    """The means are those of the two networks of the model zoo, red first."""
+@pytest.mark.parametrize('name', models.INPUTS)
+def test_inputs_are_those_of_caffe_or_of_cifar(name):
+    """The means are those of the two networks of the model zoo and of the images, red first."""
     expected = {
         'alexnet': ((122.679, 116.669, 104.007), 1, 227),
         'vgg16': ((123.68, 116.779, 103.939), 1, 224),
+        'resnet': ((125.3, 123.0, 113.9), 1 / 64, 32),
     }
     assert models.INPUTS[name] == expected.get(name, ((0.0,), 1 / 256, 28))
