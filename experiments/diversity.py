@@ -23,8 +23,8 @@ from experiments.config.command_line import check_unread, flag
 from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.plain.training import PlainConfig, compare_seeds, train_network
+from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.training.steps import make_measure
 
 _HIDDEN = ('fc1', 'fc2')

@@ -25,8 +25,8 @@ from experiments.artefacts.caffe_names import CAFFE_NETWORKS, write_caffemodel
 from experiments.artefacts.loading import Model, load_model
 from experiments.config import command_line
 from experiments.config.command_line import check_unread, flag, names_of
-from experiments.reports.tables import table
 from experiments.plain.coding import CodingConfig, code
+from experiments.reports.tables import table
 
 
 @dataclasses.dataclass(frozen=True)

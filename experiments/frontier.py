@@ -46,7 +46,10 @@ def _to_rows(
     runs: Sequence[Config], summaries: Mapping[Config, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     return [
-        {name: {**summaries[run], 'target': run.compression or run.kernel_density}[name] for name in COLUMNS}
+        {
+            name: {**summaries[run], 'target': run.compression or run.kernel_density}[name]
+            for name in COLUMNS
+        }
         for run in runs
         if run in summaries
     ]

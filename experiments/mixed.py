@@ -24,8 +24,8 @@ from experiments.config.parsers import check_distinct, parse_numbers
 from experiments.data import resident
 from experiments.networks import models
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.plain.training import PlainConfig, compare_seeds, measure_errors, train_network
+from experiments.reports.tables import group_rows, middle_and_range, table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from experiments.config.command_line import flag
 from experiments.config.parsers import check_distinct
 from experiments.data import resident
 from experiments.networks.models import MNIST_INPUT
-from experiments.reports.tables import group_rows, middle_and_range, table
 from experiments.plain.training import PlainConfig, compare_seeds, measure_errors, train_network
+from experiments.reports.tables import group_rows, middle_and_range, table
 
 _QUANTISERS = {
     'none': Quantiser(lambda params, masks, key: params, dns_jax.apply_masks),

@@ -15,10 +15,10 @@ from dns_jax.files.writing import write_whole
 from experiments.artefacts.loading import load_model
 from experiments.config import command_line
 from experiments.config.command_line import flag, flags_of, read_variant
-from experiments.reports import plots
-from experiments.reports.tables import Rows, group_rows, middle_and_range, table, to_csv
 from experiments.plain.coding import CodingConfig, code, find_network
 from experiments.plain.training import make_folder
+from experiments.reports import plots
+from experiments.reports.tables import Rows, group_rows, middle_and_range, table, to_csv
 
 _SEED = '{seed}'
 

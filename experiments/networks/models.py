@@ -6,7 +6,7 @@ Owns their layers and sizes; what is pruned in them is no concern of theirs.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,8 @@ from experiments.networks.image_layers import (
     normalize_across_channels,
     pool_as_caffe,
 )
+from experiments.networks.inputs import Input, Tokens
+from experiments.networks.language import STACKED as BLOCKS
 from experiments.networks.language import Gpt
 from experiments.networks.residual import ResNet
 
@@ -195,49 +197,6 @@ class Xor(nn.Module):
         return nn.Dense(1, name='fc2')(hidden)[:, 0]
 
 
-class Input(NamedTuple):
-    """What a network takes: (pixels from 0 to 255 − mean) · scale."""
-
-    mean: tuple[float, ...]  # one for each channel; colours are red, green, blue
-    scale: float
-    size: int  # of a side of the image as a rule, in pixels
-
-    dtype = jnp.float32  # of what `prepare` gives
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of one image."""
-        return self.size, self.size, len(self.mean)
-
-    def prepare(self, images: jax.Array) -> jax.Array:
-        """Makes of images (batch, height, width, channels), uint8, what the network takes."""
-        scaled = images.astype(jnp.float32) * self.scale
-        if any(self.mean):
-            scaled -= (jnp.array(self.mean) * self.scale)[None, None, None]
-        return scaled
-
-    def describe(self) -> dict[str, str]:
-        """Says it in the words of a file of weights."""
-        said = {'input_scale': repr(self.scale)}
-        if any(self.mean):
-            said['input_mean'] = ','.join(map(repr, self.mean))
-        return said
-
-
-class Tokens(NamedTuple):
-    """What a language model takes: the numbers of characters, as they are."""
-
-    dtype = jnp.int32
-
-    def prepare(self, tokens: jax.Array) -> jax.Array:
-        """Gives the tokens (batch, characters), integers."""
-        return tokens
-
-    def describe(self) -> dict[str, str]:
-        """Says nothing, for tokens are taken as they are."""
-        return {}
-
-
 NETWORKS = {
     'lenet300': LeNet300,
     'lenet5': LeNet5,
@@ -246,6 +205,10 @@ NETWORKS = {
     'resnet': ResNet,
     'gpt': Gpt,
 }
+# Nodes that hold many layers in one array, as the library's `stacked` has them.
+STACKED = {'gpt': BLOCKS}
+# XLA runs their convolutions many times slower inside a loop on CPU.
+SLOW_IN_LOOPS = {'resnet'}
 
 MNIST_INPUT = Input((0.0,), 1 / 256, 28)
 INPUTS = {
@@ -254,6 +217,7 @@ INPUTS = {
     'alexnet': Input((122.679, 116.669, 104.007), 1.0, 227),
     'vgg16': Input((123.68, 116.779, 103.939), 1.0, 224),
     'resnet': Input((125.3, 123.0, 113.9), 1 / 64, 32),  # the mean colour of CIFAR-10
+    'gpt': Tokens(),
 }
 
 # The same as chains, without dropout, for what becomes of them after training.

@@ -50,9 +50,7 @@ def finish(
     return summary
 
 
-def _write(
-    run: Run, weights: steps.Weights, masks: dns_jax.Masks, summary: dict[str, Any]
-) -> None:
+def _write(run: Run, weights: steps.Weights, masks: dns_jax.Masks, summary: dict[str, Any]) -> None:
     network = summary['network']
     metadata = {'network': network, **run.task.inputs.describe()}
     if run.task.feed.options:

@@ -231,9 +231,7 @@ class Config:
         'or 2of4 along the inputs; one for all layers, or LAYER:STRUCTURE,…, where conv* is a '
         'LAYER too. By default, in layers left out, and for biases, weights are pruned one by one.',
     )
-    prune_biases: bool = flag(
-        True, 'Whether biases take part in surgery, and the scales of norms.'
-    )
+    prune_biases: bool = flag(True, 'Whether biases take part in surgery, and the scales of norms.')
     prune_embeddings: bool = flag(False, 'Whether embeddings take part in surgery.')
     stay_dense: str = flag('', 'Layers that take no part in surgery, as LAYER,…; conv* is one too.')
     quantiser: str = flag(

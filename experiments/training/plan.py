@@ -20,6 +20,7 @@ from experiments.baselines.quantisers import Quantiser
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_structure, parse_table
 from experiments.data.augmentation import shift_and_mirror
 from experiments.networks import models
+from experiments.networks.inputs import Tokens
 from experiments.reports.records import PHASES
 from experiments.training import divergence
 from experiments.training.flags import Config
@@ -180,7 +181,7 @@ def _shapes(config: Config) -> Any:
         # Fewer classes keep fewer weights that take no part: nothing that fits the data is refused.
         options['classes'] = 1
         shape = config.image_size, config.image_size, 3
-    elif isinstance(inputs, models.Tokens):
+    elif isinstance(inputs, Tokens):
         shape = (1,)
     else:
         shape = inputs.image_shape

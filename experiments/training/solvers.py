@@ -17,9 +17,7 @@ class Solver(NamedTuple):
     reads: tuple[str, ...] = ()  # the flags that not every optimizer reads
 
 
-def make_solver(
-    config: Any, rate: dns_jax.Schedule, decay: float
-) -> optax.GradientTransformation:
+def make_solver(config: Any, rate: dns_jax.Schedule, decay: float) -> optax.GradientTransformation:
     """Makes the optimizer of a phase.
 
     Args:
@@ -34,9 +32,7 @@ def make_solver(
 
 
 def _make_caffe(config, rate, decay):
-    return dns_jax.caffe_sgd(
-        rate, config.momentum, decay, config.bias_scale, config.decay_biases
-    )
+    return dns_jax.caffe_sgd(rate, config.momentum, decay, config.bias_scale, config.decay_biases)
 
 
 def _make_sgd(config, rate, decay):

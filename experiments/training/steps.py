@@ -24,6 +24,8 @@ _AHEAD = 2  # steps handed to the device before the one that is waited for
 Statistics = Mapping[str, Any]
 """What a network has beside its weights, by Flax's collection: BatchNorm's running means."""
 
+NO_STATISTICS: Statistics = {}
+
 
 class Examples(Protocol):
     """A split of a data set, as it is measured on."""
@@ -51,7 +53,7 @@ class TrainState(NamedTuple):
 
     params: dns_jax.Params
     opt_state: optax.OptState
-    statistics: Statistics = {}
+    statistics: Statistics = NO_STATISTICS
 
     @property
     def masks(self) -> dns_jax.Masks:
@@ -63,7 +65,7 @@ class Weights(NamedTuple):
     """What a network computes with: dense weights, or W⊙T."""
 
     params: dns_jax.Params
-    statistics: Statistics = {}
+    statistics: Statistics = NO_STATISTICS
 
 
 class Chunk(NamedTuple):
@@ -342,7 +344,7 @@ def make_measure(
         measured = metric.of_labels(logits, jnp.maximum(labels, 0))
         return jnp.where(labels >= 0, measured, 0).sum(), (labels >= 0).sum()
 
-    def measure(params: Any, split: Examples, statistics: Statistics = {}) -> float:
+    def measure(params: Any, split: Examples, statistics: Statistics = NO_STATISTICS) -> float:
         variables = {'params': params, **statistics}
         sums = [jax.device_get(add_up(variables, *batch)) for batch in split.batches()]
         total, count = (math.fsum(map(float, each)) for each in zip(*sums, strict=True))

@@ -17,6 +17,7 @@ import dns_jax
 from experiments.config.command_line import identify
 from experiments.devices import hosts
 from experiments.networks import models
+from experiments.networks.inputs import Tokens
 from experiments.reports.commits import describe_commit
 from experiments.training import references, steps
 from experiments.training.feeds import open_feed
@@ -45,7 +46,7 @@ class Task:
         shape, dtype = self.feed.example_shape, self.inputs.dtype
         self.shapes = models.shapes(self.network, shape, dtype)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
-        self.metric = steps.BITS if isinstance(self.inputs, models.Tokens) else steps.ERROR
+        self.metric = steps.BITS if isinstance(self.inputs, Tokens) else steps.ERROR
         self._measure = steps.make_measure(self.network, self.inputs, self.metric)
 
     def measure(self, weights: steps.Weights, split: Any) -> float:
