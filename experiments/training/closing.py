@@ -55,11 +55,12 @@ def _write(run: Run, weights: steps.Weights, masks: dns_jax.Masks, summary: dict
     metadata = {'network': network, **run.task.inputs.describe()}
     if run.task.feed.options:
         metadata['options'] = json.dumps(run.task.feed.options)
-    tree: Any = weights.params, masks
+    params: Any = weights.params
     if weights.statistics:
+        params = {'params': params, **weights.statistics}
         dense = jax.tree.map(lambda leaf: np.array(True), weights.statistics)
-        tree = {'params': weights.params, **weights.statistics}, {'params': masks, **dense}
-    save_sparse(run.folder / NETWORK_FILE, *tree, metadata)
+        masks = {'params': masks, **dense}
+    save_sparse(run.folder / NETWORK_FILE, params, masks, metadata)
     first_layer = masks.get('fc1', {}).get('kernel')
     sees_pixels = network == 'lenet300' and np.ndim(first_layer)
     run_report.write(run.folder, summary, first_layer if sees_pixels else None)
@@ -71,8 +72,8 @@ def _summarise(
     """Measures sizes and errors, and reads the test split."""
     task, splits = run.task, run.task.dataset
     positions = models.count_positions(task.network, task.feed.example_shape, task.inputs.dtype)
-    apart = dns_jax.unstack(run.plan.pruning.stacked, final.params, final.masks)
-    sizes = dns_jax.measure_sizes(*apart, positions)
+    params, masks = dns_jax.unstack(run.plan.pruning.stacked, final.params, final.masks)
+    sizes = dns_jax.measure_sizes(params, masks, positions)
     return {
         'network': run.identity['network'],
         'dataset': run.identity['dataset'],

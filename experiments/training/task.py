@@ -118,8 +118,8 @@ class Run:
     ) -> dict[str, Any]:
         """Measures where the run is after a chunk, writes it down and returns it."""
         pruned = getattr(self.plan, phase).finish(state)
-        apart = dns_jax.unstack(self.plan.pruning.stacked, state.params, state.masks)
-        sizes = dns_jax.measure_sizes(*apart)
+        params, masks = dns_jax.unstack(self.plan.pruning.stacked, state.params, state.masks)
+        sizes = dns_jax.measure_sizes(params, masks)
         record = {
             'phase': phase,
             'step': step,

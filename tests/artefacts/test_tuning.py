@@ -11,7 +11,7 @@ from dns_jax.files.sharing import expand, round_codebooks, share_weights
 from experiments.artefacts.tuning import nearest, tune
 from experiments.data.resident import Split
 from experiments.networks.models import MNIST_INPUT
-from experiments.training.steps import make_loss
+from experiments.training.steps import NATS, make_measure
 
 pytestmark = pytest.mark.usefixtures('promotion')
 
@@ -50,7 +50,7 @@ def shared(params):
 
 @pytest.fixture(scope='module')
 def loss():
-    return make_loss(Small(), MNIST_INPUT)
+    return make_measure(Small(), MNIST_INPUT, NATS)
 
 
 @pytest.fixture(scope='module')

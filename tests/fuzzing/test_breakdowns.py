@@ -95,7 +95,7 @@ def test_a_run_that_rolls_back_comes_to_its_end(make_config, tmp_path, warnings,
     # The saved reference is the very same network.
     for name in ('reference_error', 'reference_validation_error'):
         assert again[name] == summary[name]
-    assert again['reference_error'] == task.error(*dense, task.dataset.test)
+    assert again['reference_error'] == task.measure(*dense, task.dataset.test)
     assert steps_of(tmp_path / 'run', 'reference') == []
 
 

@@ -133,18 +133,18 @@ def test_errors_and_losses_count_every_image_once(make_config):
     images, labels = map(np.concatenate, zip(*batches, strict=True))
     assert (len(labels), np.sum(labels < 0)) == (208, 8)
     images, labels = images[:200].astype(np.float32), labels[:200]
-    weights = jax.tree.map(np.asarray, opened_run.initial)
+    weights = jax.tree.map(np.asarray, opened_run.initial.params)
     scale = models.INPUTS['lenet5'].scale
     hidden = (images * scale).reshape(200, -1) @ weights['fc1']['kernel']
     logits = np.maximum(hidden + weights['fc1']['bias'], 0) @ weights['fc2']['kernel']
     logits += weights['fc2']['bias']
-    error = opened_run.task.error(opened_run.initial, split)
+    error = opened_run.task.measure(opened_run.initial, split)
     assert error == pytest.approx(100 * np.mean(logits.argmax(1) != labels))
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
     expected = -np.mean(np.log(shares[np.arange(200), labels]))
-    loss = steps.make_loss(opened_run.task.network, opened_run.task.inputs)
-    assert loss(opened_run.initial, split) == pytest.approx(expected, rel=1e-5)
+    loss = steps.make_measure(opened_run.task.network, opened_run.task.inputs, steps.NATS)
+    assert loss(opened_run.initial.params, split) == pytest.approx(expected, rel=1e-5)
 
 
 def test_colours_are_taken_less_their_mean(make_config, monkeypatch):

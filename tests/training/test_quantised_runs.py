@@ -15,7 +15,7 @@ from experiments.baselines.binary_connect import binary_connect, glorot_limit
 from experiments.networks.models import MNIST_INPUT, LeNet300
 from experiments.training import side_by_side
 from experiments.training.flags import Config
-from experiments.training.steps import Rounding, TrainState, make_step
+from experiments.training.steps import Rounding, TrainState, Weights, make_step
 
 
 @pytest.fixture(scope='module')
@@ -61,8 +61,8 @@ def test_real_weights_stay_within_bounds_and_records_are_of_the_binary_network(r
         assert jnp.abs(leaves['kernel']).max() == pytest.approx(limit, rel=1e-6)
     kept = binary_connect().finish(final.params, final.masks)
     split = begun.task.dataset.validation
-    assert records[-1]['validation_error'] == begun.task.error(kept, split)
-    assert begun.task.error(final.params, split) != begun.task.error(kept, split)
+    assert records[-1]['validation_error'] == begun.task.measure(Weights(kept), split)
+    assert begun.task.measure(Weights(final.params), split) != begun.task.measure(Weights(kept), split)
 
 
 def test_every_step_and_every_phase_throws_other_coins():

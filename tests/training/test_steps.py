@@ -105,7 +105,9 @@ def stepwise(params, split):
 
 @pytest.fixture(scope='module')
 def run_chunk():
-    return train.make_run_chunk(train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT))
+    return train.make_run_chunk(
+        train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT), Split.gather
+    )
 
 
 def test_the_steps_change_all_there_is(stepwise):
@@ -133,7 +135,7 @@ def test_chunks_do_what_their_steps_do(params, split, run_chunk, stepwise, lengt
     state, done = initial_state(params), 0
     for length in lengths:
         steps = slice(done, done + length)
-        state, chunk = run_chunk(state, split.images, split.labels, indices[steps])
+        state, chunk = run_chunk(state, split.arrays, indices[steps])
         np.testing.assert_allclose(chunk.losses, losses[steps], rtol=1e-5)
         assert list(chunk.events) == ['fc1']
         pairs = list(itertools.pairwise(masks))[steps]
@@ -158,12 +160,12 @@ def test_chunks_of_one_length_are_traced_once_and_give_bit_for_bit_what_a_long_o
         traces.append(arguments)
         return step(*arguments)
 
-    run_counted = train.make_run_chunk(counted)
+    run_counted = train.make_run_chunk(counted, Split.gather)
     indices = resident.batch_indices((0,), EXAMPLES, BATCH, 0, STEPS)
-    whole, _ = run_chunk(initial_state(params), split.images, split.labels, indices)
+    whole, _ = run_chunk(initial_state(params), split.arrays, indices)
     state = initial_state(params)
     for part in np.split(indices, 3):
-        state, _ = run_counted(state, split.images, split.labels, part)
+        state, _ = run_counted(state, split.arrays, part)
     assert_identical(state, whole)
     assert len(traces) == run_counted._cache_size() == 1
 
@@ -203,7 +205,7 @@ def test_a_step_takes_the_gradient_at_the_masked_weights(params, split):
 def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
     """Each has weights, coins and batches of its own, and all the same number of steps done."""
     step = train.make_step(NETWORK, make_optimizer(), models.MNIST_INPUT)
-    run_chunks = train.make_run_chunks(step)
+    run_chunks = train.make_run_chunks(step, Split.gather)
 
     def states():
         other = jax.tree.map(lambda leaf: 0.5 * leaf, params)
@@ -214,9 +216,9 @@ def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
             )
 
     batches = tuple(resident.batch_indices((seed,), len(split.labels), 8, 0, 6) for seed in (3, 4))
-    together = run_chunks(tuple(states()), split.images, split.labels, batches)
+    together = run_chunks(tuple(states()), split.arrays, batches)
     for (state, chunk), start, indices in zip(together, states(), batches, strict=True):
-        alone, alone_chunk = run_chunk(start, split.images, split.labels, indices)
+        alone, alone_chunk = run_chunk(start, split.arrays, indices)
         np.testing.assert_allclose(chunk.losses, alone_chunk.losses, rtol=1e-5)
         chex.assert_trees_all_equal(chunk.events, alone_chunk.events)
         chex.assert_trees_all_equal(state.masks, alone.masks)
@@ -229,9 +231,7 @@ def test_networks_side_by_side_are_those_alone(params, split, run_chunk):
 
 def test_a_chunk_takes_over_the_memory_of_its_state(params, split, run_chunk):
     state = initial_state(params)
-    run_chunk(
-        state, split.images, split.labels, resident.batch_indices((0,), EXAMPLES, BATCH, 0, 4)
-    )
+    run_chunk(state, split.arrays, resident.batch_indices((0,), EXAMPLES, BATCH, 0, 4))
     assert state.params['fc1']['kernel'].is_deleted()
 
 
