@@ -61,7 +61,7 @@ def test_stray_arguments_are_refused(arguments):
     ('argument', 'message'),
     [
         ('--steps=3', "Unknown command line flag 'steps'"),
-        ('--dataset=cifar10', 'should be one of <digits|mnist|fashion_mnist>'),
+        ('--dataset=cifar100', '<digits|mnist|fashion_mnist|cifar10|cifar10_part>'),
         ('--seed=-1', '--seed=-1'),
         ('--seed=half', '--seed=half'),
         ('--momentum=much', '--momentum=much'),

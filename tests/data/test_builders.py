@@ -1,6 +1,5 @@
 """Tests of data.builders: what is prepared, what is refused, and what is named then."""
 
-import hashlib
 import io
 import os
 import shutil
@@ -12,7 +11,6 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from shapes_builder import Shapes
-from tensorflow_datasets.core.download import checksums
 
 from experiments.data import builders
 
@@ -252,17 +250,6 @@ def test_tfrecord_needs_tensorflow(prepared, tmp_path):
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
     with pytest.raises(ValueError, match=r'tfrecord.*TensorFlow; wanted array_record'):
         builders.prepare('imagenet2012', tmp_path / 'data')
-
-
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """A small archive whose checksum stands in for that of the published one."""
-    path, arrays = archives.make_cifar10_archive(tmp_path / 'manual', train_per_batch=3, test=4)
-    content = path.read_bytes()
-    url = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
-    known = checksums.UrlInfo(len(content), hashlib.sha256(content).hexdigest(), path.name)
-    monkeypatch.setattr(checksums, 'get_all_url_infos', lambda: {url: known})
-    return path, arrays
 
 
 def test_cifar10(cifar10, tmp_path, no_network):

@@ -63,21 +63,16 @@ def small_files(tmp_path, monkeypatch):
     return folder, arrays
 
 
-@pytest.fixture(scope='session')
-def mnist_files():
-    """The folder with the four files of MNIST, as they are published."""
-    default = ROOT.parent / 'shared' / 'data' / 'mnist'
-    folder = pathlib.Path(os.environ.get('DNS_JAX_MNIST', default))
-    if not folder.is_dir():
-        pytest.skip(f'no MNIST files: {folder} is not a folder; DNS_JAX_MNIST names another')
-    return folder
-
-
 def test_sizes_of_the_published_sets():
     for name in ('mnist', 'fashion_mnist'):
         source = resident._SOURCES[name]
         assert (source.train, source.test, source.validation) == (60_000, 10_000, 5_000)
         assert source.version == str(tfds.builder_cls(name).VERSION)
+    for name in ('cifar10', 'cifar10_part'):
+        source = resident._SOURCES[name]
+        train, test = (50_000, 10_000) if name == 'cifar10' else (45_000, 6_000)
+        assert (source.train, source.test, source.validation) == (train, test, 5_000)
+    assert resident._SOURCES['cifar10'].version == str(tfds.builder_cls('cifar10').VERSION)
 
 
 def test_digits_shapes_types_and_order(digits_dir):
@@ -198,7 +193,7 @@ def test_wrong_checksum_is_refused(small_files, tmp_path, no_network):
 
 
 BAD_CALLS = {
-    "name='cifar10'.*digits, mnist, fashion_mnist": {'name': 'cifar10'},
+    "name='cifar100'.*digits, mnist, fashion_mnist, cifar10, cifar10_part": {'name': 'cifar100'},
     "name=''.*digits, mnist, fashion_mnist": {'name': ''},
     "manual_dir='.*nowhere'.*folder that exists": {'manual_dir': '/nowhere'},
     "data_dir=''.*local folder": {'data_dir': ''},

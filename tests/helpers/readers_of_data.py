@@ -268,7 +268,7 @@ def prepared(file):
             write_new(path, content)
             builder = builders.prepare('digits', folder)
             with builders.naming_folder(builder.data_path):
-                arrays = resident._decode(builder, 'train', 2)
+                arrays = resident._decode(builder, 'train', 2, (28, 28, 1))
             assert arrays['train_images'].shape == (2, 28, 28, 1)
 
         return Reader((path.read_bytes(),), read)

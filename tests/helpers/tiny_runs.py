@@ -32,7 +32,9 @@ def write_random_images(folder, *names):
         source, arrays = resident._SOURCES[name], {}
         for split, count in (('train', source.train), ('test', source.test)):
             arrays[f'{split}_labels'] = random.integers(0, 10, count, np.int32)
-            arrays[f'{split}_images'] = random.integers(0, 256, (count, 28, 28, 1), np.uint8)
+            arrays[f'{split}_images'] = random.integers(
+                0, 256, (count, *source.image_shape), np.uint8
+            )
         np.savez(folder / 'dns_jax_cache' / f'{name}-{source.version}.npz', **arrays)
 
 
