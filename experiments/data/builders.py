@@ -1,4 +1,4 @@
-"""Image sets as TFDS folders of array_record files, prepared and checked without TensorFlow."""
+"""Sets as TFDS folders of array_record files, prepared and checked without TensorFlow."""
 
 import contextlib
 import io
@@ -36,29 +36,37 @@ _FILES = {
     'fashion_mnist': tuple(_IDX_FILES.values()),
     'cifar10': ('cifar-10-binary.tar.gz',),
     'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'),
+    'tiny_shakespeare': ('input.txt',),
 }
+# What a set must hold, by the names that TFDS gives it.
+IMAGE_FEATURES = {'image': tfds.features.Image, 'label': tfds.features.ClassLabel}
+TEXT_FEATURES = {'text': tfds.features.Text}
 _IMAGENET_COUNTS = {'train': 1_281_167, 'validation': 50_000}
 _DOWNLOAD_FAILURES = (OSError, tfds.download.DownloadError, NonMatchingChecksumError)
 
 
 def prepare(
-    name: str, data_dir: str | os.PathLike[str], manual_dir: str | os.PathLike[str] | None = None
+    name: str,
+    data_dir: str | os.PathLike[str],
+    manual_dir: str | os.PathLike[str] | None = None,
+    wanted: dict[str, type] = IMAGE_FEATURES,
 ) -> Any:
-    """Prepares a set of labelled images, unless that has been done, and checks its folder.
+    """Prepares a set, unless that has been done, and checks its folder.
 
     Args:
-      name: `digits`, `mnist`, `fashion_mnist`, `cifar10`, `imagenet2012`, or any set of labelled
-        images that lies prepared in `data_dir` or that TFDS can prepare without TensorFlow.
+      name: `digits`, `mnist`, `fashion_mnist`, `cifar10`, `imagenet2012`, `tiny_shakespeare`, or
+        any set that lies prepared in `data_dir` or that TFDS can prepare without TensorFlow.
       data_dir: local folder of the prepared sets.
       manual_dir: folder with files downloaded by hand, taken in place of a download. ImageNet
         needs `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar` in it.
+      wanted: `IMAGE_FEATURES` or `TEXT_FEATURES`: what the set must hold.
 
     Returns:
       A TFDS builder that reads the folder: every split's files are there and hold as many
       examples as promised. Whether each image can be decoded shows when it is read.
 
     Raises:
-      ValueError: there is no such set, it does not hold labelled images, `manual_dir` lacks a
+      ValueError: there is no such set, it does not hold what is wanted, `manual_dir` lacks a
         file of it, an archive is damaged or not the one wanted, or what `data_dir` holds is
         damaged or unreadable.
       RuntimeError: files are neither at hand nor to be had, or it takes TensorFlow to prepare them.
@@ -86,13 +94,10 @@ def prepare(
         _check_shards(builder)
     features = builder.info.features
     kinds = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
-    if not (
-        isinstance(kinds.get('image'), tfds.features.Image)
-        and isinstance(kinds.get('label'), tfds.features.ClassLabel)
-    ):
+    if not all(isinstance(kinds.get(key), kind) for key, kind in wanted.items()):
+        features_wanted = ' and '.join(f'{key}, {kind.__name__}' for key, kind in wanted.items())
         raise ValueError(
-            f'name={name!r}: wanted a set with the features image and label, of the types Image '
-            f'and ClassLabel, but it has {features}'
+            f'name={name!r}: wanted a set with {features_wanted}, but it has {features}'
         )
     return builder
 
@@ -123,6 +128,8 @@ def _builder_class(name: str) -> Any:
             return _cifar10_builder()
         case 'imagenet2012':
             return _imagenet_builder()
+        case 'tiny_shakespeare':
+            return _tiny_shakespeare_builder()
     return None
 
 
@@ -285,6 +292,30 @@ def _cifar10_builder() -> type:
                 yield key, {**example, 'id': f'{split}_{key:05d}'}
 
     return Cifar10
+
+
+def _tiny_shakespeare_builder() -> type:
+    """Makes the stock TFDS builder of a text over again, its file read without TensorFlow."""
+    stock: Any = tfds.builder_cls('tiny_shakespeare')
+
+    class TinyShakespeare(stock, skip_registration=True):  # pyright: ignore
+        name = stock.name
+        pkg_dir_path = stock.pkg_dir_path  # What TFDS tells of the set lies there,
+        url_infos = stock.url_infos  # and the checksum of its file.
+
+        def _split_generators(self, dl_manager):
+            (url,) = self.url_infos
+            try:
+                path = dl_manager.download(url)
+            except _DOWNLOAD_FAILURES as error:
+                raise _not_downloaded(self.name, error) from error
+            text = pathlib.Path(path).read_bytes()
+            first = int(0.9 * len(text))
+            second = first + int(0.5 * (len(text) - first))
+            parts = {'train': text[:first], 'validation': text[first:second], 'test': text[second:]}
+            return {split: self._generate_examples(split, part) for split, part in parts.items()}
+
+    return TinyShakespeare
 
 
 def _imagenet_builder() -> type:

@@ -18,6 +18,12 @@ def mnist_files():
 
 
 @pytest.fixture(scope='session')
+def text_files():
+    """The folder with the file of tiny Shakespeare, as it is published."""
+    yield from lend('DNS_JAX_TEXT', 'text')
+
+
+@pytest.fixture(scope='session')
 def prepared_sets():
     """A data_dir with cifar10_part in it, which is only read."""
     yield from lend('DNS_JAX_TFDS', 'tfds')

@@ -303,6 +303,11 @@ def test_other_features_are_named(tmp_path, monkeypatch):
         builders.prepare('shapes', tmp_path)
 
 
+def test_images_are_no_text(digits_dir):
+    with pytest.raises(ValueError, match=r"name='digits': wanted a set with text, Text, but it"):
+        builders.prepare('digits', digits_dir, wanted=builders.TEXT_FEATURES)
+
+
 def test_damaged_folder_of_another_set(tmp_path):
     Shapes(data_dir=tmp_path).download_and_prepare(file_format='array_record')
     cut_shard(tmp_path / 'shapes' / '2.0.0', 'train', 0.5)
