@@ -185,6 +185,29 @@ def test_half_precision_is_within_its_rounding_and_logits_are_whole():
     assert not np.array_equal(logits, whole)
 
 
+def test_every_layer_computes_in_half_precision():
+    (apart,) = dns_jax.unstack(STACKED, params_of(TINY))
+    block, hidden = Block(TINY.heads, 0.02, jnp.bfloat16), jnp.zeros((1, 6, 8), jnp.bfloat16)
+    calls = {
+        'of the network': lambda: TINY.clone(dtype=jnp.bfloat16).apply(
+            {'params': params_of(TINY)}, texts(), capture_intermediates=True
+        ),
+        'of a block': lambda: block.apply(
+            {'params': apart['blocks']['0']}, hidden, None, capture_intermediates=True
+        ),
+    }
+    with jax.numpy_dtype_promotion('standard'):
+        found = {
+            name: dict(named_leaves(jax.eval_shape(call)[1]['intermediates']))
+            for name, call in calls.items()
+        }
+    assert found['of the network'].pop('__call__/0').dtype == jnp.float32
+    # Two embeddings, the last norm, and the output; four layers, two norms, and what they give.
+    assert [len(outputs) for outputs in found.values()] == [4, 7]
+    dtypes = {output.dtype for outputs in found.values() for output in outputs.values()}
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_weights_start_as_those_of_gpt2():
     """Normal numbers of 0.02, less where many layers write to one sum; no block is as another."""
     network = Gpt(depth=8, width=32)

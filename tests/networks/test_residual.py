@@ -195,6 +195,18 @@ def test_half_precision_is_within_its_rounding_and_logits_are_whole():
     assert not np.array_equal(logits, whole)
 
 
+def test_every_layer_computes_in_half_precision():
+    network, images = TINY.clone(dtype=jnp.bfloat16), jnp.zeros((1, *ODD))
+    with jax.numpy_dtype_promotion('standard'):
+        _, found = jax.eval_shape(
+            lambda images: network.apply(variables(), images, capture_intermediates=True), images
+        )
+    outputs = dict(named_leaves(found['intermediates']))
+    assert outputs.pop('__call__/0').dtype == jnp.float32
+    # Seven convolutions, as many norms, three blocks, and the head.
+    assert [output.dtype for output in outputs.values()] == [jnp.bfloat16] * 18
+
+
 def test_a_shortcut_keeps_every_other_pixel_and_adds_channels_of_zeros():
     images = jnp.arange(1.0, 19.0).reshape(1, 3, 3, 2)
     passed = [[[1, 2, 0], [5, 6, 0]], [[13, 14, 0], [17, 18, 0]]]
