@@ -50,6 +50,7 @@ DATA_DIR_HELP = 'Folder of prepared sets; by default $TFDS_DATA_DIR or ~/tensorf
 MANUAL_DIR_HELP = "Folder with the set's published files; by default they are downloaded."
 VALIDATION_IMAGES = {name: source.validation for name, source in _SOURCES.items()}
 IMAGE_SHAPES = {name: source.image_shape for name, source in _SOURCES.items()}
+GREY_DATASETS = tuple(name for name, shape in IMAGE_SHAPES.items() if shape[-1] == 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,6 +104,10 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 CROSS_ENTROPY: Loss = optax.softmax_cross_entropy_with_integer_labels
 
 
+def _is_wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return (jnp.argmax(logits, -1) != labels).astype(jnp.float32)
+
+
 class Metric(NamedTuple):
     """What a network is measured by; less is better."""
 
@@ -111,7 +115,7 @@ class Metric(NamedTuple):
     of_labels: Loss  # whose mean it is, over all labels of a split
 
 
-ERROR = Metric('%', lambda logits, labels: 100.0 * (jnp.argmax(logits, -1) != labels))
+ERROR = Metric('%', lambda logits, labels: jnp.float32(100) * _is_wrong(logits, labels))
 NATS = Metric('nats', CROSS_ENTROPY)
 BITS = Metric('bits/character', lambda logits, labels: CROSS_ENTROPY(logits, labels) / jnp.log(2))
 
