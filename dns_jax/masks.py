@@ -16,6 +16,7 @@ from dns_jax._core.checks import abridge
 from dns_jax._core.counts import count_all, to_int
 from dns_jax._trees import check_parallel, unpack_masks
 from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
+from dns_jax.stacking import restack, unstack
 from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
 
 _Tree = TypeVar('_Tree')
@@ -98,6 +99,64 @@ def apply_masks(params: _Tree, masks: Masks) -> _Tree:
         params,
         check_parallel(params, masks),
     )
+
+
+def shrink(
+    params: _Tree,
+    masks: Masks,
+    thresholds: Mapping[str, Thresholds],
+    amount: jax.typing.ArrayLike = 1.0,
+    layer_of: LayerOf = parent_path,
+    stacked: Mapping[str, int] | None = None,
+) -> _Tree:
+    r"""Masks the weights and shrinks those that are kept, so that none leaves or returns by a jump.
+
+    .. math::
+      \mathrm{sign}(W_k) \max(|W_k| - s\,a_k, 0) \odot T_k
+
+    A weight that h_k prunes at a_k is zero already, and one that is spliced at b_k comes back as
+    b_k − a_k. Take the gradient there in place of W⊙T, meant for all of W as in equation (2), and
+    let s fall to 0 once the masks stay as they are: then the network to keep is W⊙T.
+
+    Args:
+      params: dense weights W.
+      masks: the parallel masks T.
+      thresholds: `{layer name: (a_k, b_k)}`, as in the state of `surgery`, in the unit of the
+        weights. A layer that is not named is masked alone.
+      amount: s, the share of the threshold that is taken off, in [0, 1].
+      layer_of: maps the path of a leaf to the name of its layer.
+      stacked: as for `surgery`.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if the trees do not match.
+      TypeError: if a mask is not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dns_jax import Thresholds
+      >>> weights, mask = jnp.array([3.0, -2.0, 1.5]), jnp.array([True, True, False])
+      >>> shrink(weights, mask, {'': Thresholds(1.0, 2.0)})
+      Array([ 2., -1.,  0.], dtype=float32)
+
+    Reference:
+      Donoho 1995, De-noising by soft-thresholding, for the function.
+    """
+    (apart,) = unstack(stacked or {}, params)
+
+    def cut(path, leaf):
+        low = thresholds[layer_of(path)].low if layer_of(path) in thresholds else 0.0
+        return jnp.reshape(amount * low, (1,) * jnp.ndim(leaf)).astype(jnp.result_type(leaf))
+
+    def apply(weights, mask, cut):
+        if not jnp.ndim(mask):
+            return weights
+        return jnp.where(mask, jnp.sign(weights) * jnp.maximum(jnp.abs(weights) - cut, 0), 0)
+
+    cuts = restack(stacked or {}, params, map_leaves(cut, apart))
+    return jax.tree.map(apply, params, check_parallel(params, masks), cuts)
 
 
 @functools.partial(jax.jit, static_argnames='layer_of')

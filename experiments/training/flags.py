@@ -74,7 +74,12 @@ class Config:
         False, 'Whether training images are mirrored left to right, half of them.', part='task'
     )
     batch_size: int = flag(64, 'Examples per step.', lower_bound=1, part='task')
-    reference_steps: int = flag(10_000, 'Steps of dense training.', lower_bound=1, part='task')
+    reference_steps: int = flag(
+        10_000,
+        'Steps of dense training; with 0 surgery begins with the first weights.',
+        lower_bound=0,
+        part='task',
+    )
     surgery_steps: int = flag(16_000, 'Steps of surgery.', lower_bound=1)
     finetuning_steps: int = flag(
         10_000,
@@ -215,6 +220,13 @@ class Config:
     hysteresis: float = flag(
         0.1,
         'Half the relative width of the band between thresholds: 0.1 puts them at 0.9·t and 1.1·t.',
+    )
+    shrink: float = flag(
+        0.0,
+        'Share of the threshold that kept weights are shrunk by in surgery, so that none leaves or '
+        'returns by a jump; it falls to 0 from --stop to the end of the surgery steps.',
+        lower_bound=0.0,
+        upper_bound=1.0,
     )
     update_gamma: float = flag(
         1e-4,

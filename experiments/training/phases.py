@@ -155,6 +155,7 @@ def train_side_by_side(
             accumulate=task.feed.accumulate,
             rounding=phase.make_rounding(),
             augmentation=phase.make_augmentation(),
+            shrinkage=phase.shrinkage,
         )
         return task.feed.compile(step, tuple(course.state for course in courses))
 
@@ -164,6 +165,9 @@ def train_side_by_side(
             stack.enter_context(course.checkpoints)
         bar = progress.bar(total=phase.steps, initial=first.done, desc=phase.name, unit=' steps')
         stack.enter_context(bar)
+        for course in courses:
+            if not phase.steps:
+                course.save()  # for runs that start from it
         while not stop and (done := min(course.done for course in courses)) < phase.steps:
             # After a setback, or a kill between two saves, those behind catch up first.
             behind = [course for course in courses if course.done == done]

@@ -54,6 +54,7 @@ class Phase:
     quantiser: Quantiser | None  # of the weights that the network computes with
     shift: int  # pixels that images are moved by at most
     mirror: bool  # whether half of them are mirrored
+    shrinkage: Callable[[TrainState], Any] | None = None  # of the kept weights, in surgery
 
     def make_optimizer(
         self, params: Any, setbacks: Sequence[bool] = ()
@@ -77,9 +78,10 @@ class Phase:
         return self.chain(*divergence.after_setbacks(pruner, solver, setbacks))
 
     def finish(self, state: TrainState) -> Weights:
-        """Gives the network to keep: W⊙T, quantised where the phase does so."""
+        """Gives what the network computes with: W⊙T, shrunk or quantised if the phase does so."""
         apply = self.quantiser.finish if self.quantiser else dns_jax.apply_masks
-        return Weights(apply(state.params, state.masks), state.statistics)
+        params = self.shrinkage(state) if self.shrinkage else state.params
+        return Weights(apply(params, state.masks), state.statistics)
 
     def make_rounding(self) -> Rounding | None:
         """Says how the phase quantises weights, None where it does not."""
@@ -141,6 +143,8 @@ def make_plan(config: Config) -> Plan:
     dropout = 0.0 if config.pruned_dropout == 'dropped' else config.dropout
     reference = _make_phase(config, 'reference', 'reference_', make_no_pruner, config.dropout)
     surgery = _make_phase(config, 'surgery', '', pruner, dropout)
+    if pruning.shrink:
+        surgery = dataclasses.replace(surgery, shrinkage=_make_shrinkage(pruning))
 
     def make_frozen(params):
         return divergence.frozen(pruner(params))
@@ -194,6 +198,19 @@ def _cached_shapes(network: nn.Module, shape: tuple[int, ...], dtype: Any) -> An
     return models.shapes(network, shape, dtype)
 
 
+def _make_shrinkage(pruning: Pruning) -> Callable[[TrainState], Any]:
+    """Makes the function of a state that shrinks its weights under its thresholds."""
+
+    def shrink(state: TrainState) -> Any:
+        surgery: Any = optax.tree.get(state.opt_state, 'SurgeryState')
+        amount: Any = pruning.shrink and pruning.shrink(surgery.count)
+        return dns_jax.shrink(
+            state.params, state.masks, surgery.thresholds, amount, stacked=pruning.stacked
+        )
+
+    return shrink
+
+
 def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
     """Reads all that is said of pruning, for the layers of a network that could take part."""
     steps = config.surgery_steps
@@ -232,6 +249,7 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         every=config.refresh_every,
         refresh_statistics=config.refresh_statistics,
         hysteresis=config.hysteresis,
+        shrink=_read_shrink(config, windows),
         update_gamma=config.update_gamma,
         update_power=config.update_power,
         splicing=config.splicing,
@@ -285,6 +303,19 @@ def _read_windows(config: Config, layers: Iterable[str]) -> dict[str, Window]:
     )
     # None after the last step, that one of them is the last: by density that is an exact one.
     return {layer: (starts.get(layer, 0), min(stops.get(layer, steps), steps)) for layer in layers}
+
+
+def _read_shrink(config: Config, windows: Mapping[str, Window]) -> dns_jax.Schedule | None:
+    """Reads how much kept weights are shrunk by: not any more where all masks stay for good."""
+    if not config.shrink:
+        return None
+    stop = max(stop for _, stop in windows.values())
+    if stop >= config.surgery_steps:
+        raise ValueError(
+            f'--shrink={config.shrink} must fall to 0 before the end: masks must stay as they are '
+            f'from a step on, but --stop={config.stop}'
+        )
+    return optax.linear_schedule(config.shrink, 0.0, config.surgery_steps - stop, stop)
 
 
 def _read_ramps(config: Config, windows: Mapping[str, Window]) -> dict[str, Window]:

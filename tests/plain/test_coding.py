@@ -11,8 +11,8 @@ from dns_jax.files.sharing import expand
 from experiments.artefacts.loading import load_model
 from experiments.data import resident
 from experiments.networks import models
-from experiments.plain.coding import CodingConfig, code, find_network
 from experiments.plain import coding
+from experiments.plain.coding import CodingConfig, code, find_network
 from experiments.training.steps import make_measure
 from experiments.zoo import FOLDER
 
