@@ -228,6 +228,12 @@ class Config:
         lower_bound=0.0,
         upper_bound=1.0,
     )
+    pruned_rate: float = flag(
+        1.0,
+        'Learning rate of pruned weights in surgery, as a share of that of the others.',
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     update_gamma: float = flag(
         1e-4,
         'γ of the update probability (1 + γ·step)^−power, per step; not used if --update_power=0.',

@@ -172,6 +172,8 @@ def _make_phase(
         raise ValueError(f'--{decay_flag}={decay} must be at least 0')
     solver = make_solver(config, rate, decay)
     chain, scales = PRUNERS[config.pruner].chain, config.pruned_dropout == 'scaled'
+    if config.pruned_rate != 1 and name == 'surgery':
+        chain = functools.partial(sparse_training.slow_pruned, share=config.pruned_rate)
     quantiser = None if name == 'reference' else QUANTISERS[config.quantiser]
     changes = config.shift, config.mirror
     return Phase(name, steps, solver, make, chain, dropout, scales, quantiser, *changes)

@@ -302,7 +302,7 @@ PRUNERS = {
         _make_surgery,
         (
             *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
-            *('count_returns', 'importance', 'refresh_statistics', 'shrink'),
+            *('count_returns', 'importance', 'refresh_statistics', 'shrink', 'pruned_rate'),
         ),
         (*_DENSITIES, 'c_rate'),
         has_rules=True,
