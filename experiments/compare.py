@@ -19,7 +19,7 @@ from experiments.training.flags import Config
 from experiments.training.plan import Plan, make_plan
 
 COLUMNS = (
-    *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'kept'),
+    *('variant', 'network', 'dataset', 'target', 'seed', 'compression', 'part_density', 'kept'),
     *('unit', 'reference_error'),
     *('reference_validation_error', 'test_error', 'validation_error'),
     *('steps_to_reach', 'pruning_seconds', 'state_mebibytes'),

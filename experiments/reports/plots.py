@@ -256,42 +256,52 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Test error over compression for each variant, medians and ranges, and what others have.
+    """Test error over size for each variant, medians and ranges, and what others have.
+
+    The size is a compression, or where densities are the targets that of what takes part.
 
     Args:
-      rows: of one network and data set, with `network`, `dataset`, `variant`, `target`,
-        `compression` and `test_error`.
+      rows: of one network and data set, with `network`, `dataset`, `variant`, `target`, `unit`,
+        `compression`, `part_density` and `test_error`.
     """
     figure, axes = _new_frontier()
+    by_density = any(row['target'] != '' and row['target'] < 1 for row in rows)
+    size = 'part_density' if by_density else 'compression'
     variants = group_rows(rows, 'variant')
     for number, ((variant,), own) in enumerate(variants.items()):
         groups = list(group_rows(own, 'target').values())
-        compressions = [np.median([row['compression'] for row in group]) for group in groups]
-        # A little apart, so that ranges at one compression do not hide each other.
+        sizes = [np.median([row[size] for row in group]) for group in groups]
+        # A little apart, so that ranges at one size do not hide each other.
         apart = 0.97 + 0.06 * (number + 0.5) / len(variants)
-        _draw_ranges(axes, number, np.array(compressions) * apart, groups, variant)
+        _draw_ranges(axes, number, np.array(sizes) * apart, groups, variant)
     # Many colours are taken by variants: others are black, told apart by marks of their own.
     known = [entry for entry in published.find_errors(rows) if entry[2] is not None]
     for number, (who, compression, error) in enumerate(known, start=1):
         style = {'color': BLACK, 'marker': f'${number}$', 'zorder': 3}
         axes.scatter([compression], [error], label=who, **style)
     _set_scale(axes, [row['test_error'] for row in rows] + [error for _, _, error in known])
-    return _finish_frontier(figure, axes)
+    return _finish_frontier(figure, axes, by_density, rows[0].get('unit', '%'))
 
 
 def _new_frontier() -> tuple[Figure, Any]:
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout='constrained')
     axes = figure.subplots()
-    axes.set_title('Error and compression')
     style(axes)
     return figure, axes
 
 
-def _finish_frontier(figure: Figure, axes: Any) -> Figure:
-    """Scales and labels error and compression, once all is drawn."""
-    _scale_logarithmically(axes, '{x:,g}×')
-    axes.set_ylabel('test error (%)')
-    axes.set_xlabel('compression: all parameters / kept parameters')
+def _finish_frontier(
+    figure: Figure, axes: Any, by_density: bool = False, unit: str = '%'
+) -> Figure:
+    """Scales and labels error and size, once all is drawn."""
+    axes.set_title('Error and density' if by_density else 'Error and compression')
+    if by_density:
+        _scale_logarithmically(axes, '{x:.0%}')
+        axes.set_xlabel('density: kept / all of what takes part')
+    else:
+        _scale_logarithmically(axes, '{x:,g}×')
+        axes.set_xlabel('compression: all parameters / kept parameters')
+    axes.set_ylabel(f'test error ({unit})')
     return _add_legend(figure, *axes.get_legend_handles_labels())
 
 

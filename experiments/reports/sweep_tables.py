@@ -12,6 +12,7 @@ FRONTIER_HEADER = (
 COMPARE_TABLES = {
     'Medians over seeds, and in brackets their ranges': {
         'compression': ('compression', '.1f', '×'),
+        'density': ('part_density', '.2%'),
         'error of the reference': ('reference_error',),
         'error': ('test_error',),
         'steps to reach it': ('steps_to_reach', ',.0f'),
@@ -67,7 +68,10 @@ def compare_tables(rows: Rows) -> list[Table]:
     """
     groups = group_rows(rows, 'variant', 'target')
     tables = []
-    for caption, columns in COMPARE_TABLES.items():
+    for caption, every in COMPARE_TABLES.items():
+        # The density is that of what takes part, and of interest where it was asked for.
+        by_density = any(row['target'] != '' and row['target'] < 1 for row in rows)
+        columns = {name: cell for name, cell in every.items() if by_density or name != 'density'}
         key = next(iter(columns.values()))[0]
         lines = [
             (name, f'{len(runs)}', *(_cell(runs, *cell) for cell in columns.values()))

@@ -84,6 +84,7 @@ def _summarise(
         'reference_error': task.measure(reference, splits.test),
         'validation_error': task.measure(pruned, splits.validation),
         'test_error': task.measure(pruned, splits.test),
+        'part_density': _count_part(final.masks),
         **_size_summary(sizes.total),
         'per_layer': {layer: _size_summary(size) for layer, size in sizes.layers.items()},
         'state_mebibytes': sum(leaf.nbytes for leaf in jax.tree.leaves(final)) / 2**20,
@@ -92,6 +93,12 @@ def _summarise(
         'device': jax.devices()[0].device_kind,
         'flags': run.identity,
     }
+
+
+def _count_part(masks: dns_jax.Masks) -> float:
+    """Counts what is kept of what takes part: kept / all."""
+    part = [np.asarray(mask) for mask in jax.tree.leaves(meshes.to_host(masks)) if np.ndim(mask)]
+    return sum(int(mask.sum()) for mask in part) / max(sum(mask.size for mask in part), 1)
 
 
 def _measure_returns(
