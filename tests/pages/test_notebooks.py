@@ -16,7 +16,7 @@ def read(path):
 
 
 def test_there_are_notebooks():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ['01', '02', '03', '04']
+    assert [path.stem[:2] for path in NOTEBOOKS] == ['01', '02', '03', '04', '05']
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
