@@ -57,7 +57,7 @@ def _to_rows(
         if run in summaries:
             records = read_records(run.workdir)
             target = run.kernel_density or run.compression or ''
-            row = {**summaries[run], 'variant': variant, 'target': target}
+            row = {'unit': '%', **summaries[run], 'variant': variant, 'target': target}
             row['steps_to_reach'] = steps_to_reach(records)
             returns = {f'returns_{key}': value for key, value in row.get('returns', {}).items()}
             errors = _errors_of_cut(plans[run], row, records)

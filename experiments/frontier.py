@@ -17,8 +17,9 @@ from experiments.training.flags import Config
 from experiments.training.plan import make_plan
 
 COLUMNS = (
-    *('network', 'dataset', 'target', 'seed', 'compression', 'kept', 'reference_error'),
-    *('test_error', 'reference_validation_error', 'validation_error'),
+    *('network', 'dataset', 'target', 'seed', 'compression', 'kept'),
+    *('unit', 'reference_error', 'test_error'),
+    *('reference_validation_error', 'validation_error'),
     *('commit', 'jax', 'device'),
 )
 
@@ -45,14 +46,12 @@ def frontier(config: FrontierConfig) -> list[dict[str, Any]]:
 def _to_rows(
     runs: Sequence[Config], summaries: Mapping[Config, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    return [
-        {
-            name: {**summaries[run], 'target': run.compression or run.kernel_density}[name]
-            for name in COLUMNS
-        }
-        for run in runs
-        if run in summaries
-    ]
+    rows = []
+    for run in runs:
+        if run in summaries:
+            row = {'unit': '%', **summaries[run], 'target': run.compression or run.kernel_density}
+            rows.append({name: row[name] for name in COLUMNS})
+    return rows
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 import optax
 
 import dns_jax
@@ -113,7 +114,9 @@ def _warm_cosine(base: float, warm_up: float, share: float, steps: int) -> dns_j
     """Rises to the base in some steps, then falls as half a cosine to a share of it at the end."""
     # A phase that is shorter than its warm-up has at least one step to fall in.
     warm_up, steps = min(int(warm_up), max(steps - 1, 0)), max(steps, 1)
-    return optax.warmup_cosine_decay_schedule(0.0, base, warm_up, steps, share * base)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, base, warm_up, steps, share * base)
+    # As a float: optax divides the count, which strict promotion of dtypes refuses.
+    return lambda step: schedule(jnp.float32(step))
 
 
 _POLICIES = {

@@ -252,7 +252,7 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         else:
             axes.scatter([compression], [error], color=colour, marker=marker, label=who, zorder=3)
     axes.set_ylim(bottom=0)
-    return _finish_frontier(figure, axes)
+    return _finish_frontier(figure, axes, rows)
 
 
 def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -280,7 +280,7 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         style = {'color': BLACK, 'marker': f'${number}$', 'zorder': 3}
         axes.scatter([compression], [error], label=who, **style)
     _set_scale(axes, [row['test_error'] for row in rows] + [error for _, _, error in known])
-    return _finish_frontier(figure, axes, by_density, rows[0].get('unit', '%'))
+    return _finish_frontier(figure, axes, rows, by_density)
 
 
 def _new_frontier() -> tuple[Figure, Any]:
@@ -291,7 +291,7 @@ def _new_frontier() -> tuple[Figure, Any]:
 
 
 def _finish_frontier(
-    figure: Figure, axes: Any, by_density: bool = False, unit: str = '%'
+    figure: Figure, axes: Any, rows: Sequence[Mapping[str, Any]], by_density: bool = False
 ) -> Figure:
     """Scales and labels error and size, once all is drawn."""
     axes.set_title('Error and density' if by_density else 'Error and compression')
@@ -301,6 +301,7 @@ def _finish_frontier(
     else:
         _scale_logarithmically(axes, '{x:,g}×')
         axes.set_xlabel('compression: all parameters / kept parameters')
+    unit = rows[0].get('unit', '%')
     axes.set_ylabel(f'test error ({unit})')
     return _add_legend(figure, *axes.get_legend_handles_labels())
 

@@ -74,6 +74,8 @@ def check_summary(summary: Summary) -> None:
     _check_entry('the summary', summary, SUMMARY_KEYS)
     if not isinstance(summary.get('flags', {}), Mapping):
         raise ValueError(f'the summary has the flags {str(summary["flags"])[:80]}')
+    if not isinstance(summary.get('unit', '%'), str):
+        raise ValueError(f'the summary has the unit {str(summary["unit"])[:80]}')
     for layer, entry in summary['per_layer'].items():
         _check_entry(f"the summary's per_layer['{layer}']", entry, LAYER_KEYS)
 

@@ -34,7 +34,9 @@ class SweepConfig:
         '30,60,120', 'Compressions to reach (all / kept parameters), separated by commas.'
     )
     kernel_densities: str = flag(
-        '', 'In place of --compressions, values of --kernel_density, separated by commas.'
+        '',
+        'Values of --kernel_density to reach, separated by commas, in place of --compressions, '
+        'which says by default what to reach.',
     )
     seeds: int = flag(
         5,

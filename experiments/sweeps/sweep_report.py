@@ -10,7 +10,7 @@ from experiments.networks.names import NETWORK_NAMES
 from experiments.reports import published
 from experiments.reports.pages import Section, render
 from experiments.reports.run_report import describe_environment, to_flags
-from experiments.reports.tables import Rows, Table, middle_and_range
+from experiments.reports.tables import Rows, Table, format_of, middle_and_range
 
 
 def page(
@@ -33,6 +33,8 @@ def page(
       left_out: runs that did not come to their end, folder to reason.
     """
     network, dataset = rows[0]['network'], rows[0]['dataset']
+    number, unit = format_of(rows[0].get('unit', '%'))
+    reference_error = statistics.median(row['reference_error'] for row in rows)
     sections = [Section('Result', tables=tables, figures=[figure])]
     if left_out:
         lines = [f'{folder}: {reason}' for folder, reason in left_out.items()]
@@ -52,10 +54,7 @@ def page(
         [
             (f'{len(rows)}', 'runs'),
             (middle_and_range(rows, 'compression', '.0f', '×'), 'compression'),
-            (
-                f'{statistics.median(row["reference_error"] for row in rows):.2f} %',
-                'error of the references, median',
-            ),
+            (f'{reference_error:{number}}{unit}', 'error of the references, median'),
         ],
         sections,
     )

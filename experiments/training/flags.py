@@ -137,7 +137,8 @@ class Config:
     )
     clip: float = flag(
         0.0,
-        'Norm that gradients of all weights together are cut down to; 0 leaves them as they are.',
+        'Largest norm of the gradients of all parameters together, which are cut down to it; 0 '
+        'leaves them as they are.',
         lower_bound=0.0,
         part='solver',
     )
@@ -251,7 +252,11 @@ class Config:
     )
     prune_biases: bool = flag(True, 'Whether biases take part in surgery, and the scales of norms.')
     prune_embeddings: bool = flag(False, 'Whether embeddings take part in surgery.')
-    stay_dense: str = flag('', 'Layers that take no part in surgery, as LAYER,…; conv* is one too.')
+    stay_dense: str = flag(
+        '',
+        'Layers that take no part in surgery, as LAYER,…, where conv* is a LAYER too; none by '
+        'default.',
+    )
     quantiser: str = flag(
         'none',
         'What kernels are rounded to in surgery and fine-tuning, while real weights learn: binary, '

@@ -18,6 +18,7 @@ from dns_jax import sparse_training
 from dns_jax.layers import named_leaves
 from experiments.baselines.quantisers import Quantiser
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_structure, parse_table
+from experiments.data import resident, texts
 from experiments.data.augmentation import shift_and_mirror
 from experiments.networks import models
 from experiments.networks.inputs import Tokens
@@ -36,7 +37,7 @@ from experiments.training.pruning import (
     make_takes_part,
 )
 from experiments.training.sized_flags import SizedConfig
-from experiments.training.solvers import make_solver
+from experiments.training.solvers import Numbers, make_solver
 from experiments.training.steps import Augmentation, Dropout, Rounding, TrainState, Weights
 
 
@@ -134,6 +135,7 @@ def make_plan(config: Config) -> Plan:
       ValueError: if something is written within a flag that it may not hold, or does not fit the
         network or the other flags.
     """
+    _check_dataset(config)
     shapes = _shapes(config)
     stacked = models.STACKED.get(config.network, {})
     (apart,) = jax.eval_shape(lambda shapes: dns_jax.unstack(stacked, shapes), shapes)
@@ -170,13 +172,29 @@ def _make_phase(
     decay = getattr(config, decay_flag)
     if decay < 0:
         raise ValueError(f'--{decay_flag}={decay} must be at least 0')
-    solver = make_solver(config, rate, decay)
+    own = config.momentum, config.bias_scale, config.decay_biases
+    solver = make_solver(config.optimizer, Numbers(rate, decay, *own), config.clip)
     chain, scales = PRUNERS[config.pruner].chain, config.pruned_dropout == 'scaled'
     if config.pruned_rate != 1 and name == 'surgery':
         chain = functools.partial(sparse_training.slow_pruned, share=config.pruned_rate)
     quantiser = None if name == 'reference' else QUANTISERS[config.quantiser]
     changes = config.shift, config.mirror
     return Phase(name, steps, solver, make, chain, dropout, scales, quantiser, *changes)
+
+
+def _check_dataset(config: Config) -> None:
+    """Refuses a data set that does not fit the network; streamed images are made to fit."""
+    if isinstance(config, ImageConfig):
+        return
+    inputs: Any = models.INPUTS.get(config.network, models.MNIST_INPUT)
+    is_text = config.dataset in texts.DATASETS
+    if is_text != isinstance(inputs, Tokens):
+        raise ValueError(
+            f'--dataset={config.dataset} holds {"a text" if is_text else "images"}, but '
+            f'--network={config.network} takes {"images" if is_text else "a text"}'
+        )
+    if not is_text:
+        named('dataset', resident.check_image_shape, config.dataset, inputs.image_shape)
 
 
 def _shapes(config: Config) -> Any:

@@ -15,6 +15,9 @@ from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import TrainState, Weights
 from experiments.training.workdir import CHECKPOINTS_FOLDER, read_flags
 
+# Flags that make another network: as many heads as others have the same weights.
+_SIZES = ('depth', 'width', 'heads', 'context', 'tied')
+
 
 def check(path: Path, flags: Mapping[str, Any]) -> None:
     """Refuses a reference network that a run cannot start from, without reading its weights.
@@ -41,11 +44,11 @@ def check(path: Path, flags: Mapping[str, Any]) -> None:
         raise FileNotFoundError(f'--reference={path} has no {_checkpoints(path)}')
     theirs = read_flags(path)
     # With train_on_all another run has seen the images that this one validates with.
-    for name in ('network', 'dataset', 'train_on_all'):
-        if theirs.get(name) != flags[name]:
+    for name in ('network', 'dataset', 'train_on_all', *_SIZES):
+        if theirs.get(name) != flags.get(name):
             raise ValueError(
                 f'--reference={path} is of a run with {name} {theirs.get(name)!r}; wanted '
-                f'{flags[name]!r}'
+                f'{flags.get(name)!r}'
             )
     steps = theirs.get('reference_steps')
     if not isinstance(steps, int):

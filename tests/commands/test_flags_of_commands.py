@@ -6,12 +6,10 @@ import re
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 from run_flags import FIELDS, ROOT, TARGETS, parse
 
-from experiments import alexnet, lenet5, lenet300, vgg16
+from experiments import alexnet, gpt, lenet5, lenet300, resnet, vgg16
 from experiments.bench import BenchConfig
 from experiments.config.command_line import all_flags, is_flag
 from experiments.diversity import DiversityConfig
@@ -29,6 +27,7 @@ from experiments.training.flags import Config
 from experiments.training.image_flags import ImageConfig
 from experiments.training.plan import make_plan
 from experiments.training.pruning import make_rules
+from experiments.training.sized_flags import ShortConfig, SizedConfig
 from experiments.xor import XorConfig
 from experiments.zoo import ZooConfig
 
@@ -38,14 +37,15 @@ SCRIPTS = {'lenet300': lenet300, 'lenet5': lenet5}
 IMAGE_SCRIPTS = {'alexnet': alexnet, 'vgg16': vgg16}
 
 
+SIZED_SCRIPTS = {'resnet': resnet, 'gpt': gpt}
+
+
 FLAGFILES = sorted((ROOT / 'experiments' / 'flagfiles').glob('*.flags'))
 
 
 def shapes(name):
     """Returns the shapes of a network's parameters, without making them."""
-    size = models.INPUTS[name].size
-    images = jnp.zeros((1, size, size, len(models.INPUTS[name].mean)))
-    return jax.eval_shape(lambda: models.NETWORKS[name]().init(jax.random.key(0), images))['params']
+    return models.shapes(models.NETWORKS[name](), models.INPUTS[name].image_shape)
 
 
 def main(*arguments, script='lenet5'):
@@ -65,6 +65,20 @@ def test_the_defaults_of_the_scripts(script):
     assert list(make_rules(make_plan(config).pruning, shapes(script))) == ['*']
 
 
+@pytest.mark.parametrize('script', SIZED_SCRIPTS)
+def test_the_defaults_of_the_scripts_of_sized_networks(script):
+    defaults = SIZED_SCRIPTS[script].DEFAULTS
+    config = parse('--kernel_density=0.1', defaults=defaults, config_type=ShortConfig)
+    assert config.network == script
+    # Those of dns_jax.prune_to.
+    own = {'prune_biases': False, 'ramp': 'poly:3', 'ramp_end': '50%', 'stop': '60%'}
+    own |= {'refresh_every': 0, 'hysteresis': 0.5, 'finetuning_steps': 0, 'kernel_density': 0.1}
+    for field in dataclasses.fields(SizedConfig):
+        wanted = {**own, **defaults}.get(field.name, field.default)
+        assert getattr(config, field.name) == wanted, field.name
+    assert list(make_rules(make_plan(config).pruning, None)) == ['*']
+
+
 def test_help_lists_every_flag():
     answer = main('--help')
     for name in FIELDS:
@@ -81,7 +95,7 @@ def test_what_says_by_itself_how_much_to_keep_has_no_flags_for_it(config_type):
 CONFIGS = (
     *(Config, ImageConfig, FrontierConfig, CompareConfig, SearchConfig, DiversityConfig),
     *(BenchConfig, ExportConfig, LatencyConfig, LowRankConfig, MixedConfig, OneBitConfig),
-    *(OwnLoopConfig, ScaleConfig, SizesConfig, XorConfig, ZooConfig),
+    *(OwnLoopConfig, ShortConfig, ScaleConfig, SizesConfig, XorConfig, ZooConfig),
 )
 
 
@@ -126,7 +140,7 @@ def test_the_script_ends_with_one_message_and_no_traceback():
     assert answer.stdout == ''
 
 
-@pytest.mark.parametrize(('name', 'script'), (SCRIPTS | IMAGE_SCRIPTS).items())
+@pytest.mark.parametrize(('name', 'script'), (SCRIPTS | IMAGE_SCRIPTS | SIZED_SCRIPTS).items())
 def test_entry_scripts_say_how_they_are_called(name, script):
     assert f'python -m experiments.{name} --flagfile=' in script.__doc__
 
@@ -152,6 +166,10 @@ def test_flagfiles_parse_and_say_what_they_are_for(path):
         assert sorted(make_rules(make_plan(config).pruning, shapes(config.network))) == sorted(
             shapes(config.network)
         )
+    elif command[1] in SIZED_SCRIPTS:
+        defaults = SIZED_SCRIPTS[command[1]].DEFAULTS
+        config = parse(f'--flagfile={path}', *given, defaults=defaults, config_type=ShortConfig)
+        make_plan(config)
     else:
         config_type = {
             'compare': CompareConfig,

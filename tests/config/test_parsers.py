@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from experiments.config.parsers import (
@@ -87,6 +88,43 @@ def test_learning_rate_policies_are_those_of_the_library():
         assert float(parse_learning_rate(text, 100)(50)) == pytest.approx(at_50)
 
 
+def test_a_cosine_rises_and_falls_to_its_share():
+    rate = parse_learning_rate('cosine:0.5,10,0.2', 100)
+    angles = np.pi * np.arange(91) / 90
+    wanted = [*(0.05 * np.arange(10)), *(0.5 * (0.2 + 0.8 * (1 + np.cos(angles)) / 2))]
+    found = [float(rate(np.int32(step))) for step in range(101)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    assert (found[0], found[10], found[100]) == (0.0, 0.5, pytest.approx(0.1))
+    at_once = parse_learning_rate('cosine:0.5,0,0', 4)
+    assert [float(at_once(step)) for step in (0, 2, 4)] == pytest.approx([0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize('steps', [1, 5, 10])
+def test_a_cosine_longer_than_its_phase_ends_within_it(steps):
+    rate = parse_learning_rate('cosine:0.5,10,0.1', steps)
+    found = [float(rate(step)) for step in range(steps + 1)]
+    assert found[-1] == pytest.approx(0.05)
+    assert max(found) == 0.5
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('cosine:0.1,1.5,0', 'must have a whole number of steps'),
+        ('cosine:0.1,10,1.5', 'a share of at most 1'),
+        ('cosine:0.1,10', 'BASE,STEPS,SHARE'),
+        ('cosine:0.1,-1,0', 'cosine'),
+        ('cosine:0.1,10,-0.1', 'cosine'),
+        ('cosine:0.1,inf,0', 'cosine'),
+        ('cosine:nan,10,0', 'cosine'),
+    ],
+)
+def test_a_cosine_that_is_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_learning_rate(text, 100)
+
+
 def test_the_base_of_a_learning_rate_is_scaled():
+    assert scale_learning_rate('cosine:0.2,10,0.1', 0.5) == 'cosine:0.1,10,0.1'
     assert scale_learning_rate('inv:0.01,1e-4,0.75', 2.0) == 'inv:0.02,1e-4,0.75'
     assert scale_learning_rate('fixed:0.1', 1 / 3) == 'fixed:0.03333'

@@ -16,7 +16,7 @@ FIELDS = [field.name for field in dataclasses.fields(Config) if field.name != 'n
 
 
 # One of these must say what to keep.
-TARGETS = ('compression', 'density', 'layer_density', 'c_rate')
+TARGETS = ('compression', 'density', 'kernel_density', 'layer_density', 'c_rate')
 
 
 def parse(*arguments, defaults=lenet5.DEFAULTS | {'c_rate': '1'}, config_type=Config):
@@ -29,6 +29,8 @@ def parse(*arguments, defaults=lenet5.DEFAULTS | {'c_rate': '1'}, config_type=Co
 EFFECTIVE = {
     'train_on_all': True,
     'seed': 1,
+    'shift': 3,
+    'mirror': True,
     'batch_size': 8,
     'reference_steps': 2,
     'surgery_steps': 3,
@@ -40,6 +42,8 @@ EFFECTIVE = {
     'finetuning_learning_rate': 'fixed:0.1',
     'finetuning_weight_decay': 0.1,
     'reference_weight_decay': 0.1,
+    'optimizer': 'sgd',
+    'clip': 0.1,
     'momentum': 0.5,
     'weight_decay': 0.1,
     'bias_scale': 1.0,
@@ -50,6 +54,7 @@ EFFECTIVE = {
     'hysteresis': 0.3,
     'update_power': 1e6,
     'prune_biases': False,
+    'stay_dense': 'fc1',
     'quantiser': 'signs',
     'dropout': 0.5,
     'cut': 0.3,
@@ -82,8 +87,11 @@ EFFECTIVE_WITH = {  # the flags that the flag needs, or whose pruner reads it
 }
 
 
-# These are tried together with others, below.
-TRIED_APART = {'density', 'layer_density', 'update_gamma', 'count_returns'}
+# These are tried together with others, or on other networks.
+TRIED_APART = {
+    *('density', 'kernel_density', 'layer_density', 'update_gamma', 'count_returns'),
+    'prune_embeddings',
+}
 
 
 # What these do is asked below, one by one.

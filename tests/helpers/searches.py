@@ -40,7 +40,7 @@ class PlayedTask:
     def __init__(self, config):
         del config
 
-    def error(self, params, split):
+    def measure(self, weights, split):
         return REFERENCE_ERROR
 
 

@@ -59,7 +59,7 @@ def test_what_is_chosen_for_each_layer(name, network, layers):
 
 
 SCALED = {'learning_rate': 'fixed:0.1', 'weight_decay': 0.1}
-CHOSEN = ('compression', 'density', 'layer_density', 'c_rate', 'ramp_end')
+CHOSEN = ('compression', 'density', 'kernel_density', 'layer_density', 'c_rate', 'ramp_end')
 PROBES = ('refresh_statistics', 'cut', 'cut_at', 'count_returns')
 NO_FLAGS = (*CHOSEN, *PROBES, 'on_divergence', 'train_on_all', 'resume', 'overwrite')
 # Flags of runs that trials have as well, and values that are not their defaults.
@@ -67,6 +67,7 @@ HANDED_ON = EFFECTIVE | EFFECTIVE_BY_DENSITY
 HANDED_ON |= {name: value for name, (value, _) in EFFECTIVE_WITH.items()}
 HANDED_ON |= {'dataset': 'digits', 'reference': 'some', 'tensorboard': True, 'update_gamma': 0.5}
 HANDED_ON |= {'data_dir': 'some', 'manual_dir': 'some', 'start': '10', 'stop': '80%'}
+HANDED_ON |= {'prune_embeddings': True}
 HANDED_ON |= {'record_every': 250, 'checkpoint_every': 4_000, 'rounds': 3, 'pruner': 'gradual'}
 HANDED_ON = {name: HANDED_ON[name] for name in HANDED_ON.keys() - {*SCALED, *NO_FLAGS}}
 # The flags beside which some of them have a meaning.

@@ -24,6 +24,8 @@ from experiments.training.flags import Config
     ('fields', 'message'),
     [
         ({'rounds': 3}, '--rounds=3 has no meaning'),
+        ({'optimizer': 'sgd', 'bias_scale': 1.0}, '--bias_scale=1.0 has no meaning .*=sgd'),
+        ({'optimizer': 'adamw', 'momentum': 0.5}, '--momentum=0.5 has no meaning .*=adamw'),
         ({'pruner': 'gradual', 'drop': 0.1}, '--drop=0.1 has no meaning .*=gradual'),
         ({'pruner': 'rigl', 'drop': 2.0}, r'--drop=2.0 must be in \[0, 1\)'),
         ({'refresh_statistics': 5}, '--refresh_statistics=5 has no meaning'),
@@ -57,6 +59,7 @@ def test_a_flag_given_is_the_field_of_its_name(name):
     values = EFFECTIVE | EFFECTIVE_BY_DENSITY
     values |= {name: value for name, (value, _) in EFFECTIVE_WITH.items()} | {'pruner': 'han'}
     values |= {'density': 0.5, 'layer_density': '0.5', 'update_gamma': 1.0, 'count_returns': True}
+    values |= {'kernel_density': 0.5, 'prune_embeddings': True}
     values |= {'dataset': 'digits', 'resume': True, 'overwrite': True}
     values |= {'tensorboard': True, 'checkpoint_every': 4_000, 'record_every': 250}
     values |= {'on_divergence': 'rollback'}
@@ -91,6 +94,9 @@ def test_a_flag_given_is_the_field_of_its_name(name):
         (['--c_rate=', '--compression=nan'], '--compression=nan must be finite and at least 1'),
         (['--c_rate=', '--density=0'], '--density=0.0 must be in (0, 1]'),
         (['--c_rate=', '--density=1.5'], '--density=1.5 must be in (0, 1]'),
+        (['--c_rate=', '--kernel_density=0'], '--kernel_density=0.0 must be in (0, 1]'),
+        (['--c_rate=', '--kernel_density=2'], '--kernel_density=2.0 must be in (0, 1]'),
+        (['--kernel_density=0.1'], "but {'kernel_density': 0.1, 'c_rate': '1'} is given"),
     ],
 )
 def test_flags_that_contradict_each_other(arguments, message):

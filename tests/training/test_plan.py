@@ -178,6 +178,25 @@ def test_a_density_is_of_all_parameters(what, prune_biases):
     assert masks['fc1']['bias'].ndim == prune_biases
 
 
+@pytest.mark.parametrize('prune_biases', [True, False])
+def test_a_kernel_density_is_of_all_that_takes_part(prune_biases):
+    fields = {'surgery_steps': 5, 'refresh_every': 1, 'prune_biases': prune_biases}
+    params = random_layers(fc1=(10, 20), fc2=(20, 3))
+    for stay_dense, part in (('', 260 + 23 * prune_biases), ('fc2', 200 + 20 * prune_biases)):
+        config = Config('tiny', kernel_density=0.1, stay_dense=stay_dense, **fields)
+        masks = masks_of_steps(config, params)[-1]
+        kept = dns_jax.measure_sizes(params, masks).total.kept
+        assert kept == 283 - part + round(0.1 * part)
+
+
+def test_a_layer_that_stays_dense_is_in_no_table():
+    params = {layer: {'kernel': jnp.ones((2, 2))} for layer in ('conv1', 'conv2', 'fc1')}
+    assert list(rules(Config('tiny', c_rate='1', stay_dense='conv*'), params)) == ['fc1']
+    for fields in ({'c_rate': 'fc1:1'}, {'c_rate': '*:1', 'start': 'fc1:2'}):
+        with pytest.raises(ValueError, match="pattern 'fc1' is the first match of no layer"):
+            rules(Config('tiny', **fields, stay_dense='fc1'), params)
+
+
 def test_layers_have_densities_ramps_starts_and_stops_of_their_own():
     """One layer after the other, as the paper has convolutions first."""
     config = Config(
@@ -294,7 +313,7 @@ def test_a_configuration_visits_few_rooms(make_config, monkeypatch):
     class FirstStep(Exception):
         """The way is over."""
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise FirstStep
 
     config = make_config(reference_steps=1, surgery_steps=2, finetuning_steps=0)

@@ -56,7 +56,8 @@ def test_a_caffemodel_is_a_reference(tmp_path, like, masks):
     content, weights = lenet300(masks=masks)
     path = tmp_path / 'net.caffemodel'
     path.write_bytes(content)
-    params = read(make_config(path), like)
+    params, statistics = read(make_config(path), like)
+    assert statistics == {}
     assert jax.tree.structure(params) == jax.tree.structure(like.params)
     for number, (kernel, bias) in enumerate(weights, start=1):
         np.testing.assert_array_equal(params[f'fc{number}']['kernel'], kernel.T)
@@ -97,7 +98,7 @@ def test_a_run_starts_from_it(tmp_path, digits_config):
     content, weights = lenet300()
     (tmp_path / 'net.caffemodel').write_bytes(content)
     opened_run = opened.open_run(digits_config(tmp_path / 'net.caffemodel'))
-    (params,) = side_by_side.train_references([opened_run], [])
+    ((params, _),) = side_by_side.train_references([opened_run], [])
     np.testing.assert_array_equal(params['fc1']['kernel'], weights[0][0].T)
     assert not (tmp_path / 'run' / 'checkpoints' / 'reference').exists()
 
@@ -161,7 +162,7 @@ def test_a_file_written_for_caffe_is_a_reference(tmp_path, name, masked):
         np.testing.assert_array_equal(weight, wanted)
         np.testing.assert_array_equal(bias.ravel(), leaves['bias'])
 
-    found = read(make_config(path, name), TrainState(params, ()))
+    found = read(make_config(path, name), TrainState(params, ())).params
     pruned = dns_jax.apply_masks(params, masks) if masked else params
     jax.tree.map(np.testing.assert_array_equal, found, pruned)
 
@@ -171,5 +172,5 @@ def test_the_small_networks_are_written_with_the_names_that_caffe_gave_them(tmp_
     path = tmp_path / 'net.caffemodel'
     caffe_names.write_caffemodel(path, 'lenet300', params)
     assert list(read_caffemodel(path)) == ['ip1', 'ip2', 'ip3']
-    found = read(make_config(path), like)
+    found = read(make_config(path), like).params
     jax.tree.map(np.testing.assert_array_equal, found, params)
