@@ -196,6 +196,10 @@ OTHERS = [
     ),
     Row(sparse_training.decay_pruned, PARTS, 'rate', (-1e-4, math.nan, 1e39), AT_LEAST(0)),
     Row(
+        *(sparse_training.slow_pruned, PARTS, 'share', (-0.1, 1.1, math.nan)),
+        'must be in [0, 1], but is {}',
+    ),
+    Row(
         sparse_training.scale_dropout,
         {'masks': jnp.ones(3, bool)},
         'rate',
@@ -257,6 +261,7 @@ ENDS = [
     *((prune_to, {'steps': 1, name: 1}) for name in ('compression', 'density')),
     (caffe_sgd, {'learning_rate': 0, 'momentum': 0, 'weight_decay': 0, 'bias_scale': 0}),
     (sparse_training.decay_pruned, {**PARTS, 'rate': 0}),
+    (sparse_training.slow_pruned, {**PARTS, 'share': 0}),
     (sparse_training.scale_dropout, {'rate': 0, 'masks': jnp.ones(3, bool)}),
 ]
 

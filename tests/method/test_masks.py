@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dns_jax import Thresholds, apply_masks, count_events, count_kept, init_masks, update_masks
+from dns_jax import (
+    Thresholds,
+    apply_masks,
+    count_events,
+    count_kept,
+    init_masks,
+    shrink,
+    update_masks,
+)
 from dns_jax.layers import has_axes
 from dns_jax.masks import discriminate, throw_coins
 
@@ -283,3 +291,37 @@ def test_coins_that_are_certain_are_those_of_a_draw(chances):
     drawn = jax.vmap(lambda key: jax.random.uniform(key, (len(chances),)))(keys)
     wanted = np.asarray(drawn) < np.float32(chances)
     np.testing.assert_array_equal(np.stack([*coins.values()], 1), wanted)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@given(networks(), st.sampled_from([0.0, 0.5, 1.0]))
+def test_shrunk_weights_are_nearer_to_zero_by_their_threshold(dtype, network, amount):
+    weights, masks, bands = network
+    weights = cast(weights, dtype)
+    found = shrink(weights, masks, bands, amount)
+    for layer, leaves in weights.items():
+        for name, leaf in leaves.items():
+            cut = np.float32(amount) * bands[layer].low
+            exact = np.asarray(leaf, np.float32)
+            expected = np.sign(exact) * np.maximum(np.abs(exact) - cut, 0) * masks[layer][name]
+            assert found[layer][name].dtype == dtype
+            np.testing.assert_allclose(
+                np.asarray(found[layer][name], np.float32), expected, rtol=1e-2, atol=1e-2
+            )
+
+
+def test_nothing_is_shrunk_by_nothing_or_where_there_is_no_threshold():
+    weights = {'a': {'kernel': jnp.array([3.0, -0.5])}, 'b': {'scale': jnp.array([0.25])}}
+    masks = {'a': {'kernel': jnp.array([True, False])}, 'b': {'scale': jnp.array(True)}}
+    bands = {'a': Thresholds(jnp.float32(1.0), jnp.float32(2.0))}
+    chex.assert_trees_all_equal(shrink(weights, masks, bands, 0.0), apply_masks(weights, masks))
+    assert shrink(weights, masks, bands)['b']['scale'].tolist() == [0.25]
+    assert shrink(weights, masks, {})['a']['kernel'].tolist() == [3.0, 0.0]
+
+
+def test_stacked_layers_are_shrunk_by_thresholds_of_their_own():
+    weights = {'blocks': {'fc': {'kernel': jnp.full((2, 1, 2), -3.0)}}}
+    masks = {'blocks': {'fc': {'kernel': jnp.array([[[True, True]], [[True, False]]])}}}
+    bands = {f'blocks/{n}/fc': Thresholds(jnp.float32(n + 1), jnp.float32(9)) for n in range(2)}
+    found = jax.jit(lambda w: shrink(w, masks, bands, stacked={'blocks': 0}))(weights)
+    assert found['blocks']['fc']['kernel'].tolist() == [[[-2.0, -2.0]], [[-1.0, 0.0]]]

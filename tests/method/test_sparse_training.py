@@ -54,3 +54,19 @@ def test_train_kept_needs_masks_and_weights():
     optimizer = sparse_training.train_kept(pruners.one_shot(0.5, 0, KEY, **ALL), optax.sgd(0.1))
     with pytest.raises(ValueError, match='surgery needs the weights'):
         optimizer.update(weights, optimizer.init(weights))
+
+
+def test_pruned_weights_learn_slower_and_their_moments_are_those_of_their_gradient():
+    pruner = pruners.one_shot(0.5, 0, KEY, **ALL)
+    optimizer = sparse_training.slow_pruned(pruner, optax.sgd(0.1, momentum=0.5), share=0.25)
+    weights = jax.tree.map(jnp.asarray, HISTORY[0][0])
+    state, plain = optimizer.init(weights), optax.sgd(0.1, momentum=0.5)
+    whole_state = plain.init(weights)
+    for _, gradients in HISTORY[:3]:
+        updates, state = optimizer.update(gradients, state, weights)
+        whole, whole_state = plain.update(gradients, whole_state, weights)
+        masks = dns_jax.get_masks(state)
+        for found, full, mask in zip(*map(jax.tree.leaves, (updates, whole, masks)), strict=True):
+            np.testing.assert_allclose(found, np.where(mask, full, 0.25 * full), rtol=1e-6)
+            assert 0 < mask.sum() < mask.size
+        weights = optax.apply_updates(weights, updates)
