@@ -115,7 +115,10 @@ def test_the_short_form_does_what_prune_to_does():
         for name, units in (('fc1', 12), ('fc2', 5))
     }
     # Of a network whose layers are not stacked.
-    plan = make_plan(ShortConfig(**{**RESNET, 'kernel_density': 0.1}, surgery_steps=steps))
+    # Shares of the steps, which it takes of one step less.
+    ends = {'ramp_end': f'{(steps - 1) // 2}', 'stop': f'{6 * (steps - 1) // 10 + 1}'}
+    fields = {**RESNET, 'kernel_density': 0.1, 'surgery_steps': steps, **ends}
+    plan = make_plan(ShortConfig(**fields))
     assert plan.finetuning.steps == 0
     pruners = plan.surgery.make_pruner(params), dns_jax.prune_to(steps=steps, density=0.1)
     courses = []
