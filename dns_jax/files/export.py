@@ -4,11 +4,13 @@ Owns what the files look like. All weights are written, zeros in their places: w
 gain of the zeros compacts the network first. No file needs dns_jax to be read.
 """
 
+import contextlib
+import io
 import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,17 @@ from dns_jax.inference.chain import (
     run_layer,
     trace_shapes,
 )
-from dns_jax.layers import named_leaves
+from dns_jax.layers import map_leaves, named_leaves
 from dns_jax.typing import Params
 
 with needs_extra('sparse'):
     from safetensors.numpy import save
 
+Apply = Callable[[Any, Any], Any]
+"""Any function of params and a batch of inputs that JAX can trace, such as Flax's `apply`."""
+
 _OPSET = 17  # of ONNX: old enough for most runtimes, and all that a chain needs
+_OPSET_OF_FUNCTIONS = 20  # the first with GELU
 _LOCATIONS = 'jax_traceback_in_locations_limit'
 _PLATFORMS = {'cpu', 'cuda', 'rocm', 'tpu'}
 
@@ -91,7 +97,11 @@ def save_dense(
 
 
 def save_onnx(
-    path: str | os.PathLike[str], chain: Chain, params: Weights, input_shape: Sequence[int]
+    path: str | os.PathLike[str],
+    chain: Chain | Apply,
+    params: Params,
+    input_shape: Sequence[int],
+    dtype: Any = jnp.float32,
 ) -> None:
     """Writes a network as an ONNX model, whole or not at all.
 
@@ -100,13 +110,16 @@ def save_onnx(
 
     Args:
       path: the file, in a folder that exists; one that is there is replaced.
-      chain: the layers, at least one.
-      params: their weights, as in `save_dense`; entries for other names are ignored.
+      chain: the layers, at least one; or a function of params and inputs (batch, …). `jax2onnx`
+        does not know all primitives, and no scan of Flax's.
+      params: the weights, as in `save_dense`; for a chain entries for other names are ignored.
       input_shape: of one example, without a batch axis.
+      dtype: of the inputs.
 
     Raises:
       ValueError: if the chain is empty or does not fit, or a weight is not finite.
       TypeError: if a layer is none of `inference.chain`, or a weight of a type float32 cannot hold.
+      Exception: whatever `jax2onnx` raises of a function that it cannot convert.
       ImportError: without the extra `onnx`.
       OSError: if the file cannot be written; what was there before is then as it was.
 
@@ -122,39 +135,38 @@ def save_onnx(
       [array([[0., 2.]], dtype=float32)]
 
     Reference:
-      ONNX, operators of version 17, https://onnx.ai/onnx.
+      ONNX, operators of version 17 for a chain and 20 for a function, https://onnx.ai/onnx.
     """
     weights = _float32_weights(chain, params, input_shape)
-    # jax2onnx logs each plugin that does not fit this JAX; none is needed here.
-    logger = logging.getLogger('jax2onnx.plugins.plugin_system')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action='ignore', category=DeprecationWarning):
-            with needs_extra('onnx'):
-                import jax2onnx
-                import onnx
+    of_function = callable(chain)
+    run = partial(chain, weights) if of_function else partial(_run_for_onnx, chain, weights)
+    shape = (*jax.export.symbolic_shape('batch'), *input_shape)
+    with _silent():
+        with needs_extra('onnx'):
+            import jax2onnx
+            import onnx
 
-            model = jax2onnx.to_onnx(
-                partial(_run_for_onnx, chain, weights),
-                [('batch', *input_shape)],
-                model_name='chain',
-                opset=_OPSET,
-                input_names=['inputs'],
-                output_names=['outputs'],
-            )
-    finally:
-        logger.setLevel(level)
+        model = jax2onnx.to_onnx(
+            run,
+            [jax.ShapeDtypeStruct(shape, dtype)],
+            model_name='function' if of_function else 'chain',
+            opset=_OPSET_OF_FUNCTIONS if of_function else _OPSET,
+            input_names=['inputs'],
+            output_names=['outputs'],
+        )
+    if of_function:  # what is noted of the shapes within is wrong around convolutions
+        del model.graph.value_info[:]
     onnx.checker.check_model(model, full_check=True)
     write_whole(Path(path), model.SerializeToString(deterministic=True))
 
 
 def save_stablehlo(
     path: str | os.PathLike[str],
-    chain: Chain,
-    params: Weights,
+    chain: Chain | Apply,
+    params: Params,
     input_shape: Sequence[int],
     platforms: Sequence[str] = ('cpu', 'cuda', 'tpu'),
+    dtype: Any = jnp.float32,
 ) -> None:
     """Writes a network as a program that JAX runs without dns_jax, whole or not at all.
 
@@ -164,10 +176,11 @@ def save_stablehlo(
 
     Args:
       path: the file, in a folder that exists; one that is there is replaced.
-      chain: the layers.
-      params: their weights, as in `save_dense`; entries for other names are ignored.
+      chain: the layers, or a function of params and inputs (batch, …) that JAX can trace.
+      params: the weights, as in `save_dense`; for a chain entries for other names are ignored.
       input_shape: of one example, without a batch axis.
       platforms: what it is to run on; none of it need be there now.
+      dtype: of the inputs.
 
     Raises:
       ValueError: if the chain is empty or does not fit, a weight is not finite, or a platform
@@ -195,13 +208,13 @@ def save_stablehlo(
         raise ValueError(f'platforms must be some of {sorted(_PLATFORMS)}, not {platforms!r}')
     weights = _float32_weights(chain, params, input_shape)
     shape = (*jax.export.symbolic_shape('batch'), *input_shape)
-    run = jax.jit(partial(run_chain, chain, weights))
+    run = partial(chain, weights) if callable(chain) else partial(run_chain, chain, weights)
     # Leaves out the caller's files and lines, which would change the bytes.
     limit = jax.config.values[_LOCATIONS]
     jax.config.update(_LOCATIONS, 0)
     try:
-        export = jax.export.export(run, platforms=platforms)
-        exported = export(jax.ShapeDtypeStruct(shape, jnp.float32))
+        export = jax.export.export(jax.jit(run), platforms=platforms)
+        exported = export(jax.ShapeDtypeStruct(shape, dtype))
     finally:
         jax.config.update(_LOCATIONS, limit)
     with needs_extra('stablehlo'):
@@ -209,8 +222,28 @@ def save_stablehlo(
     write_whole(Path(path), bytes(content))
 
 
-def _float32_weights(chain: Chain, params: Weights, input_shape: Sequence[int]) -> Weights:
-    """Checks that a chain fits, and takes its weights as float32."""
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps jax2onnx from print and log: of plugins that do not fit this JAX, none is needed."""
+    names = 'jax2onnx.plugins.plugin_system', 'onnx_ir.serde'
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(action='ignore', category=DeprecationWarning),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def _float32_weights(chain: Chain | Apply, params: Params, input_shape: Sequence[int]) -> Any:
+    """Checks that a chain fits, and takes its weights, or all of a function, as float32."""
+    if callable(chain):
+        return map_leaves(_float32, params)
     if not chain:
         raise ValueError('chain must have at least one layer')
     trace_shapes(chain, params, input_shape)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -95,6 +96,63 @@ def test_round_trip(tmp_path, save, chain, kernels, input_shape):
     params = weights(kernels)
     save(tmp_path / 'network', chain, params, input_shape)
     assert_same(RUNS[save](tmp_path / 'network'), chain, params, input_shape)
+
+
+class Images(nn.Module):
+    """What no chain has: a stride, fixed statistics, a shortcut and a mean."""
+
+    @nn.compact
+    def __call__(self, images):
+        hidden = nn.Conv(5, (3, 3), strides=2, padding=1, use_bias=False)(images)
+        hidden = nn.relu(nn.BatchNorm(use_running_average=True)(hidden))
+        beyond = ((0, 0), (0, 0), (0, 0), (0, 2))
+        hidden = nn.relu(hidden + jnp.pad(images[:, ::2, ::2], beyond))
+        return nn.Dense(4)(hidden.mean((1, 2)))
+
+
+class Texts(nn.Module):
+    """An embedding, a norm and causal attention, of whole numbers."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        hidden = nn.LayerNorm()(nn.Embed(7, 8)(tokens) + nn.Embed(6, 8)(jnp.arange(6))[None])
+        heads = nn.Dense(24)(hidden).reshape(*tokens.shape, 3, 2, 4)
+        query, key, value = jnp.moveaxis(heads, 2, 0)
+        seen = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return hidden + nn.Dense(8)(nn.gelu(seen.reshape(hidden.shape)))
+
+
+FUNCTIONS = {'images': (Images(), (11, 10, 3), jnp.float32), 'texts': (Texts(), (6,), jnp.int32)}
+
+
+@pytest.mark.parametrize(('network', 'shape', 'dtype'), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions(tmp_path, capfd, save, network, shape, dtype):
+    """Weights of each leaf are drawn, so that none is a 0 or 1 that may be left out."""
+    rng = np.random.default_rng(0)
+    form = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape), dtype))
+    drawn = jax.tree.map(lambda leaf: rng.uniform(0.2, 1, leaf.shape).astype(np.float32), form)
+    save(tmp_path / 'network', network.apply, drawn, shape, dtype=dtype)
+    assert capfd.readouterr() == ('', '')
+    call = RUNS[save](tmp_path / 'network')
+    for batch in (1, 5):
+        inputs = rng.integers(0, 6, (batch, *shape)).astype(dtype)
+        got = np.asarray(call(inputs))
+        np.testing.assert_allclose(got, network.apply(drawn, inputs), rtol=1e-5, strict=True)
+
+
+def test_functions_are_made_of_the_nodes_that_runtimes_have(tmp_path):
+    network, shape, dtype = FUNCTIONS['texts']
+    params = network.init(jax.random.key(0), jnp.zeros((1, *shape), dtype))
+    save_onnx(tmp_path / 'network', network.apply, params, shape, dtype)
+    kinds = {node.op_type for node in onnx.load(tmp_path / 'network').graph.node}
+    assert {'Gelu', 'LayerNormalization', 'Softmax'} <= kinds
+
+
+def test_a_function_has_weights_that_files_hold(tmp_path, save):
+    weights = {'a': np.array([1, np.nan], np.float32)}
+    with pytest.raises(ValueError, match=r"'a'.* not finite"):
+        save(tmp_path / 'network', lambda params, inputs: inputs * params['a'], weights, (2,))
+    assert not list(tmp_path.iterdir())
 
 
 def test_onnx_model(tmp_path):
