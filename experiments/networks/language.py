@@ -20,6 +20,7 @@ class Gpt(nn.Module):
     """A small GPT-2, without dropout: 421,632 parameters.
 
     The blocks are run by a scan: an array under `blocks` holds those of all blocks along axis 0.
+    Unrolled, each has its own, as `dns_jax.unstack` gives them: for what cannot follow a scan.
 
     Reference:
       Radford, Wu, Child, Luan, Amodei and Sutskever, Language models are unsupervised multitask
@@ -33,6 +34,7 @@ class Gpt(nn.Module):
     context: int = 64  # the most characters of a text
     tied: bool = False  # the output has the weights of the token embedding
     dtype: Any = jnp.float32  # to compute in; parameters and logits are float32
+    unrolled: bool = False  # each block is written down by itself
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -49,16 +51,19 @@ class Gpt(nn.Module):
             no integers of two axes or longer than the context.
         """
         self._check(tokens)
-        options = {'dtype': self.dtype, 'embedding_init': nn.initializers.normal(_SPREAD)}
-        embed = nn.Embed(self.characters, self.width, name='tokens', **options)
-        positions = nn.Embed(self.context, self.width, name='positions', **options)
+        table = {'dtype': self.dtype, 'embedding_init': nn.initializers.normal(_SPREAD)}
+        embed = nn.Embed(self.characters, self.width, name='tokens', **table)
+        positions = nn.Embed(self.context, self.width, name='positions', **table)
         hidden = embed(tokens) + positions(jnp.arange(tokens.shape[1]))[None]
-        blocks = nn.scan(
-            Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth
-        )
         # What is added up over the 2 · depth layers that write to `hidden` keeps its size.
-        spread = _SPREAD / math.sqrt(2 * self.depth)
-        hidden, _ = blocks(self.heads, spread, self.dtype, name='blocks')(hidden, None)
+        options = self.heads, _SPREAD / math.sqrt(2 * self.depth), self.dtype
+        if self.unrolled:
+            hidden = _Unrolled(self.depth, *options, name='blocks')(hidden)
+        else:
+            blocks = nn.scan(
+                Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth
+            )
+            hidden, _ = blocks(*options, name='blocks')(hidden, None)
         hidden = nn.LayerNorm(dtype=self.dtype, name='norm')(hidden)
         if self.tied:
             logits = embed.attend(hidden)
@@ -105,6 +110,20 @@ class Block(nn.Module):
         normed = nn.LayerNorm(dtype=self.dtype, name='norm2')(hidden)
         raised = nn.gelu(_dense('up', 4 * width, self.dtype)(normed))
         return hidden + _dense('down', width, self.dtype, self.spread)(raised), None
+
+
+class _Unrolled(nn.Module):
+    depth: int
+    heads: int
+    spread: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        for number in range(self.depth):
+            block = Block(self.heads, self.spread, self.dtype, name=str(number))
+            hidden, _ = block(hidden, None)
+        return hidden
 
 
 def _dense(

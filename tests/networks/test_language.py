@@ -246,3 +246,11 @@ def test_texts_that_it_cannot_read():
         shapes_of(TINY, dtype=jnp.float32)
     with pytest.raises(ValueError, match=r'tokens of shape \(6,\) .* must be integers, \(batch'):
         jax.eval_shape(TINY.init, jax.random.key(0), jnp.zeros(6, jnp.int32))
+
+
+def test_unrolled_it_is_the_same_network_block_by_block():
+    unrolled, (apart,) = TINY.clone(unrolled=True), dns_jax.unstack(STACKED, params_of(TINY))
+    assert jax.tree.map(np.shape, apart) == jax.tree.map(np.shape, shapes_of(unrolled))
+    got = unrolled.apply({'params': apart}, texts())
+    np.testing.assert_allclose(got, apply(TINY, texts()), rtol=1e-5, atol=1e-6)
+    assert 'scan' not in str(jax.make_jaxpr(unrolled.apply)({'params': apart}, texts()))
