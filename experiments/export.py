@@ -36,14 +36,15 @@ class ExportConfig(CodingConfig):
     format: str = flag(
         'sparse',
         'dense and sparse are safetensors, coded is Deep Compression, caffemodel has the masks '
-        'beside the weights, as the authors have them; sparse, onnx and stablehlo hold the network '
-        'as compaction leaves it.',
+        'beside the weights, as the authors have them; sparse, onnx and stablehlo hold a chain '
+        'as compaction leaves it, and any other network as it was trained.',
         choices=('dense', 'sparse', 'coded', 'caffemodel', 'onnx', 'stablehlo'),
     )
     output: str | None = flag(None, 'File that is written; by default one in runs/exports.')
     batch: int = flag(
         1,
-        'Examples in a call, for which --format=sparse records how each layer is computed fastest.',
+        'Examples in a call, for which --format=sparse records how each layer of a chain is '
+        'computed fastest.',
         lower_bound=1,
     )
 
@@ -93,7 +94,12 @@ def _write_dense(config: ExportConfig, model: Model, path: Path) -> dict[str, fl
 
 
 def _write_sparse(config: ExportConfig, model: Model, path: Path) -> dict[str, float]:
-    """Compacts the network, and records how this machine computes each layer fastest."""
+    """Compacts a chain, and records how this machine computes each layer fastest."""
+    if not model.chain:
+        if config.batch != ExportConfig.batch:
+            raise ValueError(f'--batch={config.batch} has no meaning for {config.model}: no chain')
+        save_sparse(path, model.params, model.masks, model.metadata)
+        return {}
     small = model.compact()
     offered = ('dense', 'sparse', 'native')
     choice = choose_kinds(
@@ -115,11 +121,15 @@ def _write_sparse(config: ExportConfig, model: Model, path: Path) -> dict[str, f
     return {}
 
 
-def _write_compact(
+def _write_program(
     save: Callable[..., None], config: ExportConfig, model: Model, path: Path
 ) -> dict[str, float]:
-    small = model.compact()
-    save(path, small.chain, small.params, model.input_shape)
+    if model.chain:
+        small = model.compact()
+        save(path, small.chain, small.params, model.input_shape)
+    else:
+        model = model.apart()  # ONNX has no scan over layers
+        save(path, model.apply, model.params, model.input_shape, dtype=model.dtype)
     return {}
 
 
@@ -136,8 +146,8 @@ _FORMATS: dict[str, Callable[[ExportConfig, Model, Path], dict[str, float]]] = {
     'sparse': _write_sparse,
     'coded': code,
     'caffemodel': _write_caffemodel,
-    'onnx': partial(_write_compact, save_onnx),
-    'stablehlo': partial(_write_compact, save_stablehlo),
+    'onnx': partial(_write_program, save_onnx),
+    'stablehlo': partial(_write_program, save_stablehlo),
 }
 _ENDINGS = {
     'dense': '.dense.safetensors',

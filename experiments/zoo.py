@@ -7,10 +7,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
-
+import dns_jax
 from dns_jax.files.sparse import load_sparse
 from dns_jax.files.writing import write_whole
+from experiments.artefacts.loading import weights_of
 from experiments.config import command_line
 from experiments.config.command_line import flag
 from experiments.reports import run_report as report
@@ -50,8 +50,8 @@ def publish(config: ZooConfig) -> list[Path]:
     if reference.suffix == '.caffemodel':
         summary['flags']['reference'] = reference.name
     card = report.card(summary)
-    network = load_sparse(run / NETWORK_FILE)
-    kept = sum(int(mask.sum()) for mask in jax.tree.leaves(network.masks))
+    params, masks, _ = load_sparse(run / NETWORK_FILE)
+    kept = dns_jax.measure_sizes(weights_of(params), weights_of(masks)).total.kept
     if kept != summary['kept']:
         raise ValueError(
             f'--workdir={run}: pruned.safetensors keeps {kept} parameters, summary.json says '

@@ -17,43 +17,45 @@ import optax
 import dns_jax
 from dns_jax.files.sharing import SharedNetwork, expand, round_codebooks
 from dns_jax.layers import map_leaves, parent_path
-from experiments.data.resident import Split, batch_indices
+from experiments.data.resident import batch_indices
 from experiments.devices import progress
-from experiments.networks.models import MNIST_INPUT
-
-_CHUNK = 200  # steps of one compiled call
+from experiments.networks.inputs import Input, Tokens
 
 
 def tune(
     network: nn.Module,
     params: dns_jax.Params,
     shared: SharedNetwork,
-    split: Split,
+    split: Any,
     *,
+    inputs: Input | Tokens,
     tuned: Literal['codebooks', 'weights'],
     steps: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
+    chunk: int = 200,
 ) -> SharedNetwork:
     """Fine-tunes a network with codebooks by Adam, at a rate that falls to 0 along a line.
 
     Args:
-      network: maps images to logits.
+      network: maps images, or what else it takes, to logits.
       params: the dense weights that `shared` was made of; of no concern where `tuned` is
         'codebooks'.
       shared: from `dns_jax.files.sharing.share_weights`; its layers are those of the network.
-      split: the images to train on.
+      split: of a data set, to train on.
+      inputs: what the network takes.
       tuned: 'codebooks' for the centroids alone, 'weights' for the centroids and the weights
         that choose among them.
       steps: how many.
-      batch_size: images per step.
+      batch_size: examples per step.
       learning_rate: at the start; Adam moves a centroid or weight by about that much in a step.
-      seed: of the order of the images.
+      seed: of the order of the examples.
+      chunk: steps of one compiled call.
 
     Returns:
       The network with other codebooks, rounded as its file will hold them; where weights are
-      tuned, with other assignments too.
+      tuned, with other assignments too. Running statistics are taken as they are.
 
     Raises:
       FloatingPointError: if a centroid or weight is no longer finite.
@@ -64,18 +66,18 @@ def tune(
     variables = (shared.codebooks, params) if tuned == 'weights' else (shared.codebooks,)
     variables = jax.tree.map(jnp.asarray, variables)
     optimizer = optax.adam(dns_jax.caffe_poly(learning_rate, 1.0, steps))
-    images, labels = jax.device_put((split.images, split.labels))
+    arrays = jax.device_put(split.arrays)
 
-    def loss_fn(variables, images, labels):
-        scaled = images.astype(jnp.float32) * MNIST_INPUT.scale
-        logits = jnp.asarray(network.apply({'params': _expand(shared, *variables)}, scaled))
+    def loss_fn(variables, examples, labels):
+        weights = _hold_statistics(_expand(shared, *variables))
+        logits = jnp.asarray(network.apply(weights, inputs.prepare(examples)))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def run_chunk(state, images, labels, indices):
+    def run_chunk(state, arrays, indices):
         def body(state, batch):
             variables, opt_state = state
-            gradients = jax.grad(loss_fn)(variables, images[batch], labels[batch])
+            gradients = jax.grad(loss_fn)(variables, *split.gather(arrays, batch))
             updates, opt_state = optimizer.update(gradients, opt_state)
             return (optax.apply_updates(variables, updates), opt_state), None
 
@@ -83,10 +85,10 @@ def tune(
 
     state = variables, optimizer.init(variables)
     with progress.bar(total=steps, desc='tuning', unit=' steps') as bar:
-        for start in range(0, steps, _CHUNK):
-            amount = min(_CHUNK, steps - start)
-            indices = batch_indices((seed,), len(split.labels), batch_size, start, amount)
-            state = jax.block_until_ready(run_chunk(state, images, labels, indices))
+        for start in range(0, steps, chunk):
+            amount = min(chunk, steps - start)
+            indices = batch_indices((seed,), len(split), batch_size, start, amount)
+            state = jax.block_until_ready(run_chunk(state, arrays, indices))
             bar.update(amount)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])):
         raise FloatingPointError(
@@ -110,6 +112,13 @@ def _expand(shared: SharedNetwork, codebooks: Any, weights: Any = None) -> Any:
         expand(codebooks, nearest(codebooks, weights), shared.masks),
         dns_jax.apply_masks(nowhere, shared.masks),
     )
+
+
+def _hold_statistics(weights: Any) -> Any:
+    """Makes Flax's variables of the weights of a file; what is beside the params, none moves."""
+    if 'params' not in weights:
+        return {'params': weights}
+    return {**jax.lax.stop_gradient(weights), 'params': weights['params']}
 
 
 def nearest(codebooks: Any, params: dns_jax.Params) -> Any:

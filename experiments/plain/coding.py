@@ -13,15 +13,16 @@ from flax.core import FrozenDict
 
 import dns_jax
 from dns_jax.files.codec import load_coded, save_coded
-from dns_jax.files.sharing import expand, share_weights
+from dns_jax.files.sharing import MAX_CLUSTERS, expand, share_weights
 from dns_jax.layers import named_leaves
-from experiments.artefacts.loading import Model
+from experiments.artefacts.loading import REBUILT, Model, rebuild, weights_of
 from experiments.artefacts.tuning import tune
 from experiments.config.command_line import check_finite, check_unread, flag, names_of
 from experiments.config.parsers import parse_table
-from experiments.data import resident
+from experiments.data import resident, texts
 from experiments.networks import models
-from experiments.training.steps import make_measure
+from experiments.networks.inputs import Tokens
+from experiments.training.steps import BITS, ERROR, make_measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,17 @@ class CodingConfig:
         lower_bound=0.0,
         part='tuning',
     )
-    batch_size: int = flag(64, 'Images per step of tuning.', lower_bound=1, part='tuning')
-    seed: int = flag(0, 'Seeds the order of the images in tuning.', lower_bound=0, part='tuning')
-    dataset: str = flag('mnist', 'Data set to tune on.', choices=resident.DATASETS, part='coding')
+    batch_size: int = flag(64, 'Examples per step of tuning.', lower_bound=1, part='tuning')
+    seed: int = flag(0, 'Seeds the order of the examples in tuning.', lower_bound=0, part='tuning')
+    dataset: str = flag(
+        'mnist',
+        'Data set to tune on, and to measure.',
+        choices=(*resident.DATASETS, *texts.DATASETS),
+        part='coding',
+    )
     data_dir: str | None = flag(None, resident.DATA_DIR_HELP, part='coding')
     manual_dir: str | None = flag(None, resident.MANUAL_DIR_HELP, part='coding')
-    train_on_all: bool = flag(False, 'Tune on the validation images too.', part='tuning')
+    train_on_all: bool = flag(False, 'Tune on the validation examples too.', part='tuning')
 
     def __post_init__(self):
         check_unread(self, [] if self.finetuning_steps else names_of(CodingConfig, 'tuning'))
@@ -81,10 +87,17 @@ def find_network(path: str, model: Model) -> nn.Module:
       ValueError: if the file names none that can be trained here, or has other parameters.
     """
     name, ranks = model.metadata.get('network'), model.metadata.get('ranks', '{}')
+    if name in REBUILT:
+        try:
+            network = rebuild(model).network
+        except ValueError as error:
+            raise ValueError(f'{path} holds no network to code: {error}') from error
+        assert network is not None
+        return network
     if name not in models.CHAINS:
         raise ValueError(
             f'{path} names the network {name!r}, but to be coded it must be one of '
-            f'{sorted(models.CHAINS)}'
+            f'{sorted([*models.CHAINS, *REBUILT])}'
         )
     try:
         network = models.NETWORKS[name](FrozenDict(json.loads(ranks)))
@@ -107,8 +120,9 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
     """Shares weights, tunes what they share, and measures what was written, read back.
 
     Returns:
-      The parameters that are not 0, the multiply-adds of one image that they take, and the errors
-      in percent before and after, on test and, unless these are trained on, validation images.
+      The parameters that are not 0, the multiply-adds that they take (of one image, or of one
+      character), and the errors before and after, on test and, unless these are trained on,
+      validation examples: in percent, of a language model in bits/character.
 
     Raises:
       ValueError, RuntimeError: as `find_network` does, or if a layer has no number of values, or
@@ -116,11 +130,17 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
       OSError: if a file cannot be read or written.
       FloatingPointError: if tuning diverges.
     """
-    network = find_network(config.model, model)
-    dataset = resident.load(config.dataset, config.data_dir, config.manual_dir, config.train_on_all)
+    network, name = find_network(config.model, model), model.metadata['network']
+    dataset, inputs = _load_data(config, network, name), models.INPUTS[name]
     masks = jax.tree.map(_leave_out_zeros, model.params, model.masks)
-    shared = share_weights(model.params, masks, config.parse_clusters(), model.metadata)
+    clusters = config.parse_clusters()
+    if 'params' in model.params:  # statistics are rounded, but share nothing
+        clusters = {'batch_stats/*': MAX_CLUSTERS} | clusters
+    shared = share_weights(model.params, masks, clusters, model.metadata)
+    is_slow = name in models.SLOW_IN_LOOPS and jax.default_backend() == 'cpu'
     options = {
+        'inputs': inputs,
+        **({'chunk': 1} if is_slow else {}),
         'tuned': config.tuned,
         'steps': config.finetuning_steps,
         'batch_size': config.batch_size,
@@ -130,19 +150,48 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
     if config.finetuning_steps:
         shared = tune(network, model.params, shared, dataset.train, **options)
     save_coded(path, shared)
-    error, written = make_measure(network, models.MNIST_INPUT), expand(*load_coded(path)[:3])
+    written = expand(*load_coded(path)[:3])
+    measure = make_measure(network, inputs, BITS if isinstance(inputs, Tokens) else ERROR)
+
+    def error(tree, split):
+        statistics = {key: value for key, value in tree.items() if key == 'batch_stats'}
+        return measure(weights_of(tree), split, statistics)
+
     splits = {'': dataset.test}
     if not config.train_on_all:
         splits['validation_'] = dataset.validation
-    errors = {
-        f'{prefix}{name}': error(params, split)
+    return _count(network, name, written) | {
+        f'{prefix}{key}': error(tree, split)
         for prefix, split in splits.items()
-        for name, params in (('error_before', model.params), ('error', written))
+        for key, tree in (('error_before', model.params), ('error', written))
     }
-    positions = models.count_positions(network, models.MNIST_INPUT.image_shape)
-    weights = jax.tree.map(lambda leaf: leaf != 0, written)
-    size = dns_jax.measure_sizes(written, weights, positions).total
-    return {'kept': size.kept, 'multiply_adds': size.kept_multiply_adds, **errors}
+
+
+def _load_data(config: CodingConfig, network: Any, name: str) -> Any:
+    """Loads the data set, if it is one for the network."""
+    folders = config.data_dir, config.manual_dir, config.train_on_all
+    if (name == 'gpt') != (config.dataset in texts.DATASETS):
+        raise ValueError(f'--dataset={config.dataset} is not for the network {name}')
+    if name != 'gpt':
+        resident.check_image_shape(config.dataset, models.INPUTS[name].image_shape)
+        return resident.load(config.dataset, *folders)
+    dataset = texts.load(config.dataset, network.context, *folders)
+    if len(dataset.alphabet) != network.characters:
+        raise ValueError(
+            f'--dataset={config.dataset} has {len(dataset.alphabet)} different characters, but the '
+            f'network has {network.characters}'
+        )
+    return dataset
+
+
+def _count(network: Any, name: str, written: Any) -> dict[str, float]:
+    """Counts what is not 0, but for statistics, and the multiply-adds that it takes."""
+    inputs = models.INPUTS[name]
+    shape = (network.context,) if name == 'gpt' else inputs.image_shape
+    positions = models.count_positions(network, shape, inputs.dtype)
+    (params,) = dns_jax.unstack(models.STACKED.get(name, {}), weights_of(written))
+    size = dns_jax.measure_sizes(params, jax.tree.map(lambda leaf: leaf != 0, params), positions)
+    return {'kept': size.total.kept, 'multiply_adds': size.total.kept_multiply_adds}
 
 
 def _leave_out_zeros(weights: Any, mask: Any) -> np.ndarray:

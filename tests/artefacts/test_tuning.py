@@ -15,7 +15,7 @@ from experiments.training.steps import NATS, make_measure
 
 pytestmark = pytest.mark.usefixtures('promotion')
 
-OPTIONS = {'steps': 250, 'batch_size': 32, 'learning_rate': 1e-2, 'seed': 0}
+OPTIONS = {'inputs': MNIST_INPUT, 'steps': 250, 'batch_size': 32, 'learning_rate': 1e-2, 'seed': 0}
 
 
 class Small(nn.Module):

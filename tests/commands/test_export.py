@@ -1,6 +1,7 @@
 """Tests of export: a pruned network in every form."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from networks import LENET300
+from pruned_files import inputs_of, save_network
 from safetensors.numpy import load_file
 
 import experiments.export
@@ -17,6 +19,7 @@ from dns_jax.files.codec import load_coded
 from dns_jax.files.sparse import load_sparse, save_sparse
 from dns_jax.inference.chain import run_chain
 from dns_jax.inference.runners import Choice, recorded_kinds
+from dns_jax.layers import named_leaves
 from experiments.artefacts.loading import load_model
 from experiments.export import ExportConfig, export
 from experiments.latency import LatencyConfig, measure
@@ -169,6 +172,56 @@ def test_export_coded(tmp_path, capsys):
             model.masks[name]['kernel'], load_sparse(ZOO).masks[name]['kernel']
         )
         assert weights['kernel'].shape == model.params[name]['kernel'].shape
+
+
+@pytest.fixture(scope='module', params=['resnet', 'gpt'])
+def trained(request, tmp_path_factory):
+    """A file of a network that is no chain, and what the network gives for three examples."""
+    path, network, variables, masks = save_network(tmp_path_factory.mktemp('run'), request.param)
+    tree = variables if request.param == 'resnet' else variables['params']
+    pruned, inputs = apply_masks(tree, masks), inputs_of(request.param, 3)
+    outputs = network.apply(pruned if request.param == 'resnet' else {'params': pruned}, inputs)
+    return path, pruned, inputs, np.asarray(outputs)
+
+
+def test_a_trained_network_is_exported_dense(trained, tmp_path):
+    path, pruned, *_ = trained
+    export(ExportConfig(model=path, format='dense', output=str(tmp_path / 'file')))
+    tensors = load_file(tmp_path / 'file')
+    named = {name.replace('/', '.'): leaf for name, leaf in named_leaves(pruned)}
+    assert tensors.keys() == named.keys()
+    for name, leaf in named.items():
+        np.testing.assert_array_equal(tensors[name], leaf)
+
+
+def test_a_trained_network_is_exported_sparse_as_it_is(trained, tmp_path):
+    path = trained[0]
+    export(ExportConfig(model=path, format='sparse', output=str(tmp_path / 'file')))
+    assert (tmp_path / 'file').read_bytes() == Path(path).read_bytes()
+    with pytest.raises(ValueError, match=r'--batch=2 has no meaning for .*: no chain'):
+        export(ExportConfig(model=path, format='sparse', batch=2, output=str(tmp_path / 'x')))
+
+
+def test_a_trained_network_is_exported_to_stablehlo(trained, tmp_path):
+    path, _, inputs, outputs = trained
+    export(ExportConfig(model=path, format='stablehlo', output=str(tmp_path / 'file')))
+    program = jax.export.deserialize((tmp_path / 'file').read_bytes())
+    np.testing.assert_allclose(program.call(inputs), outputs, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(program.call(inputs[:1]), outputs[:1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_network_is_exported_to_onnx(trained, tmp_path):
+    path, _, inputs, outputs = trained
+    export(ExportConfig(model=path, format='onnx', output=str(tmp_path / 'file')))
+    session = onnxruntime.InferenceSession(tmp_path / 'file')
+    for batch in (1, 3):
+        (got,) = session.run(None, {'inputs': inputs[:batch]})
+        np.testing.assert_allclose(got, outputs[:batch], rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_network_is_not_exported_to_caffe(trained, tmp_path):
+    with pytest.raises(ValueError, match='caffemodel needs a network of'):
+        export(ExportConfig(model=trained[0], format='caffemodel', output=str(tmp_path / 'x')))
 
 
 TUNING = {'clusters': '4', 'finetuning_steps': 4, 'learning_rate': 1e-2, 'batch_size': 16}
