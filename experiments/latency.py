@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 
-from dns_jax.files.export import save_onnx
+from dns_jax.files.export import Apply, save_onnx
 from dns_jax.files.writing import write_whole
 from dns_jax.inference import native
-from dns_jax.inference.chain import Chain, Dense, Weighted, Weights, trace_shapes
+from dns_jax.inference.chain import Chain, Dense, Weighted, trace_shapes
 from dns_jax.inference.kernels import make_scipy
 from dns_jax.inference.runners import (
     Runner,
@@ -34,6 +34,7 @@ from dns_jax.inference.runners import (
     scipy_runner,
     time_in_turns,
 )
+from dns_jax.inference.shrink import shrink
 from dns_jax.inference.stages import make_pipeline
 from experiments.artefacts.loading import Model, load_model
 from experiments.config import command_line
@@ -41,6 +42,7 @@ from experiments.config.command_line import flag
 from experiments.devices import progress
 from experiments.measurements import latency_report, timing
 from experiments.networks import models
+from experiments.networks.language import Gpt
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -101,7 +103,8 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
         }
         for batch in progress.bar(config.sizes(), 'every way', unit=' batches'):
             result['batches'][str(batch)] = _measure_batch(model, batch, config.turns)
-        result['layers'] = _describe_layers(model)
+        if model.chain:
+            result['layers'] = _describe_layers(model)
         if config.break_even:
             result['break_even'] = _find_break_even(config)
     print(latency_report.latency_tables(result))
@@ -112,11 +115,54 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
 
 
 def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
-    small = model.compact()
-    inputs = np.random.default_rng(0).random((batch, *model.input_shape), np.float32)
+    inputs = _draw_inputs(model, batch)
+    calls, said = _chain_calls(model, inputs) if model.chain else (_module_calls(model, inputs), {})
+    dense = [name for name in calls if name.startswith('dense')]
+    _check_outputs(calls, dense[0])
+    # Long turns, so that a small network finds its weights in the cache, as it would in use.
+    times = time_in_turns(calls, turns, least=0.02)
+    best = min(np.median(times[name]) for name in dense)
+    ways = {
+        name: {
+            'median_us': 1e6 * float(np.median(each)),
+            'least_us': 1e6 * float(each.min()),
+            'ratio': float(best / np.median(each)),
+        }
+        for name, each in times.items()
+    }
+    return {**said, 'ways': ways}
+
+
+def _draw_inputs(model: Model, batch: int) -> np.ndarray:
+    random, shape = np.random.default_rng(0), (batch, *model.input_shape)
+    if isinstance(model.network, Gpt):
+        return random.integers(0, model.network.characters, shape, np.int32)
+    return random.random(shape, np.float32)
+
+
+def _module_calls(model: Model, inputs: np.ndarray) -> Calls:
+    """All ways that there are for a network that is no chain."""
+    apart, on_device = model.apart(), jnp.asarray(inputs)
+
+    def call(apply, params):
+        return partial(jax.jit(apply), jax.tree.map(jnp.asarray, params), on_device)
+
+    calls: Calls = {'dense JAX, as trained': call(model.apply, model.params)}
+    if apart is not model:
+        calls['dense JAX, unrolled'] = call(apart.apply, apart.params)
+    small = shrink(apart.apply, apart.params, apart.masks, inputs)
+    if any(before != after for before, after in small.leaves.values()):
+        calls['JAX, shrunken'] = call(small.apply, small.params)
+    arguments = apart.apply, apart.params, model.input_shape
+    calls['ONNX Runtime'] = _onnx_call(*arguments, inputs)
+    return calls
+
+
+def _chain_calls(model: Model, inputs: np.ndarray) -> tuple[Calls, dict[str, Any]]:
+    """All ways that there are for a chain, and the kinds that were chosen for its layers."""
+    small, batch = model.compact(), len(inputs)
     on_device = jnp.asarray(inputs)
     calls = _dense_calls(model, inputs)
-    dense = list(calls)
     result: dict[str, Any] = {'kinds': {}, 'seconds': {}}
     arguments = small.chain, small.params, model.input_shape
     for label, batch_last in (('JAX, compact', False), ('JAX, compact, batch last', True)):
@@ -140,19 +186,7 @@ def _measure_batch(model: Model, batch: int, turns: int) -> dict[str, Any]:
     calls['ONNX Runtime, compact'] = _onnx_call(
         small.chain, small.params, model.input_shape, inputs
     )
-    _check_outputs(calls, dense[0])
-    # Long turns, so that a small network finds its weights in the cache, as it would in use.
-    times = time_in_turns(calls, turns, least=0.02)
-    best = min(np.median(times[name]) for name in dense)
-    result['ways'] = {
-        name: {
-            'median_us': 1e6 * float(np.median(each)),
-            'least_us': 1e6 * float(each.min()),
-            'ratio': float(best / np.median(each)),
-        }
-        for name, each in times.items()
-    }
-    return result
+    return calls, result
 
 
 def _dense_calls(model: Model, inputs: np.ndarray) -> Calls:
@@ -186,12 +220,12 @@ def _runners() -> dict[str, tuple[Callable[..., Runner], tuple[str, ...]]]:
 
 
 def _onnx_call(
-    chain: Chain, params: Weights, input_shape: tuple[int, ...], inputs: np.ndarray
+    chain: Chain | Apply, params: Any, input_shape: tuple[int, ...], inputs: np.ndarray
 ) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     with tempfile.TemporaryDirectory() as folder:
-        save_onnx(f'{folder}/network.onnx', chain, params, input_shape)
+        save_onnx(f'{folder}/network.onnx', chain, params, input_shape, inputs.dtype)
         session = onnxruntime.InferenceSession(f'{folder}/network.onnx', options)
     return lambda: session.run(None, {'inputs': inputs})[0]
 

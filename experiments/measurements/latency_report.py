@@ -13,19 +13,22 @@ def latency_tables(result: Mapping[str, Any]) -> str:
       result: as `experiments.latency.measure` returns it.
 
     Returns:
-      Markdown: the ways to run the network; the layers and what bounds them; the densities of
-      break-even, where they were looked for.
+      Markdown: the ways to run the network; the layers of a chain and what bounds them; the
+      densities of break-even, where they were looked for.
     """
     parts = [
         f'## {result["model"]}',
         f'`{result["command"]}` on one core, {result["device"]}:',
         _ways(result),
-        f'This core needs {1e12 / result["multiply_adds_per_s"]:.1f} ps for a multiply-add in a '
-        f'product of two large matrices, and {1e12 / result["bytes_per_s"]:.0f} ps to copy a byte '
-        'of memory. So if everything came from memory, a layer would take at least this long, in '
-        'µs:',
-        _bounds(result),
     ]
+    if 'layers' in result:
+        parts += [
+            f'This core needs {1e12 / result["multiply_adds_per_s"]:.1f} ps for a multiply-add in '
+            f'a product of two large matrices, and {1e12 / result["bytes_per_s"]:.0f} ps to copy a '
+            'byte of memory. So if everything came from memory, a layer would take at least this '
+            'long, in µs:',
+            _bounds(result),
+        ]
     if 'break_even' in result:
         parts += ['Sparse is as fast as dense at these densities:', _break_even(result)]
     return '\n\n'.join(parts)

@@ -5,10 +5,12 @@ import os
 
 import numpy as np
 import pytest
+from pruned_files import save_network
 
 from dns_jax.files.sparse import save_sparse
 from dns_jax.inference import native
 from dns_jax.inference.chain import Dense, chain_to_json
+from dns_jax.inference.shrink import shrink
 from experiments import latency
 from experiments.artefacts.loading import load_model
 from experiments.latency import LatencyConfig, _crossing, measure
@@ -69,6 +71,43 @@ def test_latency_of_a_layer_of_any_name(tmp_path):
     save_sparse(tmp_path / 'w', {'out': weights}, masks, metadata)
     result = measure(LatencyConfig(model=str(tmp_path / 'w'), batches='2', turns=1))
     assert 'SciPy, the product alone' in result['batches']['2']['ways']
+
+
+WAYS = {
+    'resnet': {'dense JAX, as trained', 'ONNX Runtime'},
+    'gpt': {'dense JAX, as trained', 'dense JAX, unrolled', 'ONNX Runtime'},
+}
+
+
+@pytest.mark.parametrize('kind', WAYS)
+@pytest.mark.parametrize('empty_units', [False, True])
+def test_latency_of_a_network_that_is_no_chain(tmp_path, capsys, kind, empty_units):
+    """What has whole units without weights is also run without these; else nothing shrinks."""
+    path, *_ = save_network(tmp_path, kind, empty_units=empty_units)
+    result = measure(LatencyConfig(model=path, batches='2', turns=1))
+    ways = result['batches']['2']['ways']
+    assert ways.keys() == WAYS[kind] | ({'JAX, shrunken'} if empty_units else set())
+    dense = [way['median_us'] for name, way in ways.items() if name.startswith('dense')]
+    for way in ways.values():
+        assert way['ratio'] == pytest.approx(min(dense) / way['median_us'])
+    printed = capsys.readouterr().out
+    assert printed.startswith(latency_report.latency_tables(result))
+    assert 'This core needs' not in printed
+    assert 'layers' not in result
+
+
+def test_ways_that_give_other_outputs_are_refused(tmp_path, monkeypatch):
+    """Also of a network that is no chain: here the shrunken one has one weight changed."""
+    path, *_ = save_network(tmp_path, 'gpt', empty_units=True)
+
+    def shrink_wrongly(*arguments):
+        small = shrink(*arguments)
+        small.params['output']['kernel'][0, 0] += 1
+        return small
+
+    monkeypatch.setattr(latency, 'shrink', shrink_wrongly)
+    with pytest.raises(ValueError, match=r'JAX, shrunken is off by .* from dense JAX, as trained'):
+        measure(LatencyConfig(model=path, batches='2', turns=1))
 
 
 def test_crossing_is_where_the_ratio_is_1():

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from pruned_files import save_network
 
 from dns_jax.files._entropy import Encoder, encode_mask
 from dns_jax.files.codec import load_coded
@@ -113,6 +114,20 @@ def test_publish_copies_the_network_and_writes_its_card(finished):
     paths = zoo.publish(ZooConfig(workdir=str(finished), name='other'))
     assert json.loads(paths[1].read_text())['flags']['reference'] == 'net.caffemodel'
     assert '--reference=net.caffemodel' in paths[2].read_text()
+
+
+@pytest.mark.parametrize('kind', ['resnet', 'gpt'])
+def test_what_was_left_dense_counts_and_statistics_do_not(finished, kind):
+    path, _, variables, masks = save_network(finished, kind)
+    Path(path).rename(finished / 'pruned.safetensors')
+    masks = masks['params'] if kind == 'resnet' else masks
+    kept = jax.tree.map(
+        lambda mask, leaf: int(np.broadcast_to(mask, leaf.shape).sum()), masks, variables['params']
+    )
+    summary = json.loads((finished / 'summary.json').read_text())
+    own = {'network': kind, 'kept': sum(jax.tree.leaves(kept))}
+    (finished / 'summary.json').write_text(json.dumps(summary | own))
+    assert zoo.publish(ZooConfig(workdir=str(finished), name=kind))[0].exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ OPTIONS = {
 
 
 def save_network(folder, kind, options=None, empty_units=False):
-    """Writes `folder/w`: kernels keep about half of their weights, or also lack whole units.
+    """Writes `folder/w`: kernels keep about half of their weights, some of each unit or not.
 
     Returns:
       Its path, the network, its variables before they are masked, and their masks.
@@ -34,7 +34,9 @@ def save_network(folder, kind, options=None, empty_units=False):
     def mask(path, leaf):
         if not path.endswith('kernel'):
             return np.array(True)
-        mask = rng.random(leaf.shape) < 0.5
+        rows, columns = np.indices(leaf.shape[-2:])
+        lasting = (rows - columns) % min(leaf.shape[-2:]) == 0  # one at least in each
+        mask = (rng.random(leaf.shape) < 0.5) | lasting
         if empty_units and path.endswith(('_1/conv1/kernel', 'up/kernel')):
             mask[..., leaf.shape[-1] // 2 :] = False
         return mask
