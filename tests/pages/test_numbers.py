@@ -19,6 +19,7 @@ PAGES_OF_COMPARISONS = {
     **dict.fromkeys(('compare', 'ablations', 'repair'), 'compare.md'),
     'quantisers': 'baselines.md',
     'units': 'runtime.md',
+    'networks': 'networks.md',
 }
 COMPARISONS = [
     (path.stem, page)
