@@ -137,9 +137,7 @@ def save_onnx(
     Reference:
       ONNX, operators of version 17 for a chain and 20 for a function, https://onnx.ai/onnx.
     """
-    weights = _float32_weights(chain, params, input_shape)
-    of_function = callable(chain)
-    run = partial(chain, weights) if of_function else partial(_run_for_onnx, chain, weights)
+    run, of_function = _bind(chain, params, input_shape, _run_for_onnx), callable(chain)
     shape = (*jax.export.symbolic_shape('batch'), *input_shape)
     with _silent():
         with needs_extra('onnx'):
@@ -206,9 +204,8 @@ def save_stablehlo(
     """
     if isinstance(platforms, str) or not platforms or set(platforms) - _PLATFORMS:
         raise ValueError(f'platforms must be some of {sorted(_PLATFORMS)}, not {platforms!r}')
-    weights = _float32_weights(chain, params, input_shape)
+    run = _bind(chain, params, input_shape, run_chain)
     shape = (*jax.export.symbolic_shape('batch'), *input_shape)
-    run = partial(chain, weights) if callable(chain) else partial(run_chain, chain, weights)
     # Leaves out the caller's files and lines, which would change the bytes.
     limit = jax.config.values[_LOCATIONS]
     jax.config.update(_LOCATIONS, 0)
@@ -240,17 +237,23 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _float32_weights(chain: Chain | Apply, params: Params, input_shape: Sequence[int]) -> Any:
-    """Checks that a chain fits, and takes its weights, or all of a function, as float32."""
+def _bind(
+    chain: Chain | Apply,
+    params: Params,
+    input_shape: Sequence[int],
+    run_layers: Callable[[Chain, Weights, jax.Array], jax.Array],
+) -> Callable[[jax.Array], Any]:
+    """Makes a function of the inputs alone, with weights in float32, of a chain that fits."""
     if callable(chain):
-        return map_leaves(_float32, params)
+        return partial(chain, map_leaves(_float32, params))
     if not chain:
         raise ValueError('chain must have at least one layer')
     trace_shapes(chain, params, input_shape)
-    return {
+    weights = {
         name: {part: _float32(f'{name}/{part}', leaf) for part, leaf in params[name].items()}
         for name in (layer.name for layer in chain if isinstance(layer, Weighted))
     }
+    return partial(run_layers, chain, weights)
 
 
 def _float32(name: str, leaf: Any) -> np.ndarray:
