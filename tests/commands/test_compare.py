@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from experiments.config.command_line import make
 from experiments.reports import plots, sweep_tables
 from experiments.reports.records import read_records
 from experiments.reports.tables import to_text
-from experiments.sweeps import sweep
+from experiments.sweeps import sweep, sweep_report
 from experiments.sweeps.flags import CompareConfig
 
 SHORT = {**short_sweep.SHORT, 'compressions': '30,60,120', 'side_by_side': 1}
@@ -109,6 +110,26 @@ def test_tables_give_medians_and_ranges():
     assert [cell.strip() for cell in second.splitlines()[2].strip('|').split('|')] == [
         *('b', '1', '2.00 %', '9.50 %', '2.25 %', '50.0×'),
     ]
+
+
+def test_tables_pictures_and_pages_say_the_unit_of_the_rows():
+    row = {'network': 'gpt', 'dataset': 'tiny_shakespeare', 'unit': 'bits/character', 'seed': 0}
+    row |= {'variant': 'a', 'target': 0.2, 'compression': 4.0, 'kept': 100, 'steps_to_reach': 50}
+    row |= {'reference_error': 2.0, 'pruning_seconds': 12.3, 'state_mebibytes': 2.288}
+    row |= {'commit': 'abc1234', 'jax': '0.10.2', 'device': 'cpu'}
+    rows = [{**row, 'test_error': error} for error in (2.5, 2.75)]
+    wanted = '2.625 bits/character (2.500 to 2.750)'
+    for tables_of, figure in (
+        (sweep_tables.compare_tables, plots.compare_figure),
+        (sweep_tables.frontier_tables, plots.frontier_figure),
+    ):
+        tables, picture = tables_of(rows), figure(rows)
+        assert wanted in to_text(tables)
+        assert '2.000 bits/character' in to_text(tables)
+        assert picture.axes[0].get_ylabel() == 'test error (bits/character)'
+        page = sweep_report.page('Some', rows, tables, picture, {}, {})
+        assert '2.000 bits/character' in page
+        assert '%' not in re.sub('<style>.*?</style>', '', page, flags=re.DOTALL).split('<body')[1]
 
 
 def test_steps_to_reach():

@@ -53,6 +53,10 @@ def sizes(parameters, kept, compression):
         ),
         (sizes(999499, 999, 1234.5), '| LeNet-5 | 999K → 999 | 0.91 % → 0.91 % | 1,234× |'),
         (sizes(9960, 1000, 9.96), '| LeNet-5 | 10K → 1.0K | 0.91 % → 0.91 % | 10.0× |'),
+        (
+            {'network': 'gpt', 'unit': 'bits/character', 'reference_error': 2.2, 'test_error': 2.5},
+            '| GPT | 431K → 4.0K | 2.200 bits/character → 2.500 bits/character | 108× |',
+        ),
         (sizes(431080, 0, None), '| LeNet-5 | 431K → 0 | 0.91 % → 0.91 % | ∞ |'),
     ],
 )

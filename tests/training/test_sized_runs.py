@@ -9,6 +9,7 @@ import numpy as np
 import opened
 import pytest
 import sized_runs
+from situations import slow_but
 from sized_runs import ALPHABET, GPT, RESNET, make_config
 from tiny_runs import outcome
 
@@ -20,6 +21,7 @@ from experiments.training.checkpoints import Checkpoints
 from experiments.training.phases import Stopped
 from experiments.training.plan import make_plan
 
+FIELDS = {'resnet': RESNET, 'gpt': GPT}
 KERNELS = ('attend', 'down', 'project', 'up')
 BIASES = 24 + 8 + 8 + 32  # of one block
 
@@ -38,7 +40,7 @@ def summary_of(tmp_path_factory):
     @functools.cache
     def do(network, *fields):
         folder = tmp_path_factory.mktemp('sized') / 'run'
-        config = make_config({'resnet': RESNET, 'gpt': GPT}[network], folder, **dict(fields))
+        config = make_config(FIELDS[network], folder, **dict(fields))
         return folder, run.run(config)
 
     return do
@@ -116,9 +118,10 @@ def sizes_by_surgery(**fields):
     network = models.NETWORKS['gpt'](**plan.config.network_options)
     params = network.init(jax.random.key(0), np.zeros((1, 6), np.int32))['params']
     pruner = plan.surgery.make_pruner(params)
-    state, update = pruner.init(params), jax.jit(pruner.update)
-    for _ in range(plan.surgery.steps):
-        _, state = update(params, state, params)
+    state = pruner.init(params)
+    with jax.disable_jit():  # faster than compiling for so few steps
+        for _ in range(plan.surgery.steps):
+            _, state = pruner.update(params, state, params)
     masks = dns_jax.get_masks(state)
     apart = dns_jax.unstack(plan.pruning.stacked, params, masks)
     return dns_jax.measure_sizes(*apart).layers, masks
@@ -194,8 +197,9 @@ def test_fresh_statistics_change_the_network_that_is_kept_alone(summary_of):
         np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('fields', [RESNET, GPT], ids=['resnet', 'gpt'])
-def test_a_run_that_is_stopped_in_every_phase_repeats_itself(fields, summary_of, tmp_path):
+@pytest.mark.parametrize('network', slow_but(FIELDS, 'resnet'))
+def test_a_run_that_is_stopped_in_every_phase_repeats_itself(network, summary_of, tmp_path):
+    fields = FIELDS[network]
     folder = tmp_path / 'run'
     begun = opened.open_run(make_config(fields, folder))
     with pytest.raises(Stopped):
@@ -205,7 +209,7 @@ def test_a_run_that_is_stopped_in_every_phase_repeats_itself(fields, summary_of,
     with pytest.raises(Stopped):
         side_by_side.train_surgery([begun], dense, [signal.SIGTERM])
     opened.do(make_config(fields, folder, resume=True))
-    assert outcome(folder) == outcome(summary_of(fields['network'])[0])
+    assert outcome(folder) == outcome(summary_of(network)[0])
 
 
 def test_a_reference_brings_its_statistics_along(summary_of, tmp_path):
@@ -235,9 +239,9 @@ def test_a_reference_of_another_size_is_refused(field, summary_of, tmp_path):
         run.run(config)
 
 
-@pytest.mark.parametrize('fields', [RESNET, GPT], ids=['resnet', 'gpt'])
-def test_what_is_recorded_is_measured_of_the_pruned_network(fields, summary_of):
-    folder, summary = summary_of(fields['network'])
+@pytest.mark.parametrize('network', FIELDS)
+def test_what_is_recorded_is_measured_of_the_pruned_network(network, summary_of):
+    folder, summary = summary_of(network)
     records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     assert records[-1]['validation_error'] == summary['validation_error']
     assert records[-1]['kept'] == {
