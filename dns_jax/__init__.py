@@ -13,7 +13,7 @@ from dns_jax.masks import (
     count_kept,
     find_empty_layers,
     init_masks,
-    shrink,
+    soft_threshold,
     update_masks,
 )
 from dns_jax.metrics import Size, Sizes, measure_sizes
@@ -97,7 +97,7 @@ __all__ = [
     'polynomial_density',
     'prune_to',
     'role',
-    'shrink',
+    'soft_threshold',
     'surgery',
     'unstack',
     'update_at',

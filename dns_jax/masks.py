@@ -101,7 +101,7 @@ def apply_masks(params: _Tree, masks: Masks) -> _Tree:
     )
 
 
-def shrink(
+def soft_threshold(
     params: _Tree,
     masks: Masks,
     thresholds: Mapping[str, Thresholds],
@@ -138,7 +138,7 @@ def shrink(
       >>> import jax.numpy as jnp
       >>> from dns_jax import Thresholds
       >>> weights, mask = jnp.array([3.0, -2.0, 1.5]), jnp.array([True, True, False])
-      >>> shrink(weights, mask, {'': Thresholds(1.0, 2.0)})
+      >>> soft_threshold(weights, mask, {'': Thresholds(1.0, 2.0)})
       Array([ 2., -1.,  0.], dtype=float32)
 
     Reference:

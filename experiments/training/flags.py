@@ -222,7 +222,7 @@ class Config:
         0.1,
         'Half the relative width of the band between thresholds: 0.1 puts them at 0.9·t and 1.1·t.',
     )
-    shrink: float = flag(
+    soft_threshold: float = flag(
         0.0,
         'Share of the threshold that kept weights are shrunk by in surgery, so that none leaves or '
         'returns by a jump; it falls to 0 from --stop to the end of the surgery steps.',

@@ -155,7 +155,7 @@ def train_side_by_side(
             accumulate=task.feed.accumulate,
             rounding=phase.make_rounding(),
             augmentation=phase.make_augmentation(),
-            shrinkage=phase.shrinkage,
+            soften=phase.soften,
         )
         return task.feed.compile(step, tuple(course.state for course in courses))
 

@@ -55,7 +55,7 @@ class Phase:
     quantiser: Quantiser | None  # of the weights that the network computes with
     shift: int  # pixels that images are moved by at most
     mirror: bool  # whether half of them are mirrored
-    shrinkage: Callable[[TrainState], Any] | None = None  # of the kept weights, in surgery
+    soften: Callable[[TrainState], Any] | None = None  # of the kept weights, in surgery
 
     def make_optimizer(
         self, params: Any, setbacks: Sequence[bool] = ()
@@ -81,7 +81,7 @@ class Phase:
     def finish(self, state: TrainState) -> Weights:
         """Gives what the network computes with: W⊙T, shrunk or quantised if the phase does so."""
         apply = self.quantiser.finish if self.quantiser else dns_jax.apply_masks
-        params = self.shrinkage(state) if self.shrinkage else state.params
+        params = self.soften(state) if self.soften else state.params
         return Weights(apply(params, state.masks), state.statistics)
 
     def make_rounding(self) -> Rounding | None:
@@ -145,8 +145,8 @@ def make_plan(config: Config) -> Plan:
     dropout = 0.0 if config.pruned_dropout == 'dropped' else config.dropout
     reference = _make_phase(config, 'reference', 'reference_', make_no_pruner, config.dropout)
     surgery = _make_phase(config, 'surgery', '', pruner, dropout)
-    if pruning.shrink:
-        surgery = dataclasses.replace(surgery, shrinkage=_make_shrinkage(pruning))
+    if pruning.soft_threshold:
+        surgery = dataclasses.replace(surgery, soften=_make_soften(pruning))
 
     def make_frozen(params):
         return divergence.frozen(pruner(params))
@@ -218,17 +218,17 @@ def _cached_shapes(network: nn.Module, shape: tuple[int, ...], dtype: Any) -> An
     return models.shapes(network, shape, dtype)
 
 
-def _make_shrinkage(pruning: Pruning) -> Callable[[TrainState], Any]:
+def _make_soften(pruning: Pruning) -> Callable[[TrainState], Any]:
     """Makes the function of a state that shrinks its weights under its thresholds."""
 
-    def shrink(state: TrainState) -> Any:
+    def soften(state: TrainState) -> Any:
         surgery: Any = optax.tree.get(state.opt_state, 'SurgeryState')
-        amount: Any = pruning.shrink and pruning.shrink(surgery.count)
-        return dns_jax.shrink(
+        amount: Any = pruning.soft_threshold and pruning.soft_threshold(surgery.count)
+        return dns_jax.soft_threshold(
             state.params, state.masks, surgery.thresholds, amount, stacked=pruning.stacked
         )
 
-    return shrink
+    return soften
 
 
 def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
@@ -269,7 +269,7 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         every=config.refresh_every,
         refresh_statistics=config.refresh_statistics,
         hysteresis=config.hysteresis,
-        shrink=_read_shrink(config, windows),
+        soft_threshold=_read_soft_threshold(config, windows),
         update_gamma=config.update_gamma,
         update_power=config.update_power,
         splicing=config.splicing,
@@ -325,17 +325,17 @@ def _read_windows(config: Config, layers: Iterable[str]) -> dict[str, Window]:
     return {layer: (starts.get(layer, 0), min(stops.get(layer, steps), steps)) for layer in layers}
 
 
-def _read_shrink(config: Config, windows: Mapping[str, Window]) -> dns_jax.Schedule | None:
+def _read_soft_threshold(config: Config, windows: Mapping[str, Window]) -> dns_jax.Schedule | None:
     """Reads how much kept weights are shrunk by: not any more where all masks stay for good."""
-    if not config.shrink:
+    if not config.soft_threshold:
         return None
     stop = max(stop for _, stop in windows.values())
     if stop >= config.surgery_steps:
         raise ValueError(
-            f'--shrink={config.shrink} must fall to 0 before the end: masks must stay as they are '
-            f'from a step on, but --stop={config.stop}'
+            f'--soft_threshold={config.soft_threshold} must fall to 0 before the end: masks must '
+            f'stay as they are from a step on, but --stop={config.stop}'
         )
-    return optax.linear_schedule(config.shrink, 0.0, config.surgery_steps - stop, stop)
+    return optax.linear_schedule(config.soft_threshold, 0.0, config.surgery_steps - stop, stop)
 
 
 def _read_ramps(config: Config, windows: Mapping[str, Window]) -> dict[str, Window]:

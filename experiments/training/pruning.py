@@ -54,7 +54,9 @@ class Pruning:
     every: int  # steps from one choice of thresholds, or round, to the next; 0 follows
     refresh_statistics: int  # steps from one reading of mean and std to the next; 0 reads once
     hysteresis: float
-    shrink: dns_jax.Schedule | None  # share of the threshold that kept weights are shrunk by
+    soft_threshold: (
+        dns_jax.Schedule | None
+    )  # share of the threshold that kept weights are shrunk by
     update_gamma: float
     update_power: float
     splicing: bool
@@ -302,7 +304,7 @@ PRUNERS = {
         _make_surgery,
         (
             *('splicing', 'hysteresis', 'start', 'stop', 'ramp', 'update_gamma', 'update_power'),
-            *('count_returns', 'importance', 'refresh_statistics', 'shrink', 'pruned_rate'),
+            *('count_returns', 'importance', 'refresh_statistics', 'soft_threshold', 'pruned_rate'),
         ),
         (*_DENSITIES, 'c_rate'),
         has_rules=True,

@@ -129,7 +129,7 @@ def make_step(
     rounding: Rounding | None = None,
     loss: Loss = CROSS_ENTROPY,
     augmentation: Augmentation | None = None,
-    shrinkage: Callable[[TrainState], Any] | None = None,
+    soften: Callable[[TrainState], Any] | None = None,
 ) -> TrainStep:
     """Makes the training step: the gradient at W⊙T, surgery, the optimizer.
 
@@ -143,7 +143,7 @@ def make_step(
       rounding: of what the network computes with; None leaves weights as they are.
       loss: of labels; that of a batch is their mean.
       augmentation: of images; None leaves them as they are.
-      shrinkage: gives the weights to compute with, before they are masked; None leaves them as
+      soften: gives the weights to compute with, before they are masked; None leaves them as
         they are. The gradient there is meant for all weights.
 
     Returns:
@@ -176,7 +176,7 @@ def make_step(
             options = {'dropout': dropout.rates(state.masks), 'rngs': {'dropout': key}}
         if rounding:
             options['key'] = _fold_key(state, rounding.number)
-        params = shrinkage(state) if shrinkage else state.params
+        params = soften(state) if soften else state.params
         (value, statistics), gradients = value_and_grad(
             params, state.masks, state.statistics, examples, labels, **options
         )

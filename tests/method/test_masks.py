@@ -15,7 +15,7 @@ from dns_jax import (
     count_events,
     count_kept,
     init_masks,
-    shrink,
+    soft_threshold,
     update_masks,
 )
 from dns_jax.layers import has_axes
@@ -298,7 +298,7 @@ def test_coins_that_are_certain_are_those_of_a_draw(chances):
 def test_shrunk_weights_are_nearer_to_zero_by_their_threshold(dtype, network, amount):
     weights, masks, bands = network
     weights = cast(weights, dtype)
-    found = shrink(weights, masks, bands, amount)
+    found = soft_threshold(weights, masks, bands, amount)
     for layer, leaves in weights.items():
         for name, leaf in leaves.items():
             cut = np.float32(amount) * bands[layer].low
@@ -314,14 +314,16 @@ def test_nothing_is_shrunk_by_nothing_or_where_there_is_no_threshold():
     weights = {'a': {'kernel': jnp.array([3.0, -0.5])}, 'b': {'scale': jnp.array([0.25])}}
     masks = {'a': {'kernel': jnp.array([True, False])}, 'b': {'scale': jnp.array(True)}}
     bands = {'a': Thresholds(jnp.float32(1.0), jnp.float32(2.0))}
-    chex.assert_trees_all_equal(shrink(weights, masks, bands, 0.0), apply_masks(weights, masks))
-    assert shrink(weights, masks, bands)['b']['scale'].tolist() == [0.25]
-    assert shrink(weights, masks, {})['a']['kernel'].tolist() == [3.0, 0.0]
+    chex.assert_trees_all_equal(
+        soft_threshold(weights, masks, bands, 0.0), apply_masks(weights, masks)
+    )
+    assert soft_threshold(weights, masks, bands)['b']['scale'].tolist() == [0.25]
+    assert soft_threshold(weights, masks, {})['a']['kernel'].tolist() == [3.0, 0.0]
 
 
 def test_stacked_layers_are_shrunk_by_thresholds_of_their_own():
     weights = {'blocks': {'fc': {'kernel': jnp.full((2, 1, 2), -3.0)}}}
     masks = {'blocks': {'fc': {'kernel': jnp.array([[[True, True]], [[True, False]]])}}}
     bands = {f'blocks/{n}/fc': Thresholds(jnp.float32(n + 1), jnp.float32(9)) for n in range(2)}
-    found = jax.jit(lambda w: shrink(w, masks, bands, stacked={'blocks': 0}))(weights)
+    found = jax.jit(lambda w: soft_threshold(w, masks, bands, stacked={'blocks': 0}))(weights)
     assert found['blocks']['fc']['kernel'].tolist() == [[[-2.0, -2.0]], [[-1.0, 0.0]]]
