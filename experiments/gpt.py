@@ -1,6 +1,7 @@
-"""A small GPT on the characters of tiny Shakespeare, by AdamW.
+r"""A small GPT on the characters of tiny Shakespeare, by AdamW.
 
-python -m experiments.gpt --kernel_density=0.1 --flagfile=experiments/flagfiles/gpt_shakespeare.flags
+python -m experiments.gpt --flagfile=experiments/flagfiles/gpt_shakespeare.flags \
+  --kernel_density=0.1
 """
 
 from experiments.config import command_line

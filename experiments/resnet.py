@@ -1,6 +1,7 @@
-"""ResNet-8, 20 or 56 on CIFAR-10, by SGD with momentum.
+r"""ResNet-8, 20 or 56 on CIFAR-10, by SGD with momentum.
 
-python -m experiments.resnet --kernel_density=0.1 --flagfile=experiments/flagfiles/resnet8_cifar10.flags
+python -m experiments.resnet --flagfile=experiments/flagfiles/resnet8_cifar10.flags \
+  --kernel_density=0.1
 """
 
 from experiments.config import command_line
