@@ -105,25 +105,23 @@ def soft_threshold(
     params: _Tree,
     masks: Masks,
     thresholds: Mapping[str, Thresholds],
-    amount: jax.typing.ArrayLike = 1.0,
     layer_of: LayerOf = parent_path,
     stacked: Mapping[str, int] | None = None,
 ) -> _Tree:
     r"""Masks the weights and shrinks those that are kept, so that none leaves or returns by a jump.
 
     .. math::
-      \mathrm{sign}(W_k) \max(|W_k| - s\,a_k, 0) \odot T_k
+      \mathrm{sign}(W_k) \max(|W_k| - a_k, 0) \odot T_k
 
     A weight that h_k prunes at a_k is zero already, and one that is spliced at b_k comes back as
-    b_k − a_k. Take the gradient there in place of W⊙T, meant for all of W as in equation (2), and
-    let s fall to 0 once the masks stay as they are: then the network to keep is W⊙T.
+    b_k − a_k. Take the gradient there in place of W⊙T, meant for all of W as in equation (2). Once
+    the masks stay as they are, so do the thresholds, and this is the network to keep.
 
     Args:
       params: dense weights W.
       masks: the parallel masks T.
       thresholds: `{layer name: (a_k, b_k)}`, as in the state of `surgery`, in the unit of the
         weights. A layer that is not named is masked alone.
-      amount: s, the share of the threshold that is taken off, in [0, 1].
       layer_of: maps the path of a leaf to the name of its layer.
       stacked: as for `surgery`.
 
@@ -148,7 +146,7 @@ def soft_threshold(
 
     def cut(path, leaf):
         low = thresholds[layer_of(path)].low if layer_of(path) in thresholds else 0.0
-        return jnp.reshape(amount * low, (1,) * jnp.ndim(leaf)).astype(jnp.result_type(leaf))
+        return jnp.full((1,) * jnp.ndim(leaf), low, jnp.result_type(leaf))
 
     def apply(weights, mask, cut):
         if not jnp.ndim(mask):

@@ -222,12 +222,10 @@ class Config:
         0.1,
         'Half the relative width of the band between thresholds: 0.1 puts them at 0.9·t and 1.1·t.',
     )
-    soft_threshold: float = flag(
-        0.0,
-        'Share of the threshold that kept weights are shrunk by in surgery, so that none leaves or '
-        'returns by a jump; it falls to 0 from --stop to the end of the surgery steps.',
-        lower_bound=0.0,
-        upper_bound=1.0,
+    soft_threshold: bool = flag(
+        False,
+        'Whether kept weights are smaller by the lower threshold in surgery, so that none leaves '
+        'or returns by a jump.',
     )
     pruned_rate: float = flag(
         1.0,

@@ -219,13 +219,12 @@ def _cached_shapes(network: nn.Module, shape: tuple[int, ...], dtype: Any) -> An
 
 
 def _make_soften(pruning: Pruning) -> Callable[[TrainState], Any]:
-    """Makes the function of a state that shrinks its weights under its thresholds."""
+    """Makes the function of a state that makes its kept weights smaller by their thresholds."""
 
     def soften(state: TrainState) -> Any:
         surgery: Any = optax.tree.get(state.opt_state, 'SurgeryState')
-        amount: Any = pruning.soft_threshold and pruning.soft_threshold(surgery.count)
         return dns_jax.soft_threshold(
-            state.params, state.masks, surgery.thresholds, amount, stacked=pruning.stacked
+            state.params, state.masks, surgery.thresholds, stacked=pruning.stacked
         )
 
     return soften
@@ -269,7 +268,7 @@ def read_pruning(config: Config, layers: Sequence[str]) -> Pruning:
         every=config.refresh_every,
         refresh_statistics=config.refresh_statistics,
         hysteresis=config.hysteresis,
-        soft_threshold=_read_soft_threshold(config, windows),
+        soft_threshold=config.soft_threshold,
         update_gamma=config.update_gamma,
         update_power=config.update_power,
         splicing=config.splicing,
@@ -323,19 +322,6 @@ def _read_windows(config: Config, layers: Iterable[str]) -> dict[str, Window]:
     )
     # None after the last step, that one of them is the last: by density that is an exact one.
     return {layer: (starts.get(layer, 0), min(stops.get(layer, steps), steps)) for layer in layers}
-
-
-def _read_soft_threshold(config: Config, windows: Mapping[str, Window]) -> dns_jax.Schedule | None:
-    """Reads how much kept weights are shrunk by: not any more where all masks stay for good."""
-    if not config.soft_threshold:
-        return None
-    stop = max(stop for _, stop in windows.values())
-    if stop >= config.surgery_steps:
-        raise ValueError(
-            f'--soft_threshold={config.soft_threshold} must fall to 0 before the end: masks must '
-            f'stay as they are from a step on, but --stop={config.stop}'
-        )
-    return optax.linear_schedule(config.soft_threshold, 0.0, config.surgery_steps - stop, stop)
 
 
 def _read_ramps(config: Config, windows: Mapping[str, Window]) -> dict[str, Window]:

@@ -54,9 +54,7 @@ class Pruning:
     every: int  # steps from one choice of thresholds, or round, to the next; 0 follows
     refresh_statistics: int  # steps from one reading of mean and std to the next; 0 reads once
     hysteresis: float
-    soft_threshold: (
-        dns_jax.Schedule | None
-    )  # share of the threshold that kept weights are shrunk by
+    soft_threshold: bool  # whether kept weights are smaller by it
     update_gamma: float
     update_power: float
     splicing: bool

@@ -80,7 +80,11 @@ def train_surgery(
                 logging.warning('%s', warning)
         # A copy: the loop donates its state, and the reference is still needed.
         states.append(run.start(optimizer, jax.tree.map(jnp.copy, weights)))
-    return train_side_by_side(phase, runs, states, stopping)
+    states = train_side_by_side(phase, runs, states, stopping)
+    if not phase.soften:
+        return states
+    # What the network computed with goes on from here, and is kept.
+    return [state._replace(params=phase.soften(state)) for state in states]
 
 
 def finetune(

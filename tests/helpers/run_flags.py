@@ -80,7 +80,7 @@ EFFECTIVE_WITH = {  # the flags that the flag needs, or whose pruner reads it
     'structure': ('fc1:units', BY_DENSITY),
     'splicing': (False, BY_DENSITY | {'learning_rate': 'fixed:0.3'}),
     'pruned_rate': (0.0, BY_DENSITY | {'learning_rate': 'fixed:0.3'}),
-    'soft_threshold': (1.0, BY_DENSITY | {'stop': '75%'}),
+    'soft_threshold': (True, BY_DENSITY),
     'refresh_statistics': (1, {'learning_rate': 'fixed:0.3'}),
     'rounds': (1, BY_DENSITY | {'pruner': 'iterative', 'rounds': 2}),
     'drop': (0.7, BY_DENSITY | {'pruner': 'set'}),

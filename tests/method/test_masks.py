@@ -294,14 +294,14 @@ def test_coins_that_are_certain_are_those_of_a_draw(chances):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@given(networks(), st.sampled_from([0.0, 0.5, 1.0]))
-def test_shrunk_weights_are_nearer_to_zero_by_their_threshold(dtype, network, amount):
+@given(networks())
+def test_softened_weights_are_nearer_to_zero_by_their_threshold(dtype, network):
     weights, masks, bands = network
     weights = cast(weights, dtype)
-    found = soft_threshold(weights, masks, bands, amount)
+    found = soft_threshold(weights, masks, bands)
     for layer, leaves in weights.items():
         for name, leaf in leaves.items():
-            cut = np.float32(amount) * bands[layer].low
+            cut = bands[layer].low
             exact = np.asarray(leaf, np.float32)
             expected = np.sign(exact) * np.maximum(np.abs(exact) - cut, 0) * masks[layer][name]
             assert found[layer][name].dtype == dtype
@@ -310,18 +310,15 @@ def test_shrunk_weights_are_nearer_to_zero_by_their_threshold(dtype, network, am
             )
 
 
-def test_nothing_is_shrunk_by_nothing_or_where_there_is_no_threshold():
+def test_nothing_is_softened_where_there_is_no_mask_or_no_threshold():
     weights = {'a': {'kernel': jnp.array([3.0, -0.5])}, 'b': {'scale': jnp.array([0.25])}}
     masks = {'a': {'kernel': jnp.array([True, False])}, 'b': {'scale': jnp.array(True)}}
     bands = {'a': Thresholds(jnp.float32(1.0), jnp.float32(2.0))}
-    chex.assert_trees_all_equal(
-        soft_threshold(weights, masks, bands, 0.0), apply_masks(weights, masks)
-    )
     assert soft_threshold(weights, masks, bands)['b']['scale'].tolist() == [0.25]
     assert soft_threshold(weights, masks, {})['a']['kernel'].tolist() == [3.0, 0.0]
 
 
-def test_stacked_layers_are_shrunk_by_thresholds_of_their_own():
+def test_stacked_layers_are_softened_by_thresholds_of_their_own():
     weights = {'blocks': {'fc': {'kernel': jnp.full((2, 1, 2), -3.0)}}}
     masks = {'blocks': {'fc': {'kernel': jnp.array([[[True, True]], [[True, False]]])}}}
     bands = {f'blocks/{n}/fc': Thresholds(jnp.float32(n + 1), jnp.float32(9)) for n in range(2)}
