@@ -108,7 +108,7 @@ def soft_threshold(
     layer_of: LayerOf = parent_path,
     stacked: Mapping[str, int] | None = None,
 ) -> _Tree:
-    r"""Masks the weights and shrinks those that are kept, so that none leaves or returns by a jump.
+    r"""Masks the weights and makes the kept ones smaller by their threshold, so that none jumps.
 
     .. math::
       \mathrm{sign}(W_k) \max(|W_k| - a_k, 0) \odot T_k
@@ -121,12 +121,12 @@ def soft_threshold(
       params: dense weights W.
       masks: the parallel masks T.
       thresholds: `{layer name: (a_k, b_k)}`, as in the state of `surgery`, in the unit of the
-        weights. A layer that is not named is masked alone.
+        weights. A layer that is not named, or has no threshold yet, is masked alone.
       layer_of: maps the path of a leaf to the name of its layer.
       stacked: as for `surgery`.
 
     Returns:
-      A tree like `params`.
+      A tree like `params`. A kept weight that has fallen below a_k since is 0.
 
     Raises:
       ValueError: if the trees do not match.
@@ -146,7 +146,9 @@ def soft_threshold(
 
     def cut(path, leaf):
         low = thresholds[layer_of(path)].low if layer_of(path) in thresholds else 0.0
-        return jnp.full((1,) * jnp.ndim(leaf), low, jnp.result_type(leaf))
+        # One that is not known yet is below 0.
+        low = jnp.maximum(low, 0.0).astype(jnp.result_type(leaf))
+        return jnp.reshape(low, (1,) * jnp.ndim(leaf))
 
     def apply(weights, mask, cut):
         if not jnp.ndim(mask):

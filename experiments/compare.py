@@ -70,7 +70,8 @@ def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
 
     Returns:
       The steps of the first record from which on its validation error is never more than a tenth
-      of a point above the last, and what it keeps never more than a hundredth.
+      of a point above the last, a fiftieth of a bit for text, and what it keeps never more than a
+      hundredth.
     """
     reached, before = 0, 0
     course = [record for record in records if record['phase'] != 'reference']

@@ -97,7 +97,9 @@ def after_setbacks(
     def prune_fn(updates, state, params: Any = None):
         updates, new_state = pruner.update(updates, state, params)
         if any(setbacks):
-            new_state = optax.tree.set(new_state, masks=dns_jax.get_masks(state))
+            kept: Any = optax.tree.get(state, 'SurgeryState')
+            # Thresholds too: what the network computes with may be smaller by them.
+            new_state = optax.tree.set(new_state, masks=kept.masks, thresholds=kept.thresholds)
         return updates, new_state
 
     def train_fn(updates, state, params: Any = None):

@@ -224,8 +224,8 @@ class Config:
     )
     soft_threshold: bool = flag(
         False,
-        'Whether kept weights are smaller by the lower threshold in surgery, so that none leaves '
-        'or returns by a jump.',
+        'Whether kept weights are smaller by their lower threshold, in surgery and after it, so '
+        'that none jumps when it leaves or returns.',
     )
     pruned_rate: float = flag(
         1.0,
@@ -324,6 +324,7 @@ class Config:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
         self._check_pruner(wanted)
         self._check_unread()
+        self._check_soft_threshold()
         if self.count_returns and self.on_divergence == 'rollback':
             raise ValueError(
                 '--count_returns and --on_divergence=rollback exclude each other: after a rollback '
@@ -350,6 +351,15 @@ class Config:
                 f'--importance={self.importance} is not known at the start: with --c_rate it must '
                 'go with --refresh_statistics'
             )
+
+    def _check_soft_threshold(self):
+        """Refuses thresholds of anything but single weights: no weight can be smaller by them."""
+        others = {'importance': 'magnitude', 'structure': '', 'quantiser': 'none'}
+        for name, wanted in others.items():
+            if self.soft_threshold and getattr(self, name) != wanted:
+                raise ValueError(
+                    f'--soft_threshold does not go with --{name}={getattr(self, name)}'
+                )
 
     def _check_unread(self):
         """Refuses flags that nothing would read beside the others, as another pruner would."""

@@ -15,7 +15,7 @@ import optax
 
 import dns_jax
 from dns_jax import sparse_training
-from dns_jax.layers import named_leaves
+from dns_jax.layers import named_leaves, parent_path
 from experiments.baselines.quantisers import Quantiser
 from experiments.config.parsers import parse_learning_rate, parse_step, parse_structure, parse_table
 from experiments.data import resident, texts
@@ -153,10 +153,10 @@ def make_plan(config: Config) -> Plan:
 
     finetuning = _make_phase(config, 'finetuning', 'finetuning_', make_frozen, dropout)
     surgery.make_optimizer(shapes)  # what does not fit the network is refused
-    leaves = dict(named_leaves(apart))
-    for layer, structure in pruning.structures.items():
-        path = f'{layer}/kernel'
-        named('structure', structure.check, path, leaves[path].shape)
+    for path, leaf in named_leaves(apart):
+        structure = pruning.structures.get(parent_path(path))
+        if structure and leaf.ndim > 1 and pruning.takes_part(path, leaf):
+            named('structure', structure.check, path, leaf.shape)
     fresh = isinstance(config, SizedConfig) and config.fresh_statistics
     return Plan(config, pruning, reference, surgery, finetuning, fresh)
 

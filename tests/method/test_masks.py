@@ -15,6 +15,7 @@ from dns_jax import (
     count_events,
     count_kept,
     init_masks,
+    prune_to,
     soft_threshold,
     update_masks,
 )
@@ -316,6 +317,12 @@ def test_nothing_is_softened_where_there_is_no_mask_or_no_threshold():
     bands = {'a': Thresholds(jnp.float32(1.0), jnp.float32(2.0))}
     assert soft_threshold(weights, masks, bands)['b']['scale'].tolist() == [0.25]
     assert soft_threshold(weights, masks, {})['a']['kernel'].tolist() == [3.0, 0.0]
+
+
+def test_thresholds_that_are_not_known_yet_soften_nothing():
+    weights = {'fc': {'kernel': jnp.array([[0.1, -0.2, 0.3, 0.4]])}}
+    state = prune_to(density=0.5, steps=8).init(weights)
+    chex.assert_trees_all_equal(soft_threshold(weights, state.masks, state.thresholds), weights)
 
 
 def test_stacked_layers_are_softened_by_thresholds_of_their_own():
