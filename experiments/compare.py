@@ -58,20 +58,20 @@ def _to_rows(
             records = read_records(run.workdir)
             target = run.kernel_density or run.compression or ''
             row = {'unit': '%', **summaries[run], 'variant': variant, 'target': target}
-            row['steps_to_reach'] = steps_to_reach(records)
+            tolerance = 0.1 if row['unit'] == '%' else 0.02
+            row['steps_to_reach'] = steps_to_reach(records, tolerance)
             returns = {f'returns_{key}': value for key, value in row.get('returns', {}).items()}
             errors = _errors_of_cut(plans[run], row, records)
-            rows.append({key: row[key] for key in COLUMNS} | errors | returns)
+            rows.append({key: row.get(key, '') for key in COLUMNS} | errors | returns)
     return rows
 
 
-def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
+def steps_to_reach(records: Sequence[Mapping[str, Any]], tolerance: float = 0.1) -> int:
     """Says after how many steps of pruning and fine-tuning a run was where it ended.
 
     Returns:
-      The steps of the first record from which on its validation error is never more than a tenth
-      of a point above the last, a fiftieth of a bit for text, and what it keeps never more than a
-      hundredth.
+      The steps of the first record from which on its validation error is never more than the
+      tolerance above the last, and what it keeps never more than a hundredth.
     """
     reached, before = 0, 0
     course = [record for record in records if record['phase'] != 'reference']
@@ -81,7 +81,7 @@ def steps_to_reach(records: Sequence[Mapping[str, Any]]) -> int:
             before = course[at - 1]['step']
         steps = before + record['step']
         is_there = (
-            record['validation_error'] <= error + 0.1
+            record['validation_error'] <= error + tolerance
             and sum(record['kept'].values()) <= 1.01 * kept
         )
         if not is_there:

@@ -104,14 +104,14 @@ def weights_of(tree: Any) -> Any:
     return tree['params'] if isinstance(tree, dict) and 'params' in tree else tree
 
 
-def rebuild(model: Model) -> Model:
+def rebuild(model: Model) -> tuple[nn.Module, tuple[int, ...]]:
     """Makes the module of a network again, from its name and the options of its file.
 
     Args:
       model: named as one of `REBUILT`.
 
     Returns:
-      The same with its network.
+      The module, and the shape of what it takes.
 
     Raises:
       ValueError: if the options are none of the network's, or its weights are not the file's.
@@ -132,7 +132,7 @@ def rebuild(model: Model) -> Model:
                 f'{name} with the options {text[:200]} has {path!r} of shape {wanted.get(path)}, '
                 f'but the file has {found.get(path)}'
             )
-    return model._replace(network=network, input_shape=shape)
+    return network, shape
 
 
 def _parse_options(make: type[nn.Module], text: str) -> dict[str, Any]:
@@ -158,7 +158,8 @@ def _parse_options(make: type[nn.Module], text: str) -> dict[str, Any]:
 
 def _find_network(model: Model) -> Model:
     if 'chain' not in model.metadata and model.metadata.get('network') in REBUILT:
-        return rebuild(model)
+        network, shape = rebuild(model)
+        return model._replace(network=network, input_shape=shape)
     chain, input_shape = _find_chain(model.metadata)
     trace_shapes(chain, model.params, input_shape)
     return model._replace(chain=chain, input_shape=input_shape)

@@ -3,6 +3,7 @@
 Owns their layers and sizes; what is pruned in them is no concern of theirs.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -240,6 +241,12 @@ def shapes(network: nn.Module, shape: Sequence[int], dtype: Any = jnp.float32) -
     """
     examples = jax.ShapeDtypeStruct((1, *shape), dtype)
     return jax.eval_shape(network.init, jax.random.key(0), examples)['params']
+
+
+def describe(network: nn.Module) -> dict[str, int | float | bool]:
+    """Returns the numbers that a network is made with, which its file holds as `options`."""
+    values = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def count_positions(

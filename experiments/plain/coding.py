@@ -89,11 +89,9 @@ def find_network(path: str, model: Model) -> nn.Module:
     name, ranks = model.metadata.get('network'), model.metadata.get('ranks', '{}')
     if name in REBUILT:
         try:
-            network = rebuild(model).network
+            return rebuild(model)[0]
         except ValueError as error:
             raise ValueError(f'{path} holds no network to code: {error}') from error
-        assert network is not None
-        return network
     if name not in models.CHAINS:
         raise ValueError(
             f'{path} names the network {name!r}, but to be coded it must be one of '

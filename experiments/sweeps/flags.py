@@ -50,6 +50,11 @@ class SweepConfig:
     shared: Mapping[str, Any] = flags_of(SizedConfig, 'workdir', *_TARGETS)
 
     def __post_init__(self):
+        default = SweepConfig.__dataclass_fields__['compressions'].default
+        if self.kernel_densities and self.compressions != default:
+            raise ValueError(
+                f'--compressions={self.compressions} has no meaning beside --kernel_densities'
+            )
         self.named_runs()  # each checks itself
 
     def named_runs(self) -> list[tuple[str, Config]]:

@@ -80,8 +80,9 @@ class Resident:
             self.dataset = resident.load(config.dataset, *folders)
             own = {}
             self.example_shape = self.dataset.train.images.shape[1:]
-        self.options = config.network_options | own
-        self.network = models.NETWORKS[config.network](**self.options)
+        self._stacked = models.STACKED.get(config.network, {})
+        self.network = models.NETWORKS[config.network](**config.network_options | own)
+        self.options = models.describe(self.network)
 
     def place(self, state):
         """Leaves a new state as it is."""
@@ -91,7 +92,8 @@ class Resident:
         """Makes one call of all steps, for one network or several side by side."""
         del states
         split = self.dataset.train
-        run_chunks, arrays = steps.make_run_chunks(step, split.gather), jax.device_put(split.arrays)
+        run_chunks = steps.make_run_chunks(step, split.gather, self._stacked)
+        arrays = jax.device_put(split.arrays)
         return lambda states, batches: run_chunks(states, arrays, batches)
 
     def batches(self, seed, start, count):

@@ -147,7 +147,9 @@ class Config:
     )
     bias_scale: float = flag(2.0, 'Learning rate of biases / that of kernels.', part='solver')
     decay_biases: bool = flag(
-        True, 'Whether biases get weight decay too, and the scales of norms.', part='solver'
+        True,
+        'Whether biases get weight decay too and, but for --optimizer=caffe, the scales of norms.',
+        part='solver',
     )
 
     compression: float | None = flag(
@@ -356,10 +358,9 @@ class Config:
         """Refuses thresholds of anything but single weights: no weight can be smaller by them."""
         others = {'importance': 'magnitude', 'structure': '', 'quantiser': 'none'}
         for name, wanted in others.items():
-            if self.soft_threshold and getattr(self, name) != wanted:
-                raise ValueError(
-                    f'--soft_threshold does not go with --{name}={getattr(self, name)}'
-                )
+            value = getattr(self, name)
+            if self.soft_threshold and value != wanted:
+                raise ValueError(f'--soft_threshold does not go with --{name}={value}')
 
     def _check_unread(self):
         """Refuses flags that nothing would read beside the others, as another pruner would."""

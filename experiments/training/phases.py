@@ -47,7 +47,7 @@ class PhaseOfRun:
             hosts.on_first(lambda: run.records.rewind(self.name, 0))
             if self.flags.on_divergence == 'rollback':
                 self.save()
-        self._kept = dns_jax.count_kept(self.state.masks)
+        self._kept = self._count_kept()
 
     def steps_of_next_call(self) -> int:
         """Says how many steps to take in one call: of a record, as many in each."""
@@ -107,15 +107,21 @@ class PhaseOfRun:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
         )
         self._return_to_checkpoint()
-        self._kept, self.setbacks = dns_jax.count_kept(self.state.masks), setbacks
+        self._kept, self.setbacks = self._count_kept(), setbacks
         masks = 'masks as they are there' if any(setbacks) else 'surgery as before'
         logging.warning(
             '%s; going on from step %s with half the learning rate, other batches and %s',
             *(message, self.done, masks),
         )
 
+    def _count_kept(self) -> dict[str, int]:
+        stacked = self.run.plan.pruning.stacked
+        return dns_jax.count_kept(dns_jax.unstack(stacked, self.state.params, self.state.masks)[1])
+
     def _explain(self, state: TrainState, breakdown: divergence.Breakdown) -> str:
-        sizes = dns_jax.measure_sizes(state.params, state.masks)
+        stacked = self.run.plan.pruning.stacked
+        params, masks = dns_jax.unstack(stacked, state.params, state.masks)
+        sizes = dns_jax.measure_sizes(params, masks)
         densities = ', '.join(f'{layer} {size.density:.2%}' for layer, size in sizes.layers.items())
         step = self.checkpoints.latest_step()
         good = 'none of this phase' if step is None else f'that of step {step}'

@@ -61,6 +61,11 @@ class SizedConfig(Config):
         self.refuse(others - {*reads}, f'--network={self.network}')
         if self.dropout:
             raise ValueError(f'--dropout={self.dropout} is not for --network={self.network}')
+        if self.quantiser != 'none' and self.network == 'gpt':
+            raise ValueError(
+                f'--quantiser={self.quantiser} rounds layer by layer, but those of --network=gpt '
+                'are stacked'
+            )
         if self.width is not None and self.width <= 0:
             raise ValueError(f'--width={self.width} must be above 0')
         if self.network == 'gpt' and self.width is not None and self.width % 1:

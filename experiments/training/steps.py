@@ -25,6 +25,7 @@ Statistics = Mapping[str, Any]
 """What a network has beside its weights, by Flax's collection: BatchNorm's running means."""
 
 NO_STATISTICS: Statistics = {}
+UNSTACKED: Mapping[str, int] = {}
 
 
 class Examples(Protocol):
@@ -235,12 +236,15 @@ Gather = Callable[[tuple[jax.Array, ...], jax.Array], tuple[jax.Array, jax.Array
 """Takes the examples and labels of some numbers out of the arrays of a split."""
 
 
-def make_run_chunk(step: TrainStep, gather: Gather) -> Callable[..., tuple[TrainState, Chunk]]:
+def make_run_chunk(
+    step: TrainStep, gather: Gather, stacked: Mapping[str, int] = UNSTACKED
+) -> Callable[..., tuple[TrainState, Chunk]]:
     """Makes the compiled call that runs many steps; it donates the state.
 
     Args:
       step: from `make_step`.
       gather: of the split.
+      stacked: nodes that hold many layers, whose events are told apart.
 
     Returns:
       A jitted function of the state, the arrays of the split and the numbers (steps, batch) of
@@ -251,7 +255,7 @@ def make_run_chunk(step: TrainStep, gather: Gather) -> Callable[..., tuple[Train
     def run_chunk(state, arrays, numbers):
         def body(state, batch):
             new_state, loss = step(state, *gather(arrays, batch))
-            return new_state, Chunk(loss, dns_jax.count_events(state.masks, new_state.masks))
+            return new_state, Chunk(loss, _count_events(stacked, state, new_state))
 
         # Two steps a turn: XLA on CPU copies weights and masks between turns, not within one.
         return jax.lax.scan(body, state, numbers, unroll=2)
@@ -259,20 +263,28 @@ def make_run_chunk(step: TrainStep, gather: Gather) -> Callable[..., tuple[Train
     return run_chunk
 
 
+def _count_events(
+    stacked: Mapping[str, int], old: TrainState, new: TrainState
+) -> dict[str, dns_jax.Events]:
+    _, before, after = dns_jax.unstack(stacked, old.params, old.masks, new.masks)
+    return dns_jax.count_events(before, after)
+
+
 def make_run_chunks(
-    step: TrainStep, gather: Gather
+    step: TrainStep, gather: Gather, stacked: Mapping[str, int] = UNSTACKED
 ) -> Callable[..., tuple[tuple[TrainState, Chunk], ...]]:
     """Makes the compiled call that runs many steps of several networks, each on its own batches.
 
     Args:
       step: from `make_step`.
       gather: of the split.
+      stacked: as for `make_run_chunk`.
 
     Returns:
       As `make_run_chunk` does, but for tuples of states and of numbers; the result is a tuple of
       pairs. Several networks are vmapped into one program; they must be at the same step.
     """
-    run_chunk = make_run_chunk(step, gather)
+    run_chunk = make_run_chunk(step, gather, stacked)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run_vmapped(states, arrays, numbers):

@@ -114,7 +114,7 @@ def test_tables_give_medians_and_ranges():
 
 def test_tables_pictures_and_pages_say_the_unit_of_the_rows():
     row = {'network': 'gpt', 'dataset': 'tiny_shakespeare', 'unit': 'bits/character', 'seed': 0}
-    row |= {'variant': 'a', 'target': 0.2, 'compression': 4.0, 'kept': 100, 'steps_to_reach': 50}
+    row |= {'variant': 'a', 'target': 4.0, 'compression': 4.0, 'kept': 100, 'steps_to_reach': 50}
     row |= {'reference_error': 2.0, 'pruning_seconds': 12.3, 'state_mebibytes': 2.288}
     row |= {'commit': 'abc1234', 'jax': '0.10.2', 'device': 'cpu'}
     rows = [{**row, 'test_error': error} for error in (2.5, 2.75)]

@@ -1,7 +1,5 @@
 """Tests of training.steps: what a network is measured by, and images changed within a step."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,8 @@ from experiments.data.texts import TextSplit
 from experiments.networks import models
 from experiments.networks.inputs import Tokens
 from experiments.training import steps as train
+from experiments.training.flags import Config
+from experiments.training.plan import make_plan
 
 ALPHABET = 5
 
@@ -139,18 +139,15 @@ def test_images_change_anew_in_every_step_and_a_step_repeats_itself(split, param
     assert other[0].tobytes() != seen[0].tobytes() == again[0].tobytes()
 
 
-def test_phases_of_a_run_change_images_by_keys_of_their_own(split, params):
-    change = functools.partial(shift_and_mirror, pixels=2, mirror=True)
-    losses = {
-        number: losses_of(
-            train.make_step(
-                *(NETWORK, make_optimizer(), models.MNIST_INPUT),
-                augmentation=train.Augmentation(change, number),
-            ),
-            params,
-            split,
-        )
-        for number in (2**31 + 2**29, 2**31 + 2**29 + 1)
-    }
-    first, second = losses.values()
-    assert not set(first) & set(second)
+def test_every_use_of_random_bits_has_a_number_of_its_own():
+    """In all phases: changed images, dropout and coins; above any count of steps."""
+    fields = {'dropout': 0.5, 'quantiser': 'stochastic_binary', 'shift': 2, 'compression': 2.0}
+    plan = make_plan(Config('lenet300', **fields))
+    shapes = models.shapes(models.NETWORKS['lenet300'](), models.MNIST_INPUT.image_shape)
+    numbers = []
+    for phase in (plan.reference, plan.surgery, plan.finetuning):
+        made = phase.make_augmentation(), phase.make_dropout(shapes), phase.make_rounding()
+        numbers += [use.number for use in made if use]
+    assert len(numbers) == 8  # the dense network is not quantised
+    assert len(set(numbers)) == 8
+    assert min(numbers) >= 2**31
