@@ -260,7 +260,7 @@ def _size_bars(summary: Summary) -> list[Bar]:
     total = _total(summary)
     kinds = (
         ('Parameters', 'parameters', 'kept'),
-        ('Multiply-adds for an image', 'multiply_adds', 'kept_multiply_adds'),
+        ('Multiply-adds for an image or a character', 'multiply_adds', 'kept_multiply_adds'),
         ('Bytes, dense → sparse', 'bytes', 'kept_bytes'),
     )
     return [

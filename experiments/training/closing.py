@@ -9,6 +9,7 @@ import numpy as np
 
 import dns_jax
 from dns_jax.files.sparse import save_sparse
+from dns_jax.stacking import restack
 from experiments.devices import hosts, meshes
 from experiments.networks import models
 from experiments.reports import run_report
@@ -115,7 +116,11 @@ def _measure_returns(
         name: sum(dns_jax.count_kept(masks).values()) for name, masks in counts.items()
     }
     without = jax.tree.map(lambda mask, back: mask & ~back, final.masks, returns.returned)
-    others = probes.remove_others(final_masks, returned, run.identity['seed'])
+    # From the block that each is in, where blocks are stacked.
+    stacked = run.plan.pruning.stacked
+    _, *apart = dns_jax.unstack(stacked, final.params, final_masks, returned)
+    others = probes.remove_others(apart[0], apart[1], run.identity['seed'])
+    others = restack(stacked, final.params, others)
     removed = dns_jax.count_events(final_masks, others).values()
     measured['others_removed'] = sum(int(np.sum(event.pruned)) for event in removed)
     task = run.task
