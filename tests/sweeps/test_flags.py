@@ -104,6 +104,10 @@ def test_lenets_have_no_size_to_choose(network, argument):
         ),
         (('--variant=own: --width=8',), r"but not \['width'\]"),
         (('--variant=own: --optimizer=warp',), 'optimizer'),
+        (
+            (*GPT, '--kernel_densities=0.1', '--compressions=9'),
+            '--compressions=9 has no meaning beside --kernel_densities',
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

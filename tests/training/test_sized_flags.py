@@ -48,6 +48,7 @@ def test_a_network_is_made_with_what_is_given(fields, options):
         ({**GPT, 'fresh_statistics': True}, '--fresh_statistics=True has no meaning .*=gpt'),
         ({**RESNET, 'dropout': 0.5}, '--dropout=0.5 is not for --network=resnet'),
         ({**GPT, 'dropout': 0.5}, '--dropout=0.5 is not for --network=gpt'),
+        ({**GPT, 'quantiser': 'signs'}, '--quantiser=signs rounds layer by layer'),
         ({**RESNET, 'width': 0.0}, '--width=0.0 must be above 0'),
         ({**GPT, 'width': -8.0}, '--width=-8.0 must be above 0'),
         ({**GPT, 'width': 8.5}, '--width=8.5 must be a whole number for --network=gpt'),
@@ -133,3 +134,10 @@ def test_the_short_form_does_what_prune_to_does():
         jax.tree.map(np.testing.assert_array_equal, one, other)
     kernels = [leaves['kernel'] for leaves in courses[0][-1].values()]
     assert sum(kernel.sum() for kernel in kernels) == round(0.1 * 9 * 17)
+
+
+@pytest.mark.parametrize('own', [{'prune_biases': True}, {'prune_embeddings': True}])
+def test_structures_are_of_all_that_takes_part(own):
+    """Norms have no kernel, and embeddings are none."""
+    config = SizedConfig(**GPT | {'prune_biases': False} | own, structure='units')
+    assert make_plan(config).pruning.structures['blocks/1/attend'] == dns_jax.Units(-1)
