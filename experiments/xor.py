@@ -24,7 +24,7 @@ from dns_jax.files.writing import write_whole
 from experiments.config import command_line
 from experiments.config.command_line import check_finite, flag
 from experiments.devices import progress
-from experiments.networks.models import Xor
+from experiments.networks.logic import Xor
 from experiments.reports import plots, xor_plots
 from experiments.reports.tables import middle_and_range, table, to_csv
 from experiments.training import probes

@@ -134,6 +134,7 @@ ASKED_WITH = {
     'baselines/ranks': 'baselines/test_low_rank',
     'data/archives': 'data/test_builders',
     'devices/hosts': 'devices/test_distributed',
+    'networks/logic': 'commands/test_xor',
     'reports/pages': 'reports/test_run_report',
     'reports/plots': 'reports/test_run_report',
     'reports/published': 'commands/test_frontier',

@@ -118,9 +118,8 @@ def rebuild(model: Model) -> tuple[nn.Module, tuple[int, ...]]:
     """
     name, text = model.metadata['network'], model.metadata.get('options', '{}')
     network = models.NETWORKS[name](**_parse_options(models.NETWORKS[name], text))
-    inputs: Any = models.INPUTS[name]
-    shape = (network.context,) if name == 'gpt' else inputs.image_shape
-    examples = jax.ShapeDtypeStruct((1, *shape), inputs.dtype)
+    shape = models.example_shape(name, network)
+    examples = jax.ShapeDtypeStruct((1, *shape), models.INPUTS[name].dtype)
     variables = jax.eval_shape(network.init, jax.random.key(0), examples)
     wanted, found = (
         {path: jnp.shape(leaf) for path, leaf in named_leaves(tree)}

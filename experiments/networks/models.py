@@ -188,28 +188,14 @@ class VGG16(nn.Module):
         return nn.Dense(self.classes, name='fc8', **options)(hidden).astype(jnp.float32)
 
 
-class Xor(nn.Module):
-    """The network of the paper's section 4.1, 2-5-1: 21 parameters."""
-
-    @nn.compact
-    def __call__(self, points: jax.Array) -> jax.Array:
-        """Maps points (batch, 2) to logits (batch,); the sigmoid of the output is the loss's."""
-        hidden = nn.sigmoid(nn.Dense(5, name='fc1')(points))
-        return nn.Dense(1, name='fc2')(hidden)[:, 0]
-
-
 NETWORKS = {
-    'lenet300': LeNet300,
-    'lenet5': LeNet5,
-    'alexnet': AlexNet,
-    'vgg16': VGG16,
-    'resnet': ResNet,
-    'gpt': Gpt,
+    **{'lenet300': LeNet300, 'lenet5': LeNet5, 'alexnet': AlexNet, 'vgg16': VGG16},
+    **{'resnet': ResNet, 'gpt': Gpt},
 }
 # Nodes that hold many layers in one array, as the library's `stacked` has them.
 STACKED = {'gpt': BLOCKS}
 # XLA runs their convolutions many times slower inside a loop on CPU.
-SLOW_IN_LOOPS = {'resnet'}
+_SLOW_IN_LOOPS = {'resnet'}
 
 MNIST_INPUT = Input((0.0,), 1 / 256, 28)
 INPUTS = {
@@ -241,6 +227,22 @@ def shapes(network: nn.Module, shape: Sequence[int], dtype: Any = jnp.float32) -
     """
     examples = jax.ShapeDtypeStruct((1, *shape), dtype)
     return jax.eval_shape(network.init, jax.random.key(0), examples)['params']
+
+
+def inputs_of(name: str) -> Input | Tokens:
+    """Says what a network takes; one that is not known takes MNIST's images."""
+    return INPUTS.get(name, MNIST_INPUT)
+
+
+def example_shape(name: str, network: Any) -> tuple[int, ...]:
+    """Gives the shape of one example: an image, or as many characters as a network sees."""
+    inputs = inputs_of(name)
+    return (network.context,) if isinstance(inputs, Tokens) else inputs.image_shape
+
+
+def is_slow_in_loops(name: str) -> bool:
+    """Says whether each step is to be a call of its own, on this machine."""
+    return name in _SLOW_IN_LOOPS and jax.default_backend() == 'cpu'
 
 
 def describe(network: nn.Module) -> dict[str, int | float | bool]:

@@ -21,8 +21,7 @@ from experiments.config.command_line import check_finite, check_unread, flag, na
 from experiments.config.parsers import parse_table
 from experiments.data import resident, texts
 from experiments.networks import models
-from experiments.networks.inputs import Tokens
-from experiments.training.steps import BITS, ERROR, make_measure
+from experiments.training.steps import make_measure, metric_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +134,9 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
     if 'params' in model.params:  # statistics are rounded, but share nothing
         clusters = {'batch_stats/*': MAX_CLUSTERS} | clusters
     shared = share_weights(model.params, masks, clusters, model.metadata)
-    is_slow = name in models.SLOW_IN_LOOPS and jax.default_backend() == 'cpu'
     options = {
         'inputs': inputs,
-        **({'chunk': 1} if is_slow else {}),
+        **({'chunk': 1} if models.is_slow_in_loops(name) else {}),
         'tuned': config.tuned,
         'steps': config.finetuning_steps,
         'batch_size': config.batch_size,
@@ -149,7 +147,7 @@ def code(config: CodingConfig, model: Model, path: Path) -> dict[str, float]:
         shared = tune(network, model.params, shared, dataset.train, **options)
     save_coded(path, shared)
     written = expand(*load_coded(path)[:3])
-    measure = make_measure(network, inputs, BITS if isinstance(inputs, Tokens) else ERROR)
+    measure = make_measure(network, inputs, metric_of(inputs))
 
     def error(tree, split):
         statistics = {key: value for key, value in tree.items() if key == 'batch_stats'}
@@ -184,9 +182,8 @@ def _load_data(config: CodingConfig, network: Any, name: str) -> Any:
 
 def _count(network: Any, name: str, written: Any) -> dict[str, float]:
     """Counts what is not 0, but for statistics, and the multiply-adds that it takes."""
-    inputs = models.INPUTS[name]
-    shape = (network.context,) if name == 'gpt' else inputs.image_shape
-    positions = models.count_positions(network, shape, inputs.dtype)
+    shape = models.example_shape(name, network)
+    positions = models.count_positions(network, shape, models.INPUTS[name].dtype)
     (params,) = dns_jax.unstack(models.STACKED.get(name, {}), weights_of(written))
     size = dns_jax.measure_sizes(params, jax.tree.map(lambda leaf: leaf != 0, params), positions)
     return {'kept': size.total.kept, 'multiply_adds': size.total.kept_multiply_adds}

@@ -67,22 +67,20 @@ class Resident:
     """A data set of small images, or a text, that lies on the device."""
 
     def __init__(self, config: Config):
-        is_slow = config.network in models.SLOW_IN_LOOPS and jax.default_backend() == 'cpu'
-        self.steps_per_call = 1 if is_slow else 20
+        self.steps_per_call = 1 if models.is_slow_in_loops(config.network) else 20
         self._batch_size, self.accumulate = config.batch_size, 1
         folders = config.data_dir, config.manual_dir, config.train_on_all
         if config.dataset in texts.DATASETS:
             context = models.NETWORKS[config.network](**config.network_options).context
             self.dataset = texts.load(config.dataset, context, *folders)
             own = {'characters': len(self.dataset.alphabet)}
-            self.example_shape = (context,)
         else:
             self.dataset = resident.load(config.dataset, *folders)
             own = {}
-            self.example_shape = self.dataset.train.images.shape[1:]
         self._stacked = models.STACKED.get(config.network, {})
         self.network = models.NETWORKS[config.network](**config.network_options | own)
         self.options = models.describe(self.network)
+        self.example_shape = models.example_shape(config.network, self.network)
 
     def place(self, state):
         """Leaves a new state as it is."""

@@ -186,31 +186,27 @@ def _check_dataset(config: Config) -> None:
     """Refuses a data set that does not fit the network; streamed images are made to fit."""
     if isinstance(config, ImageConfig):
         return
-    inputs: Any = models.INPUTS.get(config.network, models.MNIST_INPUT)
+    inputs = models.inputs_of(config.network)
     is_text = config.dataset in texts.DATASETS
     if is_text != isinstance(inputs, Tokens):
         raise ValueError(
             f'--dataset={config.dataset} holds {"a text" if is_text else "images"}, but '
             f'--network={config.network} takes {"images" if is_text else "a text"}'
         )
-    if not is_text:
+    if not isinstance(inputs, Tokens):
         named('dataset', resident.check_image_shape, config.dataset, inputs.image_shape)
 
 
 def _shapes(config: Config) -> Any:
     """The shapes of the weights; how many classes streamed images have, their data say."""
-    options = dict(config.network_options)
-    inputs: Any = models.INPUTS.get(config.network, models.MNIST_INPUT)
+    make, options = models.NETWORKS[config.network], config.network_options
     if isinstance(config, ImageConfig):
         # Fewer classes keep fewer weights that take no part: nothing that fits the data is refused.
-        options['classes'] = 1
-        shape = config.image_size, config.image_size, 3
-    elif isinstance(inputs, Tokens):
-        shape = (1,)
+        network, shape = make(**options, classes=1), (config.image_size, config.image_size, 3)
     else:
-        shape = inputs.image_shape
-    network = models.NETWORKS[config.network](**options)
-    return _cached_shapes(network, shape, inputs.dtype)
+        network = make(**options)
+        shape = models.example_shape(config.network, network)
+    return _cached_shapes(network, shape, models.inputs_of(config.network).dtype)
 
 
 @functools.cache

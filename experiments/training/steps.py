@@ -18,6 +18,7 @@ import optax
 import dns_jax
 from experiments.baselines.quantisers import Quantiser, quantised
 from experiments.networks import models
+from experiments.networks.inputs import Tokens
 
 _AHEAD = 2  # steps handed to the device before the one that is waited for
 
@@ -119,6 +120,11 @@ class Metric(NamedTuple):
 ERROR = Metric('%', lambda logits, labels: jnp.float32(100) * _is_wrong(logits, labels))
 NATS = Metric('nats', CROSS_ENTROPY)
 BITS = Metric('bits/character', lambda logits, labels: CROSS_ENTROPY(logits, labels) / jnp.log(2))
+
+
+def metric_of(inputs: Inputs) -> Metric:
+    """Says what a network is measured by, from what it takes."""
+    return BITS if isinstance(inputs, Tokens) else ERROR
 
 
 def make_step(

@@ -17,7 +17,6 @@ import dns_jax
 from experiments.config.command_line import identify
 from experiments.devices import hosts
 from experiments.networks import models
-from experiments.networks.inputs import Tokens
 from experiments.reports.commits import describe_commit
 from experiments.training import references, steps
 from experiments.training.feeds import open_feed
@@ -42,11 +41,11 @@ class Task:
         """
         self.feed = open_feed(config)
         self.dataset, self.network = self.feed.dataset, self.feed.network
-        self.inputs: Any = models.INPUTS.get(config.network, models.MNIST_INPUT)
+        self.inputs = models.inputs_of(config.network)
         shape, dtype = self.feed.example_shape, self.inputs.dtype
         self.shapes = models.shapes(self.network, shape, dtype)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
-        self.metric = steps.BITS if isinstance(self.inputs, Tokens) else steps.ERROR
+        self.metric = steps.metric_of(self.inputs)
         self._measure = steps.make_measure(self.network, self.inputs, self.metric)
 
     def measure(self, weights: steps.Weights, split: Any) -> float:

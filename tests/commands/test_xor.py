@@ -13,7 +13,7 @@ from xor_course import KEY, make_surgery
 
 import dns_jax
 from experiments import xor
-from experiments.networks.models import Xor
+from experiments.networks.logic import Xor
 from experiments.xor import XorConfig
 
 pytestmark = pytest.mark.usefixtures('promotion')

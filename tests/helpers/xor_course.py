@@ -3,7 +3,7 @@
 import jax
 
 from experiments import xor
-from experiments.networks.models import Xor
+from experiments.networks.logic import Xor
 
 KEY = jax.random.key(3)
 
