@@ -85,6 +85,28 @@ def test_pages_hold_the_tables_and_commands_of_comparisons(name, page):
     assert {row['seed'] for row in rows} == set(range(int(seeds)))
 
 
+def test_pages_say_what_became_of_the_gpt():
+    rows = results.read_comparison(ROOT / 'results' / 'networks_gpt.csv')
+
+    def middle(variant, target, column='test_error'):
+        own = [row for row in rows if (row['variant'], row['target']) == (variant, target)]
+        return statistics.median(row[column] for row in own)
+
+    before = middle('surgery', 0.02, 'reference_error')
+    at_2, at_10 = ([middle(who, d) for who in ('surgery', 'gradual')] for d in (0.02, 0.1))
+    said = page('README.md')
+    assert f'ends at {at_2[0]:.2f} bits per character with surgery and {at_2[1]:.2f}' in said
+    assert f'from {before:.2f}. At 10 % these are {at_10[0]:.2f} and {at_10[1]:.2f}' in said
+    assert f'{at_2[0]:.2f} against {at_2[1]:.2f} bits per character' in page('docs/results.md')
+    leads = [middle('gradual', d) - middle('surgery', d) for d in (0.1, 0.05, 0.02)]
+    text = 'by {:.2f} bits per character at 10 %, by {:.2f} at 5 % and by {:.2f} at 2 %'
+    own = page('results/networks.md')
+    assert text.format(*leads) in own
+    above = at_10[0] - middle('dense as long', '')
+    assert f'median error is {above:.2f} bits higher' in own
+    assert f'and {at_10[0] - before:.2f} higher than where pruning began' in own
+
+
 def test_the_page_of_comparisons_holds_the_other_tables():
     said = (ROOT / 'results' / 'compare.md').read_text()
     authors = sweep_tables.frontier_tables(results.read_frontiers(kind='authors'))
