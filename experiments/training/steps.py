@@ -40,11 +40,6 @@ class Examples(Protocol):
 class Inputs(Protocol):
     """What a network takes."""
 
-    @property
-    def dtype(self) -> Any:
-        """Of the arrays that it takes."""
-        ...
-
     def prepare(self, examples: Any, /) -> jax.Array:
         """Makes it of a batch as the data set has it."""
         ...
@@ -106,10 +101,6 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 CROSS_ENTROPY: Loss = optax.softmax_cross_entropy_with_integer_labels
 
 
-def _is_wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return (jnp.argmax(logits, -1) != labels).astype(jnp.float32)
-
-
 class Metric(NamedTuple):
     """What a network is measured by; less is better."""
 
@@ -117,7 +108,7 @@ class Metric(NamedTuple):
     of_labels: Loss  # whose mean it is, over all labels of a split
 
 
-ERROR = Metric('%', lambda logits, labels: jnp.float32(100) * _is_wrong(logits, labels))
+ERROR = Metric('%', lambda logits, labels: jnp.where(jnp.argmax(logits, -1) == labels, 0.0, 100.0))
 NATS = Metric('nats', CROSS_ENTROPY)
 BITS = Metric('bits/character', lambda logits, labels: CROSS_ENTROPY(logits, labels) / jnp.log(2))
 
@@ -382,7 +373,7 @@ def make_measure(
 def estimate_statistics(
     network: nn.Module, inputs: Inputs, weights: Weights, split: Examples
 ) -> Weights:
-    """Estimates the statistics of a network anew: the mean of those of all batches of a split.
+    """Estimates the statistics of a network anew, as the mean over all batches of a split.
 
     Args:
       network: with a `momentum` that its running statistics have.
