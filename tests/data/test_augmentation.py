@@ -67,4 +67,6 @@ def test_another_key_changes_other_images():
 
 def test_images_may_be_floats():
     images = random_images(4, np.float32)
-    find_ways(images, change(images, pixels=1, mirror=True), 1, True)
+    changed = change(images, pixels=1, mirror=True)
+    assert changed.dtype == np.float32
+    assert len(find_ways(images, changed, 1, True)) == 4
