@@ -22,6 +22,7 @@ from experiments.training.sized_flags import SizedConfig
 _TARGETS = names_of(Config, 'target')
 _LENETS = ('lenet300', 'lenet5')
 _SIZED = ('resnet', 'gpt')  # whose size is chosen
+_SIZES = ('depth', 'width', 'heads')  # a variant may have its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +137,13 @@ class CompareConfig(SweepConfig):
         (),
         'NAME: FLAGS of a variant to compare, as in "no splicing: --nosplicing". Give this flag '
         'once for each variant. A variant with a target of its own, such as --c_rate, is run once '
-        'and not for each compression.',
+        'and not for each compression. One of another size has references of its own.',
     )
 
     def named_runs(self):
         """Returns the runs, by variant, compression, then seed.
 
-        The first of each seed trains its reference, those after it start from that.
+        The first of each seed and size trains its reference, those after it start from that.
         """
         runs, first = [], {}
         for name, changed in self._variants().items():
@@ -151,12 +152,13 @@ class CompareConfig(SweepConfig):
             for target in [None] if says_itself else self.targets():
                 for seed in self.all_seeds():
                     label = f'{slug}-{seed}' if target is None else f'{slug}-{target:g}-{seed}'
+                    start = seed, *({**self.shared, **changed}[name] for name in _SIZES)
                     own = {
                         'seed': seed,
                         self.target: target,
-                        'reference': self.shared['reference'] or first.get(seed),
+                        'reference': self.shared['reference'] or first.get(start),
                     }
-                    first.setdefault(seed, f'{self.workdir}/{label}')
+                    first.setdefault(start, f'{self.workdir}/{label}')
                     runs.append((name, self.make_run(label, **{**changed, **own})))
         lengths = {run.surgery_steps + run.finetuning_steps for _, run in runs}
         if len(lengths) > 1:
@@ -176,11 +178,11 @@ class CompareConfig(SweepConfig):
             name, changed = read_variant('variant', text, SizedConfig)
             if name in variants:
                 raise ValueError(f'--variant={text} must have a name of its own')
-            common = changed.keys() & {*names_of(SizedConfig, 'place', 'task'), self.target}
-            if common:
+            common = {*names_of(SizedConfig, 'place', 'task'), self.target} - {*_SIZES}
+            if unwanted := changed.keys() & common:
                 raise ValueError(
-                    f'--variant={text} may change how a network is pruned and fine-tuned, but not '
-                    f'{sorted(common)}'
+                    f'--variant={text} may change how a network is pruned and fine-tuned, and its '
+                    f'size, but not {sorted(unwanted)}'
                 )
             variants[name] = changed
         if not variants:

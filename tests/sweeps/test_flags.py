@@ -102,7 +102,7 @@ def test_lenets_have_no_size_to_choose(network, argument):
             ('--kernel_densities=0.5', '--variant=own: --kernel_density=0.1'),
             r"but not \['kernel_density'\]",
         ),
-        (('--variant=own: --width=8',), r"but not \['width'\]"),
+        (('--variant=own: --context=8',), r"but not \['context'\]"),
         (('--variant=own: --optimizer=warp',), 'optimizer'),
         (
             (*GPT, '--kernel_densities=0.1', '--compressions=9'),
@@ -118,3 +118,13 @@ def test_what_does_not_fit_is_refused(arguments, message):
 def test_a_variant_may_have_a_target_of_its_own():
     runs = runs_of(*VARIANTS, '--variant=own: --c_rate=1', '--compressions=9', '--seeds=1')
     assert targets_of(runs) == [(9.0, None, 0), (9.0, None, 0), (None, None, 0)]
+
+
+def test_a_variant_of_another_size_has_references_of_its_own():
+    arguments = ('--kernel_densities=0.1', '--seeds=2', '--width=16', '--variant=same: --width=16')
+    arguments += ('--variant=narrow: --density=1 --width=8', '--variant=thin: --width=8')
+    runs = runs_of(*GPT, '--variant=surgery:', *arguments)
+    wide = [f'runs/compare/surgery-0.1-{seed}' for seed in (0, 1)]
+    narrow = [f'runs/compare/narrow-{seed}' for seed in (0, 1)]
+    assert [run.width for run in runs] == [16] * 4 + [8] * 4
+    assert [run.reference for run in runs] == [None, None, *wide, None, None, *narrow]
