@@ -258,15 +258,16 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Test error over size for each variant, medians and ranges, and what others have.
 
-    The size is a compression, or where densities are the targets that of what takes part.
+    The size is a compression, or where densities are the targets the kept parameters, since
+    variants may then be of several sizes.
 
     Args:
       rows: of one network and data set, with `network`, `dataset`, `variant`, `target`, `unit`,
-        `compression`, `part_density` and `test_error`.
+        `compression`, `kept` and `test_error`.
     """
     figure, axes = _new_frontier()
     by_density = any(row['target'] != '' and row['target'] < 1 for row in rows)
-    size = 'part_density' if by_density else 'compression'
+    size = 'kept' if by_density else 'compression'
     variants = group_rows(rows, 'variant')
     for number, ((variant,), own) in enumerate(variants.items()):
         groups = list(group_rows(own, 'target').values())
@@ -294,10 +295,10 @@ def _finish_frontier(
     figure: Figure, axes: Any, rows: Sequence[Mapping[str, Any]], by_density: bool = False
 ) -> Figure:
     """Scales and labels error and size, once all is drawn."""
-    axes.set_title('Error and density' if by_density else 'Error and compression')
+    axes.set_title('Error and size' if by_density else 'Error and compression')
     if by_density:
-        _scale_logarithmically(axes, '{x:.0%}')
-        axes.set_xlabel('density: kept / all of what takes part')
+        _scale_logarithmically(axes, '{x:,g}')
+        axes.set_xlabel('parameters kept')
     else:
         _scale_logarithmically(axes, '{x:,g}×')
         axes.set_xlabel('compression: all parameters / kept parameters')

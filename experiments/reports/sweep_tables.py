@@ -13,6 +13,7 @@ COMPARE_TABLES = {
     'Medians over seeds, and in brackets their ranges': {
         'compression': ('compression', '.1f', '×'),
         'density': ('part_density', '.2%'),
+        'parameters': ('kept', ',.0f'),
         'error of the reference': ('reference_error',),
         'error': ('test_error',),
         'steps to reach it': ('steps_to_reach', ',.0f'),
@@ -69,9 +70,11 @@ def compare_tables(rows: Rows) -> list[Table]:
     groups = group_rows(rows, 'variant', 'target')
     tables = []
     for caption, every in COMPARE_TABLES.items():
-        # The density is that of what takes part, and of interest where it was asked for.
+        # The density of what takes part is of interest where it was asked for. Networks may then be
+        # of several sizes, and a compression says nothing about who is smaller.
         by_density = any(row['target'] != '' and row['target'] < 1 for row in rows)
-        columns = {name: cell for name, cell in every.items() if by_density or name != 'density'}
+        others = {'compression'} if by_density else {'density', 'parameters'}
+        columns = {name: cell for name, cell in every.items() if name not in others}
         key = next(iter(columns.values()))[0]
         lines = [
             (name, f'{len(runs)}', *(_cell(runs, *cell) for cell in columns.values()))

@@ -132,6 +132,25 @@ def test_tables_pictures_and_pages_say_the_unit_of_the_rows():
         assert '%' not in re.sub('<style>.*?</style>', '', page, flags=re.DOTALL).split('<body')[1]
 
 
+def test_networks_of_a_density_stand_by_their_parameters():
+    row = {'network': 'gpt', 'dataset': 'tiny_shakespeare', 'unit': 'bits/character'}
+    row |= {'reference_error': 2.0, 'test_error': 2.5, 'pruning_seconds': 12.3}
+    row |= {'state_mebibytes': 2.288, 'steps_to_reach': 50}
+    pruned = {'variant': 'a', 'target': 0.1, 'compression': 4.0, 'part_density': 0.1, 'kept': 1500}
+    narrow = {'variant': 'b', 'target': '', 'compression': 1.0, 'part_density': 1.0, 'kept': 1600}
+    rows = [{**row, **pruned}, {**row, **narrow}]
+    header, _, *lines = to_text(sweep_tables.compare_tables(rows)).splitlines()
+    assert 'compression' not in header
+    assert [[cell.strip() for cell in line.split('|')][3:5] for line in lines] == [
+        ['10.00%', '1,500'],
+        ['100.00%', '1,600'],
+    ]
+    (axes,) = plots.compare_figure(rows).axes
+    assert axes.get_xlabel() == 'parameters kept'
+    sizes = [container.lines[0].get_xdata().item() for container in axes.containers]
+    assert sizes == pytest.approx([1500, 1600], rel=0.04)  # a little apart
+
+
 def test_steps_to_reach():
     def record(phase, step, error, kept):
         return {'phase': phase, 'step': step, 'validation_error': error, 'kept': {'a': kept}}
