@@ -31,6 +31,7 @@ from dns_jax.schedules import (
     update_at,
     update_probability,
 )
+from dns_jax.sparse_training import slow_pruned
 from dns_jax.stacking import unstack
 from dns_jax.structures import Blocks, NofM, Structure, Units
 from dns_jax.thresholds import Statistics, magnitude_statistics, mean_std
@@ -97,6 +98,7 @@ __all__ = [
     'polynomial_density',
     'prune_to',
     'role',
+    'slow_pruned',
     'soft_threshold',
     'surgery',
     'unstack',

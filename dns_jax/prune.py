@@ -46,7 +46,7 @@ def prune_to(
 ) -> Surgery:
     r"""Makes a network as small as asked for, while any optimizer trains it.
 
-    Put it into an `optax.chain`. The connections kept fall along a cubic ramp for half of `steps`;
+    Put it into `slow_pruned` with the optimizer, or into an `optax.chain`. The connections kept fall along a cubic ramp for half of `steps`;
     for another tenth surgery repairs what it did, and ends at exactly the number asked for; in the
     rest, and ever after, the masks stay as they are while training goes on.
 
@@ -85,9 +85,9 @@ def prune_to(
 
     Example:
       >>> import jax, optax
-      >>> from dns_jax import get_masks, measure_sizes
+      >>> from dns_jax import get_masks, measure_sizes, slow_pruned
       >>> params = {'fc': {'kernel': jax.random.normal(jax.random.key(0), (20, 10))}}
-      >>> optimizer = optax.chain(prune_to(compression=10, steps=5), optax.sgd(0.1))
+      >>> optimizer = slow_pruned(prune_to(compression=10, steps=5), optax.sgd(0.1))
       >>> state = optimizer.init(params)
       >>> for _ in range(5):
       ...     _, state = optimizer.update(params, state, params)

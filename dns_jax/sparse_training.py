@@ -1,4 +1,4 @@
-"""What the papers of other pruners train with: kept weights alone, decays, a falling dropout."""
+"""Chains of a pruner and an optimizer by which pruned weights learn otherwise, and dropout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -121,8 +121,9 @@ def slow_pruned(
     .. math::
       W \leftarrow W + (T + \beta\,(1 - T)) \odot \mathrm{optimizer}(\nabla L)
 
-    Adam moves every weight by about its learning rate, however small its gradient is: without this
-    so many pruned weights grow past the threshold that what is kept never settles.
+    It takes the place of `optax.chain`. Adam moves every weight by about its learning rate, however
+    small its gradient is: without this so many pruned weights grow past the threshold that what is
+    kept never settles.
 
     Args:
       pruner: any of this package; it sees the whole gradient.
@@ -149,7 +150,7 @@ def slow_pruned(
       Array([ 1.  , -1.25], dtype=float32)
 
     Reference:
-      `experiments/NOTES.md`, what helps surgery under Adam.
+      `experiments/NOTES.md`, what helps surgery on networks of today.
     """
     if not 0 <= share <= 1:
         raise ValueError(f'share must be in [0, 1], but is {share!r}')

@@ -174,8 +174,9 @@ def _make_phase(
         raise ValueError(f'--{decay_flag}={decay} must be at least 0')
     own = config.momentum, config.bias_scale, config.decay_biases
     solver = make_solver(config.optimizer, Numbers(rate, decay, *own), config.clip)
-    chain, scales = PRUNERS[config.pruner].chain, config.pruned_dropout == 'scaled'
-    if config.pruned_rate != 1 and name == 'surgery':
+    pruner, scales = PRUNERS[config.pruner], config.pruned_dropout == 'scaled'
+    chain = pruner.chain
+    if name == 'surgery' and 'pruned_rate' in pruner.reads and config.pruned_rate != 1:
         chain = functools.partial(sparse_training.slow_pruned, share=config.pruned_rate)
     quantiser = None if name == 'reference' else QUANTISERS[config.quantiser]
     changes = config.shift, config.mirror

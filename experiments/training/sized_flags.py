@@ -85,7 +85,7 @@ class SizedConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class ShortConfig(SizedConfig):
-    """The same with the defaults of `dns_jax.prune_to`, the short form of surgery."""
+    """The same with the defaults of `dns_jax.prune_to` under `dns_jax.slow_pruned`."""
 
     prune_biases: bool = with_default(Config, 'prune_biases', False)
     ramp: str = with_default(Config, 'ramp', 'poly:3')
@@ -93,4 +93,5 @@ class ShortConfig(SizedConfig):
     stop: str = with_default(Config, 'stop', '60%')
     refresh_every: int = with_default(Config, 'refresh_every', 0)
     hysteresis: float = with_default(Config, 'hysteresis', 0.5)
+    pruned_rate: float = with_default(Config, 'pruned_rate', 0.3)
     finetuning_steps: int = with_default(Config, 'finetuning_steps', 0)

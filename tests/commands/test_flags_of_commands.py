@@ -70,9 +70,10 @@ def test_the_defaults_of_the_scripts_of_sized_networks(script):
     defaults = SIZED_SCRIPTS[script].DEFAULTS
     config = parse('--kernel_density=0.1', defaults=defaults, config_type=ShortConfig)
     assert config.network == script
-    # Those of dns_jax.prune_to.
+    # Those of dns_jax.prune_to and slow_pruned.
     own = {'prune_biases': False, 'ramp': 'poly:3', 'ramp_end': '50%', 'stop': '60%'}
     own |= {'refresh_every': 0, 'hysteresis': 0.5, 'finetuning_steps': 0, 'kernel_density': 0.1}
+    own |= {'pruned_rate': 0.3}
     for field in dataclasses.fields(SizedConfig):
         wanted = {**own, **defaults}.get(field.name, field.default)
         assert getattr(config, field.name) == wanted, field.name

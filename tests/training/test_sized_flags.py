@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dns_jax
@@ -134,6 +135,19 @@ def test_the_short_form_does_what_prune_to_does():
         jax.tree.map(np.testing.assert_array_equal, one, other)
     kernels = [leaves['kernel'] for leaves in courses[0][-1].values()]
     assert sum(kernel.sum() for kernel in kernels) == round(0.1 * 9 * 17)
+
+
+@pytest.mark.parametrize('pruner', ['surgery', 'gradual', 'ac_dc'])
+def test_pruned_weights_learn_slower_in_surgery_alone(pruner):
+    plan = make_plan(ShortConfig(**RESNET, pruner=pruner, refresh_every=1))
+    params = {'fc': {'kernel': jnp.array([[1.0, 2.0, 3.0, 4.0]])}}
+    masks = {'fc': {'kernel': jnp.array([[False, False, True, True]])}}
+    chained = plan.surgery.chain(dns_jax.freeze(masks), optax.sgd(1.0))
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = chained.update(ones, chained.init(params), params)
+    # AC/DC takes pruned weights to zero.
+    pruned = {'surgery': [-0.3, -0.3], 'gradual': [-1.0, -1.0], 'ac_dc': [-1.0, -2.0]}[pruner]
+    assert updates['fc']['kernel'].tolist()[0] == pytest.approx([*pruned, -1.0, -1.0])
 
 
 @pytest.mark.parametrize('own', [{'prune_biases': True}, {'prune_embeddings': True}])
