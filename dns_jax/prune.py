@@ -46,9 +46,10 @@ def prune_to(
 ) -> Surgery:
     r"""Makes a network as small as asked for, while any optimizer trains it.
 
-    Put it into `slow_pruned` with the optimizer, or into an `optax.chain`. The connections kept fall along a cubic ramp for half of `steps`;
-    for another tenth surgery repairs what it did, and ends at exactly the number asked for; in the
-    rest, and ever after, the masks stay as they are while training goes on.
+    Put it into `slow_pruned` with the optimizer, or into an `optax.chain`. The connections kept
+    fall along a cubic ramp for half of `steps`; for another tenth surgery repairs what it did, and
+    ends at exactly the number asked for; in the rest, and ever after, the masks stay as they are
+    while training goes on.
 
     .. math::
       \text{kept}(i) = K + (n - K)\left(1 - \min\left(\tfrac{i - \text{start}}{0.5 \cdot

@@ -14,6 +14,8 @@ from dns_jax.schedules import check_finite
 from dns_jax.transformation import get_masks
 from dns_jax.typing import LayerOf, Masks, Params
 
+_Change = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of a mask, updates and weights
+
 
 def train_kept(
     pruner: optax.GradientTransformation, optimizer: optax.GradientTransformation
@@ -52,15 +54,15 @@ def train_kept(
       Evci et al. 2020, Rigging the lottery, section 3.
     """
 
-    def mask(update, weights):
-        del weights
+    def drop(mask, update, weights):
+        del mask, weights
         return jnp.zeros_like(update)
 
-    def reset(update, weights):
-        del update
+    def reset(mask, update, weights):
+        del mask, update
         return -weights
 
-    return _chain('train_kept', pruner, optimizer, before=mask, after=reset)
+    return _chain('train_kept', pruner, optimizer, before=drop, after=reset)
 
 
 def decay_pruned(
@@ -105,7 +107,8 @@ def decay_pruned(
     """
     check_finite('rate', rate, 0)
 
-    def decay(update, weights):
+    def decay(mask, update, weights):
+        del mask
         return update + rate * weights
 
     return _chain('decay_pruned', pruner, optimizer, before=decay)
@@ -119,11 +122,15 @@ def slow_pruned(
     r"""Chains a pruner and an optimizer whose updates of pruned weights are made smaller.
 
     .. math::
-      W \leftarrow W + (T + \beta\,(1 - T)) \odot \mathrm{optimizer}(\nabla L)
+      W &\leftarrow W + T \odot U + \beta\,(1 - T) \odot \mathrm{clip}(U, -u, u)
+
+      U &= \mathrm{optimizer}(\nabla L), \quad u = \max |T \odot U|
 
     It takes the place of `optax.chain`. Adam moves every weight by about its learning rate, however
     small its gradient is: without this so many pruned weights grow past the threshold that what is
-    kept never settles.
+    kept never settles. Under SGD a unit that lost all its inputs before a BatchNorm has gradients a
+    few hundred times too large, since its variance is 0: no pruned weight moves further than the
+    kept weight of its leaf that moves furthest.
 
     Args:
       pruner: any of this package; it sees the whole gradient.
@@ -155,9 +162,12 @@ def slow_pruned(
     if not 0 <= share <= 1:
         raise ValueError(f'share must be in [0, 1], but is {share!r}')
 
-    def slow(update, weights):
+    def slow(mask, update, weights):
         del weights
-        return share * update
+        furthest = jnp.max(jnp.abs(update), initial=0.0, where=mask)
+        # A leaf of which nothing is kept can only come back by itself.
+        limit = jnp.where(jnp.any(mask), furthest, jnp.inf)
+        return share * jnp.clip(update, -limit, limit)
 
     return _chain('slow_pruned', pruner, optimizer, after=slow)
 
@@ -202,13 +212,10 @@ def _chain(
     name: str,
     pruner: optax.GradientTransformation,
     optimizer: optax.GradientTransformation,
-    before: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-    after: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    before: _Change | None = None,
+    after: _Change | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains a pruner and an optimizer, and changes what pruned weights get before and after it.
-
-    The changes are functions of an update and its weights.
-    """
+    """Chains a pruner and an optimizer, and changes what pruned weights get before and after it."""
     pruner, optimizer = map(optax.with_extra_args_support, (pruner, optimizer))
 
     def init_fn(params):
@@ -232,7 +239,7 @@ def _chain(
 def _where_pruned(change, masks: Masks, updates: optax.Updates, params: Params) -> Any:
     return jax.tree.map(
         lambda mask, update, weights: (
-            jnp.where(mask, update, change(update, weights)) if jnp.ndim(mask) else update
+            jnp.where(mask, update, change(mask, update, weights)) if jnp.ndim(mask) else update
         ),
         masks,
         updates,
