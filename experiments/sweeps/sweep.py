@@ -10,7 +10,7 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from dns_jax.files.writing import write_whole
-from experiments.config.command_line import identify, print_result
+from experiments.config.command_line import identify, names_of, print_result
 from experiments.devices import progress
 from experiments.reports import plots
 from experiments.reports.records import SUMMARY_FILE
@@ -52,7 +52,7 @@ def run_all(
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
     left_out: dict[str, str] = {}
     without_reference = set()  # folders
-    batches, task = [], None  # which all share
+    batches, tasks = [], {}
     for _, group in itertools.groupby(runs, _without_seed):
         left = [run for run in group if run not in summaries]
         batches += [left[at : at + side_by_side] for at in range(0, len(left), side_by_side)]
@@ -62,8 +62,9 @@ def run_all(
             able = [run for run in batch if run.reference not in without_reference]
             found, broken = {}, {}
             if able:
-                task = task or Task(able[0])
-                found, broken = _run_batch(task, [plans[run] for run in able])
+                if (key := _task_of(able[0])) not in tasks:
+                    tasks = {key: Task(able[0])}  # one at a time: it holds the data
+                found, broken = _run_batch(tasks[key], [plans[run] for run in able])
             reasons = {run: f'{error}' for run, error in broken.items()}
             without_reference |= {r.workdir for r, e in broken.items() if e.phase == 'reference'}
             for run in batch:
@@ -145,6 +146,10 @@ def report_all(
     print(f'\nReport: {path}.html')
     print_result(rows)
     return rows
+
+
+def _task_of(run: Config) -> tuple[Any, ...]:
+    return tuple(getattr(run, name) for name in names_of(type(run), 'task') if name != 'seed')
 
 
 def _without_seed(run: Config) -> dict[str, Any]:

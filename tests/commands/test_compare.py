@@ -9,6 +9,7 @@ import numpy as np
 import opened
 import pytest
 import short_sweep
+from searches import parse
 
 from experiments import compare
 from experiments.config.command_line import make
@@ -17,6 +18,7 @@ from experiments.reports.records import read_records
 from experiments.reports.tables import to_text
 from experiments.sweeps import sweep, sweep_report
 from experiments.sweeps.flags import CompareConfig
+from experiments.training.plan import make_plan
 
 SHORT = {**short_sweep.SHORT, 'compressions': '30,60,120', 'side_by_side': 1}
 VARIANTS = (
@@ -130,6 +132,34 @@ def test_tables_pictures_and_pages_say_the_unit_of_the_rows():
         page = sweep_report.page('Some', rows, tables, picture, {}, {})
         assert '2.000 bits/character' in page
         assert '%' not in re.sub('<style>.*?</style>', '', page, flags=re.DOTALL).split('<body')[1]
+
+
+def test_variants_of_another_size_are_trained_as_such(monkeypatch):
+    options = {'network': 'gpt', 'dataset': 'tiny_shakespeare', 'optimizer': 'adamw', 'seeds': 2}
+    variants = ('surgery:', 'gradual: --pruner=gradual', 'narrow: --density=1 --width=32')
+    config = parse(
+        *(f'--{name}={value}' for name, value in options.items()),
+        *(f'--variant={variant}' for variant in variants),
+        '--kernel_densities=0.1',
+        config_type=CompareConfig,
+    )
+    sizes = []
+
+    def open_task(run):
+        sizes.append(run.network_options)
+        return run.network_options
+
+    def run_together(task, plans):
+        return [{'task': task} for _ in plans]
+
+    monkeypatch.setattr(sweep, 'Task', open_task)
+    monkeypatch.setattr(sweep, 'run_together', run_together)
+    plans = {run: make_plan(run) for _, run in config.named_runs()}
+    summaries, _ = sweep.run_all(plans, 1, lambda summaries: None)
+    assert {run: found['task'] for run, found in summaries.items()} == {
+        run: run.network_options for run in plans
+    }
+    assert sizes == [{}, {'width': 32}]
 
 
 def test_networks_of_a_density_stand_by_their_parameters():

@@ -67,6 +67,44 @@ def test_pruned_weights_learn_slower_and_their_moments_are_those_of_their_gradie
         whole, whole_state = plain.update(gradients, whole_state, weights)
         masks = dns_jax.get_masks(state)
         for found, full, mask in zip(*map(jax.tree.leaves, (updates, whole, masks)), strict=True):
-            np.testing.assert_allclose(found, np.where(mask, full, 0.25 * full), rtol=1e-6)
+            furthest = np.abs(full[mask]).max()
+            slowed = 0.25 * np.clip(full, -furthest, furthest)
+            np.testing.assert_allclose(found, np.where(mask, full, slowed), rtol=1e-6)
             assert 0 < mask.sum() < mask.size
         weights = optax.apply_updates(weights, updates)
+
+
+def test_no_pruned_weight_moves_further_than_the_kept_ones():
+    masks = {'some': jnp.array([True, True, False, False]), 'none': jnp.array([False, False])}
+    optimizer = sparse_training.slow_pruned(dns_jax.freeze(masks), optax.sgd(1.0), share=0.5)
+    weights = jax.tree.map(lambda mask: jnp.ones(mask.shape), masks)
+    gradients = {'some': jnp.array([0.1, -0.3, 7.0, -0.2]), 'none': jnp.array([7.0, -0.2])}
+    updates, _ = optimizer.update(gradients, optimizer.init(weights), weights)
+    np.testing.assert_allclose(updates['some'], [-0.1, 0.3, -0.15, 0.1], rtol=1e-6)
+    # Else a layer that is lost would stay so.
+    np.testing.assert_allclose(updates['none'], [-3.5, 0.1], rtol=1e-6)
+
+
+def test_a_channel_without_inputs_before_a_batch_norm_does_not_explode():
+    inputs = jax.random.normal(jax.random.key(0), (64, 8))
+    labels = inputs[:, :4] * inputs[:, 4:]
+    weights = {'kernel': 0.3 * jax.random.normal(jax.random.key(1), (8, 4))}
+    masks = {'kernel': jnp.ones((8, 4), bool).at[:, 1].set(False).at[2:, 2].set(False)}
+
+    def loss(params):
+        hidden = inputs @ params['kernel']
+        middle, variance = (of(0, keepdims=True) for of in (hidden.mean, hidden.var))
+        normed = (hidden - middle) * jax.lax.rsqrt(variance + 1e-5)
+        return jnp.mean((normed - labels) ** 2)
+
+    def largest(chain):
+        optimizer, params = chain(dns_jax.freeze(masks), optax.sgd(0.1)), weights
+        state = optimizer.init(params)
+        for _ in range(20):
+            gradients = jax.grad(loss)(dns_jax.apply_masks(params, masks))
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.abs(params['kernel'] - weights['kernel']).max()
+
+    assert largest(optax.chain) > 10
+    assert largest(sparse_training.slow_pruned) < 1
