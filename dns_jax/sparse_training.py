@@ -1,4 +1,4 @@
-"""Chains of a pruner and an optimizer by which pruned weights learn otherwise, and dropout."""
+"""Chains of a pruner and an optimizer that treat pruned weights apart, and a falling dropout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -119,23 +119,24 @@ def slow_pruned(
     optimizer: optax.GradientTransformation,
     share: float = 0.3,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Chains a pruner and an optimizer whose updates of pruned weights are made smaller.
+    r"""Chains a pruner and an optimizer by which pruned weights learn slower.
 
     .. math::
-      W &\leftarrow W + T \odot U + \beta\,(1 - T) \odot \mathrm{clip}(U, -u, u)
+      W &\leftarrow W + (T + \beta\,(1 - T)) \odot
+        \mathrm{optimizer}(G \odot T + \mathrm{clip}(G, -g, g) \odot (1 - T))
 
-      U &= \mathrm{optimizer}(\nabla L), \quad u = \max |T \odot U|
+      G &= \nabla L, \quad g = \max |G \odot T|
 
     It takes the place of `optax.chain`. Adam moves every weight by about its learning rate, however
     small its gradient is: without this so many pruned weights grow past the threshold that what is
-    kept never settles. Under SGD a unit that lost all its inputs before a BatchNorm has gradients a
-    few hundred times too large, since its variance is 0: no pruned weight moves further than the
-    kept weight of its leaf that moves furthest.
+    kept never settles. A unit before a BatchNorm that lost all its inputs has a variance of 0, and
+    gradients that are a few hundred times too large: in no leaf is the gradient of a pruned weight
+    larger than the largest of those kept, unless that is 0.
 
     Args:
       pruner: any of this package; it sees the whole gradient.
-      optimizer: sees it too, so that its moments of pruned weights are those of their gradient.
-      share: β, in [0, 1]; 1 changes nothing.
+      optimizer: sees the limited one, by the masks that it was taken at.
+      share: β, in [0, 1].
 
     Returns:
       A transformation whose state is that of both.
@@ -148,28 +149,40 @@ def slow_pruned(
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> from dns_jax.pruners import one_shot
-      >>> pruner = one_shot(0.5, step=0, key=jax.random.key(0))
+      >>> from dns_jax import freeze
+      >>> pruner = freeze({'kernel': jnp.array([True, False, False])})
       >>> optimizer = slow_pruned(pruner, optax.sgd(1.0), share=0.25)
-      >>> params = {'kernel': jnp.array([2.0, -1.0])}
-      >>> updates, _ = optimizer.update({'kernel': jnp.ones(2)}, optimizer.init(params), params)
+      >>> params = {'kernel': jnp.array([4.0, 1.0, 1.0])}
+      >>> gradients = {'kernel': jnp.array([2.0, 1.0, -9.0])}
+      >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
       >>> optax.apply_updates(params, updates)['kernel']
-      Array([ 1.  , -1.25], dtype=float32)
+      Array([2.  , 0.75, 1.5 ], dtype=float32)
 
     Reference:
       `experiments/NOTES.md`, what helps surgery on networks of today.
     """
     if not 0 <= share <= 1:
         raise ValueError(f'share must be in [0, 1], but is {share!r}')
+    pruner = optax.with_extra_args_support(pruner)
+
+    def limit(mask, gradient, weights):
+        del weights
+        largest = jnp.max(jnp.abs(gradient), initial=0.0, where=mask)
+        # Where no kept weight has a gradient, only pruned ones can bring the layer back.
+        bound = jnp.where(largest > 0, largest, jnp.inf)
+        return jnp.clip(gradient, -bound, bound)
 
     def slow(mask, update, weights):
-        del weights
-        furthest = jnp.max(jnp.abs(update), initial=0.0, where=mask)
-        # A leaf of which nothing is kept can only come back by itself.
-        limit = jnp.where(jnp.any(mask), furthest, jnp.inf)
-        return share * jnp.clip(update, -limit, limit)
+        del mask, weights
+        return share * update
 
-    return _chain('slow_pruned', pruner, optimizer, after=slow)
+    def update_fn(gradients, state, params=None, **extra_args):
+        taken_at = get_masks(state)
+        gradients, state = pruner.update(gradients, state, params, **extra_args)
+        return _where_pruned(limit, check_parallel(params, taken_at), gradients, params), state
+
+    limited = optax.GradientTransformationExtraArgs(pruner.init, update_fn)
+    return _chain('slow_pruned', limited, optimizer, after=slow)
 
 
 def scale_dropout(rate: float, masks: Masks, layer_of: LayerOf = parent_path) -> dict[str, Any]:
