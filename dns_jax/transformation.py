@@ -62,10 +62,11 @@ def surgery(
 ) -> Surgery:
     """Prunes and splices connections while any optimizer trains the network.
 
-    Put it into an `optax.chain`, before or after the optimizer: it leaves the updates as they
-    are. The gradient must be taken at W⊙T, as `masked_value_and_grad` does, with the masks of
-    the state (`get_masks`). One update is one iteration of Algorithm 1: the masks T_k are updated
-    from the weights W_k that the gradient was taken at, then the optimizer moves W_k.
+    Put it into `slow_pruned` with the optimizer, or into an `optax.chain`, before or after the
+    optimizer: it leaves the updates as they are. The gradient must be taken at W⊙T, as
+    `masked_value_and_grad` does, with the masks of the state (`get_masks`). One update is one
+    iteration of Algorithm 1: the masks T_k are updated from the weights W_k that the gradient was
+    taken at, then the optimizer moves W_k.
 
     A rule is asked for thresholds from the params given to `init`, and where it has
     `refresh_every` = N again at steps 0, N, 2N and so on while σ > 0, just before the masks are

@@ -2,10 +2,10 @@
 
 python -m experiments.compare --flagfile=experiments/flagfiles/compare_digits.flags
 
-All variants start from the same reference network of their seed and take as many steps. Each run
-has a folder of its own in the workdir; with --resume those that are finished are read, so
-processes with seeds of their own may share a workdir. The time of a run is that of all that went
-side by side with it, after --resume without what was done before.
+All variants of a size start from the same reference network of their seed, and all take as many
+steps. Each run has a folder of its own in the workdir; with --resume those that are finished are
+read, so processes with seeds of their own may share a workdir. The time of a run is that of all
+that went side by side with it, after --resume without what was done before.
 """
 
 import functools

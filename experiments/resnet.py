@@ -1,7 +1,7 @@
 r"""ResNet-8, 20 or 56 on CIFAR-10, by SGD with momentum.
 
 python -m experiments.resnet --flagfile=experiments/flagfiles/resnet8_cifar10.flags \
-  --kernel_density=0.1
+  --kernel_density=0.05
 """
 
 from experiments.config import command_line

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 from dns_jax.files.writing import write_whole
 from experiments.reports import published
 from experiments.reports.records import PHASES
-from experiments.reports.tables import group_rows
+from experiments.reports.tables import group_rows, is_by_density
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -266,7 +266,7 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         `compression`, `kept` and `test_error`.
     """
     figure, axes = _new_frontier()
-    by_density = any(row['target'] != '' and row['target'] < 1 for row in rows)
+    by_density = is_by_density(rows)
     size = 'kept' if by_density else 'compression'
     variants = group_rows(rows, 'variant')
     for number, ((variant,), own) in enumerate(variants.items()):
@@ -276,7 +276,8 @@ def compare_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         apart = 0.97 + 0.06 * (number + 0.5) / len(variants)
         _draw_ranges(axes, number, np.array(sizes) * apart, groups, variant)
     # Many colours are taken by variants: others are black, told apart by marks of their own.
-    known = [entry for entry in published.find_errors(rows) if entry[2] is not None]
+    found = [] if by_density else published.find_errors(rows)  # by compression
+    known = [entry for entry in found if entry[2] is not None]
     for number, (who, compression, error) in enumerate(known, start=1):
         style = {'color': BLACK, 'marker': f'${number}$', 'zorder': 3}
         axes.scatter([compression], [error], label=who, **style)
@@ -297,7 +298,7 @@ def _finish_frontier(
     """Scales and labels error and size, once all is drawn."""
     axes.set_title('Error and size' if by_density else 'Error and compression')
     if by_density:
-        _scale_logarithmically(axes, '{x:,g}')
+        _scale_logarithmically(axes, '{x:,.0f}')
         axes.set_xlabel('parameters kept')
     else:
         _scale_logarithmically(axes, '{x:,g}×')

@@ -1,7 +1,14 @@
 """The tables of many runs: of a frontier and of a comparison."""
 
 from experiments.networks.names import NETWORK_NAMES
-from experiments.reports.tables import Rows, Table, format_of, group_rows, middle_and_range
+from experiments.reports.tables import (
+    Rows,
+    Table,
+    format_of,
+    group_rows,
+    is_by_density,
+    middle_and_range,
+)
 
 FRONTIER_HEADER = (
     *('network', 'seeds', 'compression', 'kept'),
@@ -68,12 +75,10 @@ def compare_tables(rows: Rows) -> list[Table]:
         of that follow.
     """
     groups = group_rows(rows, 'variant', 'target')
+    # By density, the kept parameters say which network is smaller.
+    others = {'compression'} if is_by_density(rows) else {'density', 'parameters'}
     tables = []
     for caption, every in COMPARE_TABLES.items():
-        # The density of what takes part is of interest where it was asked for. Networks may then be
-        # of several sizes, and a compression says nothing about who is smaller.
-        by_density = any(row['target'] != '' and row['target'] < 1 for row in rows)
-        others = {'compression'} if by_density else {'density', 'parameters'}
         columns = {name: cell for name, cell in every.items() if name not in others}
         key = next(iter(columns.values()))[0]
         lines = [

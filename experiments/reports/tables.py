@@ -34,6 +34,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines)
 
 
+def is_by_density(rows: Rows) -> bool:
+    """Says whether densities were asked for: variants may then be networks of several sizes."""
+    return any(row['target'] != '' and row['target'] < 1 for row in rows)
+
+
 def format_of(unit: str) -> tuple[str, str]:
     """Says how a measurement is written: the format of the number, and what follows it."""
     return ('.2f', ' %') if unit == '%' else ('.3f', f' {unit}')

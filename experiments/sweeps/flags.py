@@ -22,7 +22,7 @@ from experiments.training.sized_flags import SizedConfig
 _TARGETS = names_of(Config, 'target')
 _LENETS = ('lenet300', 'lenet5')
 _SIZED = ('resnet', 'gpt')  # whose size is chosen
-_SIZES = ('depth', 'width', 'heads')  # a variant may have its own
+_OWN_SIZES = ('depth', 'width', 'heads')  # that a variant may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +147,14 @@ class CompareConfig(SweepConfig):
         """
         runs, first = [], {}
         for name, changed in self._variants().items():
+            values = {**self.shared, **changed}
+            sizes = [values[size] for size in _OWN_SIZES]
             slug = re.sub(r'\W+', '-', name.lower()).strip('-')
             says_itself = changed.keys() & {*_TARGETS}
             for target in [None] if says_itself else self.targets():
                 for seed in self.all_seeds():
                     label = f'{slug}-{seed}' if target is None else f'{slug}-{target:g}-{seed}'
-                    start = seed, *({**self.shared, **changed}[name] for name in _SIZES)
+                    start = seed, *sizes
                     own = {
                         'seed': seed,
                         self.target: target,
@@ -178,11 +180,16 @@ class CompareConfig(SweepConfig):
             name, changed = read_variant('variant', text, SizedConfig)
             if name in variants:
                 raise ValueError(f'--variant={text} must have a name of its own')
-            common = {*names_of(SizedConfig, 'place', 'task'), self.target} - {*_SIZES}
+            common = {*names_of(SizedConfig, 'place', 'task'), self.target} - {*_OWN_SIZES}
             if unwanted := changed.keys() & common:
                 raise ValueError(
                     f'--variant={text} may change how a network is pruned and fine-tuned, and its '
                     f'size, but not {sorted(unwanted)}'
+                )
+            if self.shared['reference'] and changed.keys() & {*_OWN_SIZES}:
+                raise ValueError(
+                    f'--variant={text} has a size of its own, which the network of '
+                    f'--reference={self.shared["reference"]} has not'
                 )
             variants[name] = changed
         if not variants:

@@ -52,7 +52,8 @@ def run_all(
     summaries = {run: summary for run in runs if run.resume and (summary := _finished(run))}
     left_out: dict[str, str] = {}
     without_reference = set()  # folders
-    batches, tasks = [], {}
+    batches: list[list[Config]] = []
+    task = of_task = None
     for _, group in itertools.groupby(runs, _without_seed):
         left = [run for run in group if run not in summaries]
         batches += [left[at : at + side_by_side] for at in range(0, len(left), side_by_side)]
@@ -62,9 +63,10 @@ def run_all(
             able = [run for run in batch if run.reference not in without_reference]
             found, broken = {}, {}
             if able:
-                if (key := _task_of(able[0])) not in tasks:
-                    tasks = {key: Task(able[0])}  # one at a time: it holds the data
-                found, broken = _run_batch(tasks[key], [plans[run] for run in able])
+                if task is None or _task_of(able[0]) != of_task:
+                    task = None  # before the next: it holds the data
+                    task, of_task = Task(able[0]), _task_of(able[0])
+                found, broken = _run_batch(task, [plans[run] for run in able])
             reasons = {run: f'{error}' for run, error in broken.items()}
             without_reference |= {r.workdir for r, e in broken.items() if e.phase == 'reference'}
             for run in batch:

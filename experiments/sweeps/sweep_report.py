@@ -10,7 +10,7 @@ from experiments.networks.names import NETWORK_NAMES
 from experiments.reports import published
 from experiments.reports.pages import Section, render
 from experiments.reports.run_report import describe_environment, to_flags
-from experiments.reports.tables import Rows, Table, format_of, middle_and_range
+from experiments.reports.tables import Rows, Table, format_of, is_by_density, middle_and_range
 
 
 def page(
@@ -48,12 +48,15 @@ def page(
         sections.append(Section('Published results', tables=[table]))
     sections.append(Section('Flags', lines=to_flags(flags), is_folded=True))
     sections.append(Section('Environment', lines=describe_environment(rows)))
+    size = middle_and_range(rows, 'compression', '.0f', '×'), 'compression'
+    if is_by_density(rows):
+        size = middle_and_range(rows, 'kept', ',.0f'), 'parameters kept'
     return render(
         f'{title}: {NETWORK_NAMES.get(network) or network} on {dataset}',
         'Errors are on the test set; every parameter counts, biases included.',
         [
             (f'{len(rows)}', 'runs'),
-            (middle_and_range(rows, 'compression', '.0f', '×'), 'compression'),
+            size,
             (f'{reference_error:{number}}{unit}', 'error of the references, median'),
         ],
         sections,

@@ -103,6 +103,10 @@ def test_lenets_have_no_size_to_choose(network, argument):
             r"but not \['kernel_density'\]",
         ),
         (('--variant=own: --context=8',), r"but not \['context'\]"),
+        (
+            ('--network=resnet', '--reference=some', '--variant=own: --width=2'),
+            'own: --width=2 has a size of its own, which the network of --reference=some has not',
+        ),
         (('--variant=own: --optimizer=warp',), 'optimizer'),
         (
             (*GPT, '--kernel_densities=0.1', '--compressions=9'),
