@@ -176,10 +176,10 @@ def slow_pruned(
         del mask, weights
         return share * update
 
-    def update_fn(gradients, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
         taken_at = get_masks(state)
-        gradients, state = pruner.update(gradients, state, params, **extra_args)
-        return _where_pruned(limit, check_parallel(params, taken_at), gradients, params), state
+        updates, state = pruner.update(updates, state, params, **extra_args)
+        return _where_pruned(limit, check_parallel(params, taken_at), updates, params), state
 
     limited = optax.GradientTransformationExtraArgs(pruner.init, update_fn)
     return _chain('slow_pruned', limited, optimizer, after=slow)
