@@ -232,7 +232,7 @@ class Config:
     pruned_rate: float = flag(
         1.0,
         'Learning rate of pruned weights in surgery, as a share of that of the others. Below 1 '
-        'their gradients are limited too, to ten times the largest of the kept ones of their leaf.',
+        'their gradients are limited too, to the largest of the kept weights of their leaf.',
         lower_bound=0.0,
         upper_bound=1.0,
     )
