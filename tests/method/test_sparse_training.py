@@ -57,7 +57,7 @@ def test_train_kept_needs_masks_and_weights():
 
 
 def limited(gradient, mask):
-    largest = 10 * np.abs(gradient[mask]).max()
+    largest = np.abs(gradient[mask]).max()
     return np.where(mask, gradient, np.clip(gradient, -largest, largest))
 
 
@@ -89,20 +89,20 @@ def test_what_returns_has_no_velocity_of_gradients_that_were_too_large():
         _, state = optimizer.update({'kernel': jnp.array([1.0, 300.0])}, state, weights)
     pruned, momentum = state
     back = pruned._replace(masks={'kernel': jnp.array([True, True])}), momentum
-    updates, _ = optimizer.update({'kernel': jnp.zeros(2)}, back, weights)
-    assert updates['kernel'][1] == pytest.approx(10 * updates['kernel'][0])
+    updates, _ = optimizer.update({'kernel': jnp.ones(2)}, back, weights)
+    assert updates['kernel'][1] == updates['kernel'][0]
 
 
 @pytest.mark.parametrize(
     ('kept', 'pruned', 'found'),
     [
-        ([0.1, -0.3], [7.0, -2.0], [3.0, -2.0]),
+        ([0.1, -0.3], [7.0, -0.2], [0.3, -0.2]),
         ([0.0, 0.0], [7.0, -0.2], [7.0, -0.2]),  # else a layer that is lost would stay so
         ([np.nan, 0.1], [7.0, -0.2], [7.0, -0.2]),
     ],
 )
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_no_pruned_weight_has_a_gradient_far_above_those_of_the_kept_ones(kept, pruned, found, dtype):
+def test_no_pruned_weight_has_a_larger_gradient_than_the_kept_ones(kept, pruned, found, dtype):
     masks = {'fc': jnp.array([True, True, False, False]), 'dense': jnp.ones((), bool)}
     optimizer = sparse_training.slow_pruned(dns_jax.freeze(masks), optax.sgd(1.0), share=0.5)
     weights = {'fc': jnp.ones(4, dtype), 'dense': jnp.ones(2, dtype)}
