@@ -85,26 +85,67 @@ def test_pages_hold_the_tables_and_commands_of_comparisons(name, page):
     assert {row['seed'] for row in rows} == set(range(int(seeds)))
 
 
+NETWORKS = {
+    'LeNet-5, MNIST': ('compare_lenet5', '1 % of all weights', 100, '{:.2f} %'),
+    'GPT of 2 blocks, tiny Shakespeare': (
+        'networks_gpt',
+        '2 % of the kernels',
+        0.02,
+        '{:.2f} bits',
+    ),
+    'ResNet-8, part of CIFAR-10': ('networks_resnet8', '2 % of the kernels', 0.02, '{:.1f} %'),
+}
+
+
+def middle(name, variant, target, column='test_error'):
+    """The median of a comparison over its seeds."""
+    rows = results.read_comparison(ROOT / 'results' / f'{name}.csv')
+    own = [row for row in rows if (row['variant'], row['target']) == (variant, target)]
+    return statistics.median(row[column] for row in own)
+
+
+@pytest.mark.parametrize('title', NETWORKS)
+def test_the_readme_has_a_row_for_each_network(title):
+    name, kept, target, form = NETWORKS[title]
+    before = middle(name, 'surgery', target, 'reference_error')
+    after = (middle(name, variant, target) for variant in ('surgery', 'gradual'))
+    cells = [title, kept, *(form.format(number) for number in (before, *after))]
+    lines = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
+    assert cells in [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+
+
 def test_pages_say_what_became_of_the_gpt():
-    rows = results.read_comparison(ROOT / 'results' / 'networks_gpt.csv')
+    own, soft = page('results/networks.md'), 'soft surgery'
 
-    def middle(variant, target, column='test_error'):
-        own = [row for row in rows if (row['variant'], row['target']) == (variant, target)]
-        return statistics.median(row[column] for row in own)
+    def leads(*others):
+        """By how much soft surgery is better than others at the three densities."""
+        return [
+            middle('networks_gpt', *other) - middle('networks_gpt', soft, density)
+            for other, density in zip(others, (0.1, 0.05, 0.02), strict=True)
+        ]
 
-    before = middle('surgery', 0.02, 'reference_error')
-    at_2, at_10 = ([middle(who, d) for who in ('surgery', 'gradual')] for d in (0.02, 0.1))
-    said = page('README.md')
-    assert f'ends at {at_2[0]:.2f} bits per character with surgery and {at_2[1]:.2f}' in said
-    assert f'from {before:.2f}. At 10 % these are {at_10[0]:.2f} and {at_10[1]:.2f}' in said
-    assert f'{at_2[0]:.2f} against {at_2[1]:.2f} bits per character' in page('docs/results.md')
-    leads = [middle('gradual', d) - middle('surgery', d) for d in (0.1, 0.05, 0.02)]
     text = 'by {:.2f} bits per character at 10 %, by {:.2f} at 5 % and by {:.2f} at 2 %'
-    own = page('results/networks.md')
-    assert text.format(*leads) in own
-    above = at_10[0] - middle('dense as long', '')
-    assert f'median error is {above:.2f} bits higher' in own
-    assert f'and {at_10[0] - before:.2f} higher than where pruning began' in own
+    assert text.format(*leads(*(('gradual', density) for density in (0.1, 0.05, 0.02)))) in own
+    narrow = leads(*((f'dense, width {width}', '') for width in (36, 30, 26)))
+    assert 'leads it by {:.2f}, {:.2f} and {:.2f} bits'.format(*narrow) in own
+    above = middle('networks_gpt', soft, 0.1) - middle('networks_gpt', 'dense as long', '')
+    assert f'{above:.2f} bits more than the dense one' in own
+    said, at_2 = page('docs/results.md'), [('surgery', 0.02), ('gradual', 0.02), (soft, 0.02)]
+    short, gradual, softer = (middle('networks_gpt', *each) for each in at_2)
+    assert f'{short:.2f} against {gradual:.2f} bits per character at 2 %' in said
+    assert f'{softer:.2f} with soft thresholds' in said
+
+
+def test_pages_say_what_became_of_the_resnet():
+    own, name = page('results/networks.md'), 'networks_resnet8'
+    at_10, at_5, at_2 = (
+        middle(name, 'surgery', density) - middle(name, 'gradual', density)
+        for density in (0.1, 0.05, 0.02)
+    )
+    text = 'higher by {:.1f} points at 10 % and {:.1f} at 5 %, and lower by {:.1f} at 2 %'
+    assert text.format(at_10, at_5, -at_2) in own
+    above = middle(name, 'surgery', 0.1) - middle(name, 'dense as long', '')
+    assert f'At 10 % it has {above:.1f} points more than the dense one' in own
 
 
 def test_the_page_of_comparisons_holds_the_other_tables():
