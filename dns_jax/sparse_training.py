@@ -122,10 +122,10 @@ def slow_pruned(
     r"""Chains a pruner and an optimizer by which pruned weights learn slower.
 
     .. math::
-      W &\leftarrow W + (T + \beta\,(1 - T)) \odot
-        \mathrm{optimizer}(G \odot T + \mathrm{clip}(G, -g, g) \odot (1 - T))
+      W \leftarrow W + (T + \beta\,(1 - T)) \odot \mathrm{optimizer}
+      \left(T \odot G + (1 - T) \odot \mathrm{clip}(G, -g, g)\right)
 
-      G &= \nabla L, \quad g = \max |G \odot T|
+    with G the gradient, and g the largest of `|G|` where T is 1.
 
     It takes the place of `optax.chain`. Adam moves every weight by about its learning rate, however
     small its gradient is: without this so many pruned weights grow past the threshold that what is
