@@ -14,8 +14,6 @@ from dns_jax.schedules import check_finite
 from dns_jax.transformation import get_masks
 from dns_jax.typing import LayerOf, Masks, Params
 
-_Change = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of a mask, updates and weights
-
 
 def train_kept(
     pruner: optax.GradientTransformation, optimizer: optax.GradientTransformation
@@ -54,15 +52,15 @@ def train_kept(
       Evci et al. 2020, Rigging the lottery, section 3.
     """
 
-    def drop(mask, update, weights):
-        del mask, weights
+    def mask(update, weights):
+        del weights
         return jnp.zeros_like(update)
 
-    def reset(mask, update, weights):
-        del mask, update
+    def reset(update, weights):
+        del update
         return -weights
 
-    return _chain('train_kept', pruner, optimizer, before=drop, after=reset)
+    return _chain('train_kept', pruner, optimizer, before=mask, after=reset)
 
 
 def decay_pruned(
@@ -107,8 +105,7 @@ def decay_pruned(
     """
     check_finite('rate', rate, 0)
 
-    def decay(mask, update, weights):
-        del mask
+    def decay(update, weights):
         return update + rate * weights
 
     return _chain('decay_pruned', pruner, optimizer, before=decay)
@@ -122,10 +119,9 @@ def slow_pruned(
     r"""Chains a pruner and an optimizer by which pruned weights learn slower.
 
     .. math::
-      W \leftarrow W + (T + \beta\,(1 - T)) \odot \mathrm{optimizer}
-      \left(T \odot G + (1 - T) \odot \mathrm{clip}(G, -g, g)\right)
+      W \leftarrow W + (T + \beta\,(1 - T)) \odot \mathrm{optimizer}(\mathrm{clip}(G, -g, g))
 
-    with G the gradient, and g the largest of `|G|` where T is 1.
+    with G the gradient, and g the largest of `|G|` where T is 1: only pruned weights can have more.
 
     It takes the place of `optax.chain`. Adam moves every weight by about its learning rate, however
     small its gradient is: without this so many pruned weights grow past the threshold that what is
@@ -165,21 +161,22 @@ def slow_pruned(
         raise ValueError(f'share must be in [0, 1], but is {share!r}')
     pruner = optax.with_extra_args_support(pruner)
 
-    def limit(mask, gradient, weights):
-        del weights
+    def limit(mask, gradient):
+        if not jnp.ndim(mask):
+            return gradient
         largest = jnp.max(jnp.abs(gradient), initial=0.0, where=mask)
         # Where no kept weight has a gradient, only pruned ones can bring the layer back.
         bound = jnp.where(largest > 0, largest, jnp.inf)
         return jnp.clip(gradient, -bound, bound)
 
-    def slow(mask, update, weights):
-        del mask, weights
+    def slow(update, weights):
+        del weights
         return share * update
 
     def update_fn(updates, state, params=None, **extra_args):
         taken_at = get_masks(state)
         updates, state = pruner.update(updates, state, params, **extra_args)
-        return _where_pruned(limit, check_parallel(params, taken_at), updates, params), state
+        return jax.tree.map(limit, check_parallel(params, taken_at), updates), state
 
     limited = optax.GradientTransformationExtraArgs(pruner.init, update_fn)
     return _chain('slow_pruned', limited, optimizer, after=slow)
@@ -225,10 +222,13 @@ def _chain(
     name: str,
     pruner: optax.GradientTransformation,
     optimizer: optax.GradientTransformation,
-    before: _Change | None = None,
-    after: _Change | None = None,
+    before: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    after: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains a pruner and an optimizer, and changes what pruned weights get before and after it."""
+    """Chains a pruner and an optimizer, and changes what pruned weights get before and after it.
+
+    The changes are functions of an update and its weights.
+    """
     pruner, optimizer = map(optax.with_extra_args_support, (pruner, optimizer))
 
     def init_fn(params):
@@ -252,7 +252,7 @@ def _chain(
 def _where_pruned(change, masks: Masks, updates: optax.Updates, params: Params) -> Any:
     return jax.tree.map(
         lambda mask, update, weights: (
-            jnp.where(mask, update, change(mask, update, weights)) if jnp.ndim(mask) else update
+            jnp.where(mask, update, change(update, weights)) if jnp.ndim(mask) else update
         ),
         masks,
         updates,
