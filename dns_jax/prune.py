@@ -28,6 +28,8 @@ from dns_jax.typing import Importance, LayerOf, Masks, Params, Rule, TakesPart
 _RAMP, _CHANGING = 0.5, 0.6
 # A wide band lets what came back by Adam's even steps settle at a smaller weight.
 _HYSTERESIS = 0.5
+# Under soft thresholds what returns is small already, so more may return, and for longer.
+_SOFT_CHANGING, _SOFT_HYSTERESIS = 0.8, 0.1
 
 
 def prune_to(
@@ -43,6 +45,7 @@ def prune_to(
     masks: Masks | None = None,
     stacked: Mapping[str, int] | None = None,
     structure: Structure | Mapping[str, Structure] = SINGLE_WEIGHTS,
+    soft: bool = False,
 ) -> Surgery:
     r"""Makes a network as small as asked for, while any optimizer trains it.
 
@@ -76,6 +79,8 @@ def prune_to(
       structure: what is pruned and spliced together, as in a `Rule`. By groups the number in the
         end is that asked for or more, by less than one group, and at least a group of each layer.
         By N of M it is at most what these keep.
+      soft: whether the network computes with the weights of `soft_threshold`, not with W⊙T. These
+        want a narrower band, `hysteresis=0.1`, and masks that change for 0.8 of `steps`.
 
     Returns:
       A transformation as of `surgery`.
@@ -111,7 +116,10 @@ def prune_to(
     check_step('start', start)
     check_step('start + steps', start + steps, 1)
     given = None if masks is None else _count_given(unpack_masks(masks))
-    ramp_steps, changing = int(_RAMP * (steps - 1)), int(_CHANGING * (steps - 1)) + 1
+    hysteresis, share = (
+        (_SOFT_HYSTERESIS, _SOFT_CHANGING) if soft else (_HYSTERESIS, _CHANGING)
+    )
+    ramp_steps, changing = int(_RAMP * (steps - 1)), int(share * (steps - 1)) + 1
     sigma = update_probability(power=0, start=start, stop=start + changing)
 
     def make(params: Params) -> Surgery:
@@ -122,7 +130,7 @@ def prune_to(
             return _ramp(step, start, ramp_steps, given, final, sum(sizes.values()))
 
         rule = Rule(
-            DensityRule(share_by_units(wanted), _HYSTERESIS, changes=True), sigma, None, structure
+            DensityRule(share_by_units(wanted), hysteresis, changes=True), sigma, None, structure
         )
         return surgery(
             rule,

@@ -163,6 +163,18 @@ def test_going_on_from_masks_to_another_density():
     assert dns_jax.count_kept(after.masks).keys() == {'fc1', 'fc2'}
 
 
+@pytest.mark.parametrize(('soft', 'share', 'hysteresis'), [(False, 0.6, 0.5), (True, 0.8, 0.1)])
+def test_soft_thresholds_have_a_narrower_band_for_longer(soft, share, hysteresis):
+    state, masks = run(prune_to(density=0.3, steps=31, soft=soft), over_steps(40))
+    changed = sum(
+        (np.diff(mask, axis=0) != 0).any((1, 2))
+        for mask in (np.asarray(masks[layer]['kernel']) for layer in ('fc1', 'fc2'))
+    )
+    assert np.flatnonzero(changed)[-1] + 1 == share * 30
+    for low, high in state.thresholds.values():
+        np.testing.assert_allclose(low / high, (1 - hysteresis) / (1 + hysteresis), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     'wrap',
     [

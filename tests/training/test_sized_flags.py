@@ -105,7 +105,8 @@ def test_a_lenet_takes_no_images_in_colour():
         make_plan(Config('lenet5', dataset='cifar10', compression=9.0))
 
 
-def test_the_short_form_does_what_prune_to_does():
+@pytest.mark.parametrize('soft', [False, True])
+def test_the_short_form_does_what_prune_to_does(soft):
     """Surgery by its defaults keeps what the library's short form keeps, step by step."""
     steps = 20
     random = np.random.default_rng(0)
@@ -118,11 +119,15 @@ def test_the_short_form_does_what_prune_to_does():
     }
     # Of a network whose layers are not stacked.
     # Shares of the steps, which it takes of one step less.
-    ends = {'ramp_end': f'{(steps - 1) // 2}', 'stop': f'{6 * (steps - 1) // 10 + 1}'}
+    changing = 8 if soft else 6
+    ends = {'ramp_end': f'{(steps - 1) // 2}', 'stop': f'{changing * (steps - 1) // 10 + 1}'}
     fields = {**RESNET, 'kernel_density': 0.1, 'surgery_steps': steps, **ends}
+    if soft:  # as in the flagfiles of `results/networks.md`
+        fields |= {'soft_threshold': True, 'hysteresis': 0.1}
     plan = make_plan(ShortConfig(**fields))
     assert plan.finetuning.steps == 0
-    pruners = plan.surgery.make_pruner(params), dns_jax.prune_to(steps=steps, density=0.1)
+    short = dns_jax.prune_to(steps=steps, density=0.1, soft=soft)
+    pruners = plan.surgery.make_pruner(params), short
     courses = []
     for pruner in pruners:
         state, update, masks = pruner.init(params), jax.jit(pruner.update), []
