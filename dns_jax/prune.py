@@ -80,14 +80,16 @@ def prune_to(
         end is that asked for or more, by less than one group, and at least a group of each layer.
         By N of M it is at most what these keep.
       soft: whether the network computes with the weights of `soft_threshold`, not with W⊙T. These
-        want a narrower band, `hysteresis=0.1`, and masks that change for 0.8 of `steps`.
+        want a narrower band, `hysteresis=0.1`, and masks that change for 0.8 of `steps`. Not with
+        another `importance` or `structure`, whose thresholds are no weights.
 
     Returns:
       A transformation as of `surgery`.
 
     Raises:
-      ValueError: if not one of `compression` and `density` is given, a number is out of range, or
-        the network cannot get that small with what takes part (from `init`).
+      ValueError: if not one of `compression` and `density` is given, a number is out of range,
+        `soft` does not go with the others, or the network cannot get that small with what takes
+        part (from `init`).
 
     Example:
       >>> import jax, optax
@@ -115,10 +117,13 @@ def prune_to(
     check_step('steps', steps, 1)
     check_step('start', start)
     check_step('start + steps', start + steps, 1)
+    if soft and (importance is not magnitude or structure != SINGLE_WEIGHTS):
+        raise ValueError(
+            'soft=True must go with the magnitudes of single weights, but importance is '
+            f'{importance!r} and structure {structure!r}'
+        )
     given = None if masks is None else _count_given(unpack_masks(masks))
-    hysteresis, share = (
-        (_SOFT_HYSTERESIS, _SOFT_CHANGING) if soft else (_HYSTERESIS, _CHANGING)
-    )
+    hysteresis, share = (_SOFT_HYSTERESIS, _SOFT_CHANGING) if soft else (_HYSTERESIS, _CHANGING)
     ramp_steps, changing = int(_RAMP * (steps - 1)), int(share * (steps - 1)) + 1
     sigma = update_probability(power=0, start=start, stop=start + changing)
 

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,8 @@ def finish(
     pruned = run.plan.finetuning.finish(final)
     if run.plan.fresh_statistics:
         network, inputs, images = run.task.network, run.task.inputs, run.task.dataset.train
-        pruned = steps.estimate_statistics(network, inputs, pruned, images)
+        augmentation = run.plan.finetuning.make_augmentation()
+        pruned = estimate_statistics(network, inputs, pruned, images, augmentation)
     summary = _summarise(run, reference, pruned, final) | seconds
     if any(run.setbacks.values()):
         summary['setbacks'] = run.setbacks
@@ -49,6 +51,42 @@ def finish(
     pruned, masks = meshes.to_host((pruned, final.masks))
     hosts.on_first(lambda: _write(run, pruned, masks, summary))
     return summary
+
+
+def estimate_statistics(
+    network: nn.Module,
+    inputs: steps.Inputs,
+    weights: steps.Weights,
+    split: steps.Examples,
+    augmentation: steps.Augmentation | None,
+) -> steps.Weights:
+    """Estimates the statistics of a network anew, as the mean over all batches of a split.
+
+    Args:
+      network: with a `momentum` that its running statistics have.
+      inputs: what it takes.
+      weights: to compute with.
+      split: without padding.
+      augmentation: that of training. A network that learnt from shifted images, with their black
+        borders, errs by two or three points more under the statistics of others.
+
+    Returns:
+      The weights with new statistics.
+    """
+    memoryless = network.clone(momentum=0.0)
+
+    @jax.jit
+    def of_batch(number, examples):
+        if augmentation:
+            key = jax.random.fold_in(jax.random.key(augmentation.number), number)
+            examples = augmentation.change(key, examples)
+        variables = {'params': weights.params, **weights.statistics}
+        options = {'train': True, 'mutable': list(weights.statistics)}
+        return memoryless.apply(variables, inputs.prepare(examples), **options)[1]
+
+    found = [of_batch(number, examples) for number, (examples, _) in enumerate(split.batches())]
+    mean = jax.tree.map(lambda *each: sum(each) / len(each), *found)
+    return weights._replace(statistics=mean)
 
 
 def _write(run: Run, weights: steps.Weights, masks: dns_jax.Masks, summary: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ class SizedConfig(Config):
     fresh_statistics: bool = flag(
         False,
         'Whether the running statistics of BatchNorm are estimated anew in the end, in one pass '
-        'over the training images, for the network as it is kept.',
+        'over the training images, changed as in training, for the network as it is kept.',
     )
 
     def __post_init__(self):

@@ -368,30 +368,3 @@ def make_measure(
         return total / count
 
     return measure
-
-
-def estimate_statistics(
-    network: nn.Module, inputs: Inputs, weights: Weights, split: Examples
-) -> Weights:
-    """Estimates the statistics of a network anew, as the mean over all batches of a split.
-
-    Args:
-      network: with a `momentum` that its running statistics have.
-      inputs: what it takes.
-      weights: to compute with.
-      split: without padding.
-
-    Returns:
-      The weights with new statistics.
-    """
-    memoryless = network.clone(momentum=0.0)
-
-    @jax.jit
-    def of_batch(examples):
-        variables = {'params': weights.params, **weights.statistics}
-        options = {'train': True, 'mutable': list(weights.statistics)}
-        return memoryless.apply(variables, inputs.prepare(examples), **options)[1]
-
-    found = [of_batch(examples) for examples, _ in split.batches()]
-    mean = jax.tree.map(lambda *each: sum(each) / len(each), *found)
-    return weights._replace(statistics=mean)

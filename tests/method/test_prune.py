@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dns_jax
-from dns_jax import _following, get_masks, has_axes, measure_sizes, prune_to
+from dns_jax import _following, get_masks, has_axes, importance, measure_sizes, prune_to
 
 COMPAT_TABLE = 'field'
 
@@ -119,11 +119,15 @@ def test_every_layer_keeps_something_at_the_least():
     assert all(np.asarray(masks[layer]['kernel'])[-1].any() for layer in ('fc1', 'fc2'))
 
 
+SOFT = {'steps': 3, 'density': 0.1, 'soft': True}
 ERRORS = [  # the others are in the table of test_arguments
     ({'steps': 3}, ValueError, 'compression'),
     ({'steps': 3, 'density': 0.1, 'compression': 10}, ValueError, 'compression'),
     ({'steps': 2**31 - 1, 'density': 0.1, 'start': 9}, ValueError, 'start'),
     ({'steps': 3, 'density': 0.1, 'key': 0}, TypeError, 'key'),
+    (SOFT | {'importance': importance.taylor}, ValueError, 'soft.* but importance is .*taylor'),
+    (SOFT | {'structure': dns_jax.NofM(2, 4)}, ValueError, 'soft.* structure NofM'),
+    (SOFT | {'structure': {'fc1': dns_jax.Units()}}, ValueError, 'soft.* structure .*Units'),
 ]
 
 

@@ -11,6 +11,7 @@ import dns_jax
 from experiments.data.resident import Split
 from experiments.networks.inputs import Input
 from experiments.training import steps as train
+from experiments.training.closing import estimate_statistics
 
 BATCH, KEPT = 8, 0.9
 INPUTS = Input((100.0,), 1 / 64, 3)
@@ -177,12 +178,20 @@ class InParts(Split):
             yield self.images[start : start + 12], self.labels[start : start + 12]
 
 
-def test_fresh_statistics_are_the_mean_of_those_of_all_batches(state):
+def drop_pixels(key, images):
+    return jnp.where(jax.random.bernoulli(key, shape=images.shape), images, 0)
+
+
+@pytest.mark.parametrize('augmentation', [None, train.Augmentation(drop_pixels, 7)])
+def test_fresh_statistics_are_the_mean_of_those_of_all_batches(state, augmentation):
     split = InParts(*random_split(36).arrays)
     pruned = train.Weights(dns_jax.apply_masks(state.params, state.masks), state.statistics)
-    fresh = train.estimate_statistics(NETWORK, INPUTS, pruned, split)
-    hidden = [before_the_norm(state, images) for images, _ in split.batches()]
-    assert len(hidden) == 3
+    fresh = estimate_statistics(NETWORK, INPUTS, pruned, split, augmentation)
+    seen = [images for images, _ in split.batches()]
+    if augmentation:  # as in training, and each batch by coins of its own
+        keys = (jax.random.fold_in(jax.random.key(7), number) for number in range(3))
+        seen = [np.asarray(drop_pixels(*each)) for each in zip(keys, seen, strict=True)]
+    hidden = [before_the_norm(state, images) for images in seen]
     wanted = {
         'mean': np.mean([part.mean(0) for part in hidden], 0),
         'var': np.mean([part.var(0) for part in hidden], 0),
