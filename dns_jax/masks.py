@@ -15,7 +15,7 @@ from jax.core import Tracer
 from dns_jax._core.checks import abridge
 from dns_jax._core.counts import count_all, to_int
 from dns_jax._trees import check_parallel, unpack_masks
-from dns_jax.layers import group_by_layer, is_kernel, map_leaves, parent_path
+from dns_jax.layers import group_by_layer, is_kernel, map_leaves, named_leaves, parent_path
 from dns_jax.stacking import restack, unstack
 from dns_jax.typing import LayerOf, Masks, Params, TakesPart, Thresholds
 
@@ -122,14 +122,14 @@ def soft_threshold(
       masks: the parallel masks T.
       thresholds: `{layer name: (a_k, b_k)}`, as in the state of `surgery`, in the unit of the
         weights. A layer that is not named, or has no threshold yet, is masked alone.
-      layer_of: maps the path of a leaf to the name of its layer.
-      stacked: as for `surgery`.
+      layer_of: as for `surgery`, to which the same must be given.
+      stacked: likewise.
 
     Returns:
       A tree like `params`. A kept weight that has fallen below a_k since is 0.
 
     Raises:
-      ValueError: if the trees do not match.
+      ValueError: if the trees do not match, or `thresholds` names a layer that `params` lacks.
       TypeError: if a mask is not boolean.
 
     Example:
@@ -143,6 +143,12 @@ def soft_threshold(
       Donoho 1995, De-noising by soft-thresholding, for the function.
     """
     (apart,) = unstack(stacked or {}, params)
+    layers = {layer_of(path) for path, _ in named_leaves(apart)}
+    if unknown := sorted(thresholds.keys() - layers):
+        raise ValueError(
+            f'thresholds names {abridge(unknown)}, but the layers of params are '
+            f'{abridge(sorted(layers))}: stacked and layer_of must be those of surgery'
+        )
 
     def cut(path, leaf):
         low = thresholds[layer_of(path)].low if layer_of(path) in thresholds else 0.0

@@ -16,7 +16,7 @@ from dns_jax._core.counts import Count
 from dns_jax._following import DensityRule
 from dns_jax._sharing import share_by_units
 from dns_jax._trees import unpack_masks
-from dns_jax.importance import magnitude
+from dns_jax.importance import magnitude, untied
 from dns_jax.layers import is_kernel, named_leaves, parent_path
 from dns_jax.schedules import check_finite, update_probability
 from dns_jax.structures import SINGLE_WEIGHTS, Structure
@@ -50,17 +50,17 @@ def prune_to(
     r"""Makes a network as small as asked for, while any optimizer trains it.
 
     Put it into `slow_pruned` with the optimizer, or into an `optax.chain`. The connections kept
-    fall along a cubic ramp for half of `steps`; for another tenth surgery repairs what it did, and
-    ends at exactly the number asked for; in the rest, and ever after, the masks stay as they are
-    while training goes on.
+    fall along a cubic ramp for half of `steps`; for another tenth, or three where it is `soft`,
+    surgery repairs what it did, and ends at exactly the number asked for; in the rest, and ever
+    after, the masks stay as they are while training goes on.
 
     .. math::
       \text{kept}(i) = K + (n - K)\left(1 - \min\left(\tfrac{i - \text{start}}{0.5 \cdot
       \text{steps}}, 1\right)\right)^3
 
     with n the connections that take part, or those that `masks` keep, and K those to be kept.
-    Layers share K as by `global_density(hysteresis=0.5)`; until they stay, masks are updated at
-    every step.
+    Layers share K as by `global_density(hysteresis=0.5)`, or 0.1 where it is `soft`; until they
+    stay, masks are updated at every step.
 
     Args:
       steps: steps of surgery, at least 1. The more the better: half of what the network was
@@ -79,9 +79,10 @@ def prune_to(
       structure: what is pruned and spliced together, as in a `Rule`. By groups the number in the
         end is that asked for or more, by less than one group, and at least a group of each layer.
         By N of M it is at most what these keep.
-      soft: whether the network computes with the weights of `soft_threshold`, not with W⊙T. These
-        want a narrower band, `hysteresis=0.1`, and masks that change for 0.8 of `steps`. Not with
-        another `importance` or `structure`, whose thresholds are no weights.
+      soft: whether the network computes with the weights of `soft_threshold`, not with W⊙T, and
+        these are what is kept in the end. They want a narrower band, `hysteresis=0.1`, and masks
+        that change for 0.8 of `steps`. Their thresholds must be weights: `importance` is the
+        magnitude, or `untied`, and `structure` single weights.
 
     Returns:
       A transformation as of `surgery`.
@@ -117,11 +118,8 @@ def prune_to(
     check_step('steps', steps, 1)
     check_step('start', start)
     check_step('start + steps', start + steps, 1)
-    if soft and (importance is not magnitude or structure != SINGLE_WEIGHTS):
-        raise ValueError(
-            'soft=True must go with the magnitudes of single weights, but importance is '
-            f'{importance!r} and structure {structure!r}'
-        )
+    if soft:
+        _check_soft(importance, structure)
     given = None if masks is None else _count_given(unpack_masks(masks))
     hysteresis, share = (_SOFT_HYSTERESIS, _SOFT_CHANGING) if soft else (_HYSTERESIS, _CHANGING)
     ramp_steps, changing = int(_RAMP * (steps - 1)), int(share * (steps - 1)) + 1
@@ -152,6 +150,17 @@ def prune_to(
         lambda params: make(params).init(params),
         lambda updates, state, params=None, **extra: make(params).update(updates, state, params),
     )
+
+
+def _check_soft(importance: Importance, structure: Structure | Mapping[str, Structure]) -> None:
+    """Refuses thresholds that are no weights, by which no weight can be smaller."""
+    if importance not in (magnitude, untied):
+        raise ValueError(
+            f'importance must be the magnitude, or untied, under soft=True, but is {importance!r}'
+        )
+    structures = structure.values() if isinstance(structure, Mapping) else [structure]
+    if any(each != SINGLE_WEIGHTS for each in structures):
+        raise ValueError(f'structure must be of single weights under soft=True, but is {structure}')
 
 
 def _ramp(step, start: int, steps: int, first: int | None, final: int, whole: int) -> Count:

@@ -63,12 +63,12 @@ def estimate_statistics(
     """Estimates the statistics of a network anew, as the mean over all batches of a split.
 
     Args:
-      network: with a `momentum` that its running statistics have.
+      network: its running statistics have a `momentum`.
       inputs: what it takes.
       weights: to compute with.
       split: without padding.
       augmentation: that of training. A network that learnt from shifted images, with their black
-        borders, errs by two or three points more under the statistics of others.
+        borders, errs by up to three points more under the statistics of others.
 
     Returns:
       The weights with new statistics.

@@ -331,3 +331,6 @@ def test_stacked_layers_are_softened_by_thresholds_of_their_own():
     bands = {f'blocks/{n}/fc': Thresholds(jnp.float32(n + 1), jnp.float32(9)) for n in range(2)}
     found = jax.jit(lambda w: soft_threshold(w, masks, bands, stacked={'blocks': 0}))(weights)
     assert found['blocks']['fc']['kernel'].tolist() == [[[-2.0, -2.0]], [[-1.0, 0.0]]]
+    for own in ({}, {'layer_of': lambda path: 'all', 'stacked': {'blocks': 0}}):
+        with pytest.raises(ValueError, match=r"thresholds names \['blocks/0/fc', 'blocks/1/fc'\]"):
+            soft_threshold(weights, masks, bands, **own)

@@ -125,9 +125,9 @@ ERRORS = [  # the others are in the table of test_arguments
     ({'steps': 3, 'density': 0.1, 'compression': 10}, ValueError, 'compression'),
     ({'steps': 2**31 - 1, 'density': 0.1, 'start': 9}, ValueError, 'start'),
     ({'steps': 3, 'density': 0.1, 'key': 0}, TypeError, 'key'),
-    (SOFT | {'importance': importance.taylor}, ValueError, 'soft.* but importance is .*taylor'),
-    (SOFT | {'structure': dns_jax.NofM(2, 4)}, ValueError, 'soft.* structure NofM'),
-    (SOFT | {'structure': {'fc1': dns_jax.Units()}}, ValueError, 'soft.* structure .*Units'),
+    (SOFT | {'importance': importance.taylor}, ValueError, 'importance .*soft=True.*taylor'),
+    (SOFT | {'structure': dns_jax.NofM(2, 4)}, ValueError, 'structure .*soft=True.* NofM'),
+    (SOFT | {'structure': {'fc1': dns_jax.Units()}}, ValueError, 'structure .*soft=True.*Units'),
 ]
 
 
@@ -177,6 +177,45 @@ def test_soft_thresholds_have_a_narrower_band_for_longer(soft, share, hysteresis
     assert np.flatnonzero(changed)[-1] + 1 == share * 30
     for low, high in state.thresholds.values():
         np.testing.assert_allclose(low / high, (1 - hysteresis) / (1 + hysteresis), rtol=1e-5)
+
+
+def prune_softly(params, target, density, masks=None):
+    """Pulls stacked weights to a target; gives what is kept, its masks and numbers by step."""
+    stacked, numbers = {'blocks': 0}, []
+    pruner = prune_to(steps=30, density=density, soft=True, masks=masks, stacked=stacked)
+    optimizer = dns_jax.slow_pruned(pruner, optax.sgd(0.1, momentum=0.9))
+
+    def soften(params, state):
+        thresholds = optax.tree.get(state, 'thresholds')
+        return dns_jax.soft_threshold(params, get_masks(state), thresholds, stacked=stacked)
+
+    @jax.jit
+    def step(params, state):
+        gradients = jax.tree.map(lambda leaf: leaf - target, soften(params, state))
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(40):
+        params, state = step(params, state)
+        numbers.append(int(get_masks(state)['blocks']['kernel'].sum()))
+    small, masks = soften(params, state), get_masks(state)
+    for layer, weights in enumerate(np.asarray(params['blocks']['kernel'])):
+        cut = np.abs(weights) - float(state[0].thresholds[f'blocks/{layer}'].low)
+        wanted = np.where(
+            masks['blocks']['kernel'][layer], np.sign(weights) * np.maximum(cut, 0), 0
+        )
+        np.testing.assert_allclose(small['blocks']['kernel'][layer], wanted, atol=1e-6)
+    return small, jax.tree.map(lambda mask, leaf: mask & (leaf != 0), masks, small), numbers
+
+
+def test_a_soft_network_is_pruned_further():
+    start, target = np.random.default_rng(0).normal(size=(2, 2, 16, 16)).astype(np.float32)
+    small, masks, numbers = prune_softly({'blocks': {'kernel': start}}, target, 0.3)
+    assert numbers[-1] == round(0.3 * 512)
+    _, _, further = prune_softly(small, target, 0.2, masks)
+    assert max(further) <= numbers[-1] * (1 + _following.TOLERANCE)
+    assert further[-1] == round(0.2 * 512)
 
 
 @pytest.mark.parametrize(

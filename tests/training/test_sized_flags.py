@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from searches import parse
 
 import dns_jax
 from experiments.data import resident, texts
 from experiments.networks import models
+from experiments.sweeps.flags import CompareConfig
 from experiments.training import run
 from experiments.training.flags import Config
 from experiments.training.plan import make_plan
@@ -122,8 +124,13 @@ def test_the_short_form_does_what_prune_to_does(soft):
     changing = 8 if soft else 6
     ends = {'ramp_end': f'{(steps - 1) // 2}', 'stop': f'{changing * (steps - 1) // 10 + 1}'}
     fields = {**RESNET, 'kernel_density': 0.1, 'surgery_steps': steps, **ends}
-    if soft:  # as in the flagfiles of `results/networks.md`
-        fields |= {'soft_threshold': True, 'hysteresis': 0.1}
+    if soft:
+        flagfile = 'experiments/flagfiles/networks_gpt.flags'
+        runs = parse(f'--flagfile={flagfile}', config_type=CompareConfig).named_runs()
+        own = dict(runs)['soft surgery']
+        assert (own.ramp, own.ramp_end, own.stop) == ('poly:3', '50%', '80%')
+        assert (own.soft_threshold, own.pruned_rate) == (True, 0.3)
+        fields |= {'soft_threshold': True, 'hysteresis': own.hysteresis}
     plan = make_plan(ShortConfig(**fields))
     assert plan.finetuning.steps == 0
     short = dns_jax.prune_to(steps=steps, density=0.1, soft=soft)

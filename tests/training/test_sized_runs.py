@@ -185,8 +185,11 @@ def test_fresh_statistics_change_the_network_that_is_kept_alone(summary_of):
     jax.tree.map(np.testing.assert_array_equal, plain['params'], fresh['params'])
     one, other = (tree['batch_stats']['norm1']['mean'] for tree in (plain, fresh))
     assert not np.allclose(one, other, atol=1e-4)
-    # Of all training images, which are one batch.
+    # Of all training images, which are one batch, changed as in training by coins of their own.
+    augmentation = make_plan(make_config(RESNET, 'run')).finetuning.make_augmentation()
+    key = jax.random.fold_in(jax.random.key(augmentation.number), 0)
     images = sized_runs.load_images('cifar10').train.images
+    images = np.asarray(augmentation.change(key, images))
     scaled = (images - np.array(models.INPUTS['resnet'].mean)) / 64
     padded = np.pad(scaled, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
