@@ -85,16 +85,16 @@ def test_pages_hold_the_tables_and_commands_of_comparisons(name, page):
     assert {row['seed'] for row in rows} == set(range(int(seeds)))
 
 
-NETWORKS = {
-    'LeNet-5, MNIST': ('compare_lenet5', '1 % of all weights', 100, '{:.2f} %'),
+NETWORKS = {  # with the variant of surgery
+    'LeNet-5, MNIST': ('compare_lenet5', 'surgery', '1 % of all weights', 100, '{:.2f} %'),
     'GPT of 2 blocks, tiny Shakespeare': (
-        'networks_gpt',
-        '2 % of the kernels',
-        0.02,
-        '{:.2f} bits',
+        *('networks_gpt', 'soft surgery', '2 % of the kernels', 0.02, '{:.2f} bits'),
     ),
-    'ResNet-8, part of CIFAR-10': ('networks_resnet8', '2 % of the kernels', 0.02, '{:.1f} %'),
+    'ResNet-8, part of CIFAR-10': (
+        *('networks_resnet8', 'soft surgery', '2 % of the kernels', 0.02, '{:.1f} %'),
+    ),
 }
+DENSITIES = (0.1, 0.05, 0.02)
 
 
 def middle(name, variant, target, column='test_error'):
@@ -106,46 +106,58 @@ def middle(name, variant, target, column='test_error'):
 
 @pytest.mark.parametrize('title', NETWORKS)
 def test_the_readme_has_a_row_for_each_network(title):
-    name, kept, target, form = NETWORKS[title]
+    name, surgery, kept, target, form = NETWORKS[title]
     before = middle(name, 'surgery', target, 'reference_error')
-    after = (middle(name, variant, target) for variant in ('surgery', 'gradual'))
+    after = (middle(name, variant, target) for variant in (surgery, 'gradual'))
     cells = [title, kept, *(form.format(number) for number in (before, *after))]
     lines = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
     assert cells in [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
 
 
+def leads(name, *others):
+    """By how much soft surgery is better than others at the three densities."""
+    pairs = zip(others, DENSITIES, strict=True)
+    return [
+        middle(name, *other) - middle(name, 'soft surgery', density) for other, density in pairs
+    ]
+
+
 def test_pages_say_what_became_of_the_gpt():
-    own, soft = page('results/networks.md'), 'soft surgery'
-
-    def leads(*others):
-        """By how much soft surgery is better than others at the three densities."""
-        return [
-            middle('networks_gpt', *other) - middle('networks_gpt', soft, density)
-            for other, density in zip(others, (0.1, 0.05, 0.02), strict=True)
-        ]
-
+    own, name = page('results/networks.md'), 'networks_gpt'
     text = 'by {:.2f} bits per character at 10 %, by {:.2f} at 5 % and by {:.2f} at 2 %'
-    assert text.format(*leads(*(('gradual', density) for density in (0.1, 0.05, 0.02)))) in own
-    narrow = leads(*((f'dense, width {width}', '') for width in (36, 30, 26)))
+    assert text.format(*leads(name, *(('gradual', density) for density in DENSITIES))) in own
+    narrow = leads(name, *((f'dense, width {width}', '') for width in (36, 30, 26)))
     assert 'leads it by {:.2f}, {:.2f} and {:.2f} bits'.format(*narrow) in own
-    above = middle('networks_gpt', soft, 0.1) - middle('networks_gpt', 'dense as long', '')
+    above = middle(name, 'soft surgery', 0.1) - middle(name, 'dense as long', '')
     assert f'{above:.2f} bits more than the dense one' in own
-    said, at_2 = page('docs/results.md'), [('surgery', 0.02), ('gradual', 0.02), (soft, 0.02)]
-    short, gradual, softer = (middle('networks_gpt', *each) for each in at_2)
-    assert f'{short:.2f} against {gradual:.2f} bits per character at 2 %' in said
-    assert f'{softer:.2f} with soft thresholds' in said
+    rivals = {
+        'RigL': ('networks_gpt_scratch', 'RigL'),
+        'AC/DC': ('networks_gpt_rivals', 'AC/DC'),
+        'Straight-through masks have': ('networks_gpt_rivals', 'straight-through'),
+        'Without splicing it has': ('networks_gpt_rivals', 'without splicing'),
+    }
+    for title, rival in rivals.items():
+        errors = [middle(*rival, density) for density in (0.05, 0.02)]
+        assert f'{title} {errors[0]:.2f} and {errors[1]:.2f}' in own
+        for density, error in zip((0.05, 0.02), errors, strict=True):
+            assert middle(name, 'soft surgery', density) < error
+    said = page('docs/results.md')
+    at_2 = [middle(name, variant, 0.02) for variant in ('soft surgery', 'surgery', 'gradual')]
+    assert '{:.2f} bits per character by surgery with soft thresholds'.format(*at_2) in said
+    assert f'{at_2[1]:.2f} without them, and {at_2[2]:.2f} by gradual pruning' in said
 
 
 def test_pages_say_what_became_of_the_resnet():
     own, name = page('results/networks.md'), 'networks_resnet8'
-    at_10, at_5, at_2 = (
-        middle(name, 'surgery', density) - middle(name, 'gradual', density)
-        for density in (0.1, 0.05, 0.02)
-    )
-    text = 'higher by {:.1f} points at 10 % and {:.1f} at 5 %, and lower by {:.1f} at 2 %'
-    assert text.format(at_10, at_5, -at_2) in own
-    above = middle(name, 'surgery', 0.1) - middle(name, 'dense as long', '')
-    assert f'At 10 % it has {above:.1f} points more than the dense one' in own
+    at_10, at_5, at_2 = leads(name, *(('gradual', density) for density in DENSITIES))
+    assert f'At 2 % soft surgery leads gradual pruning by {at_2:.1f} points' in own
+    assert f'Soft surgery is behind it by {-at_10:.1f} and {-at_5:.1f} points' in own
+    hard = [middle(name, 'surgery', each) - middle(name, 'gradual', each) for each in DENSITIES]
+    assert 'without soft thresholds by {:.1f} and {:.1f}'.format(*hard) in own
+    above = middle(name, 'gradual', 0.1) - middle(name, 'dense as long', '')
+    assert f'At 10 % the best has {above:.1f} points more than the dense one' in own
+    widths = ((f'dense, width {width}', '') for width in (0.3125, 0.21875, 0.15625))
+    assert 'leads it by {:.1f}, {:.1f} and {:.1f} points'.format(*leads(name, *widths)) in own
 
 
 def test_the_page_of_comparisons_holds_the_other_tables():
