@@ -131,8 +131,8 @@ def test_pages_say_what_became_of_the_gpt():
     above = middle(name, 'soft surgery', 0.1) - middle(name, 'dense as long', '')
     assert f'{above:.2f} bits more than the dense one' in own
     rivals = {
-        'RigL': ('networks_gpt_scratch', 'RigL'),
-        'AC/DC': ('networks_gpt_rivals', 'AC/DC'),
+        'RigL has': ('networks_gpt_scratch', 'RigL'),
+        'AC/DC has': ('networks_gpt_rivals', 'AC/DC'),
         'Straight-through masks have': ('networks_gpt_rivals', 'straight-through'),
         'Without splicing it has': ('networks_gpt_rivals', 'without splicing'),
     }
@@ -145,6 +145,32 @@ def test_pages_say_what_became_of_the_gpt():
     at_2 = [middle(name, variant, 0.02) for variant in ('soft surgery', 'surgery', 'gradual')]
     assert '{:.2f} bits per character by surgery with soft thresholds'.format(*at_2) in said
     assert f'{at_2[1]:.2f} without them, and {at_2[2]:.2f} by gradual pruning' in said
+
+
+def test_the_page_answers_what_changes_are_worth():
+    own, name = page('results/networks.md'), 'networks_questions'
+    best = middle(name, 'soft surgery', 0.05)
+
+    def worth(variant, target=0.05):
+        return f'{abs(middle(name, variant, target) - best):.2f}'
+
+    assert f'without it the error is {worth("no splicing")} bits higher' in own
+    assert f'the error is {worth("hard thresholds")} bits higher. By gradual' in own
+    assert f'pruning it is {worth("gradual")} higher' in own
+    assert f'the error is {worth("embeddings take part", 7.22)} bits lower' in own
+    assert f'without it the error is {worth("no weight decay")} bits lower' in own
+    for rate in ('at a tenth', 'nearly as fast'):
+        assert f'{worth(f"pruned weights learn {rate}")} bits higher at a tenth' in own
+    for allocation in ('layers compared by rms', 'layers share by their axes'):
+        assert f'(ERK), have {worth(allocation)} bits more' in own
+    assert f'every 47th step cost {worth("thresholds every 47 steps")} bits' in own
+    more = middle(name, 'thresholds by mean and std', '', 'kept') / middle(
+        name, 'soft surgery', 0.05, 'kept'
+    )
+    more_bits = worth('thresholds by mean and std', '')
+    assert f'keep {more:.1f} times as many parameters and have {more_bits} bits more' in own
+    for name_of_same in ('logarithmic ramp', 'masks change to the end'):
+        assert float(worth(name_of_same)) < 0.01
 
 
 def test_pages_say_what_became_of_the_resnet():
