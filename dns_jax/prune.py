@@ -79,10 +79,10 @@ def prune_to(
       structure: what is pruned and spliced together, as in a `Rule`. By groups the number in the
         end is that asked for or more, by less than one group, and at least a group of each layer.
         By N of M it is at most what these keep.
-      soft: whether the network computes with the weights of `soft_threshold`, not with W⊙T, and
-        these are what is kept in the end. They want a narrower band, `hysteresis=0.1`, and masks
-        that change for 0.8 of `steps`. Their thresholds must be weights: `importance` is the
-        magnitude, or `untied`, and `structure` single weights.
+      soft: whether your loss is taken at the weights of `soft_threshold`, not at W⊙T, which this
+        does not do by itself. The band is then narrower, `hysteresis=0.1`, and masks change for 0.8
+        of `steps`. Thresholds must be in the unit of weights: so `importance` is the magnitude, or
+        `untied`, and `structure` single weights.
 
     Returns:
       A transformation as of `surgery`.

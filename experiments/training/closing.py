@@ -68,7 +68,7 @@ def estimate_statistics(
       weights: to compute with.
       split: without padding.
       augmentation: that of training. A network that learnt from shifted images, with their black
-        borders, errs by up to three points more under the statistics of others.
+        borders, errs by up to three points more under those of images as they are.
 
     Returns:
       The weights with new statistics.

@@ -88,10 +88,18 @@ def test_pages_hold_the_tables_and_commands_of_comparisons(name, page):
 NETWORKS = {  # with the variant of surgery
     'LeNet-5, MNIST': ('compare_lenet5', 'surgery', '1 % of all weights', 100, '{:.2f} %'),
     'GPT of 2 blocks, tiny Shakespeare': (
-        *('networks_gpt', 'soft surgery', '2 % of the kernels', 0.02, '{:.2f} bits'),
+        'networks_gpt',
+        'soft surgery',
+        '2 % of the kernels',
+        0.02,
+        '{:.2f} bits',
     ),
     'ResNet-8, part of CIFAR-10': (
-        *('networks_resnet8', 'soft surgery', '2 % of the kernels', 0.02, '{:.1f} %'),
+        'networks_resnet8',
+        'soft surgery',
+        '2 % of the kernels',
+        0.02,
+        '{:.1f} %',
     ),
 }
 DENSITIES = (0.1, 0.05, 0.02)
