@@ -181,6 +181,17 @@ def test_the_page_answers_what_changes_are_worth():
         assert float(worth(name_of_same)) < 0.01
 
 
+def test_the_page_says_what_patterns_cost_and_gain():
+    own, name = page('results/networks.md'), 'networks_patterns'
+    variants = ('2 of 4', 'single weights', '4 of 16', 'heads and units')
+    two, single, four, heads = (middle(name, variant, 0.1) for variant in variants)
+    assert f'{two:.2f} bits, where single weights have {single:.2f}. 4 of 16 has {four:.2f}' in own
+    assert f'Whole heads and hidden units have {heads:.2f} bits' in own
+    batches = read('runtime/units/gpt_heads.json')['batches']
+    one, many = (batches[size]['ways']['JAX, shrunken']['ratio'] for size in ('1', '64'))
+    assert f'it runs {one:.1f} times as fast for one text, and {many:.1f} times for 64' in own
+
+
 def test_pages_say_what_became_of_the_resnet():
     own, name = page('results/networks.md'), 'networks_resnet8'
     at_10, at_5, at_2 = leads(name, *(('gradual', density) for density in DENSITIES))
