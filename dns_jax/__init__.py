@@ -17,7 +17,7 @@ from dns_jax.masks import (
     update_masks,
 )
 from dns_jax.metrics import Size, Sizes, measure_sizes
-from dns_jax.optimizers import caffe_sgd
+from dns_jax.optimizers import average_weights, caffe_sgd
 from dns_jax.prune import prune_to
 from dns_jax.schedules import (
     caffe_exp,
@@ -70,6 +70,7 @@ __all__ = [
     'Thresholds',
     'Units',
     'apply_masks',
+    'average_weights',
     'caffe_exp',
     'caffe_inv',
     'caffe_multistep',

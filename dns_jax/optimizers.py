@@ -1,9 +1,14 @@
-"""Stochastic gradient descent exactly as Caffe does it, composed from optax."""
+"""What goes beside optax's own transformations: Caffe's SGD, and an average of the weights."""
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dns_jax.layers import map_leaves, role
-from dns_jax.typing import Schedule
+from dns_jax.typing import Params, Schedule
 
 
 def caffe_sgd(
@@ -65,3 +70,61 @@ def caffe_sgd(
         optax.trace(momentum),
         optax.scale(-1.0),
     )
+
+
+class AverageState(NamedTuple):
+    """The state of `average_weights`."""
+
+    average: Params  # in float32, or wider where the weights are
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    r"""Keeps a moving average of the weights beside them; chained last, it changes no update.
+
+    .. math::
+      A \leftarrow d\,A + (1 - d)\,w
+
+    w are the weights after the update. A begins as the weights that `init` gets. While the masks
+    stay as they are, A⊙T is the average of W⊙T. BatchNorm's statistics are not those of A: they
+    are to be estimated anew.
+
+    Args:
+      decay: d, in [0, 1); steps further back than some 1 / (1 - d) count for little.
+
+    Returns:
+      An optax transformation; its `update` needs `params`. `optax.tree.get(state, 'average')` gives
+      A, wherever it is chained.
+
+    Raises:
+      ValueError: if `decay` is outside [0, 1).
+
+    Example:
+      >>> optimizer = optax.chain(optax.sgd(1.0), average_weights(0.75))
+      >>> weights = jnp.array([4.0])
+      >>> state = optimizer.init(weights)
+      >>> updates, state = optimizer.update(jnp.array([4.0]), state, weights)
+      >>> optax.apply_updates(weights, updates), optax.tree.get(state, 'average')
+      (Array([0.], dtype=float32), Array([3.], dtype=float32))
+
+    Reference:
+      Polyak and Juditsky 1992, as a moving average.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f'decay must be in [0, 1), but is {decay!r}')
+
+    def widen(leaf):
+        # Half a precision would round (1 - d) w away.
+        return jnp.array(leaf, np.promote_types(jnp.result_type(leaf), np.float32))
+
+    def init(params):
+        return AverageState(jax.tree.map(widen, params))
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError(
+                'average_weights needs the weights: call update(updates, state, params)'
+            )
+        new = jax.tree.map(widen, optax.apply_updates(params, updates))
+        return updates, AverageState(optax.incremental_update(new, state.average, 1 - decay))
+
+    return optax.GradientTransformation(init, update)

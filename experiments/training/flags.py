@@ -128,6 +128,11 @@ class Config:
     finetuning_weight_decay: float = flag(
         0.0, f'Weight decay of fine-tuning, {_ADDED_TO_THE_GRADIENT}.'
     )
+    average: float = flag(
+        0.0,
+        'Share of the average of the weights that each step of fine-tuning keeps, as 0.999; the '
+        'network is made of that average. With 0 it is made of the last weights.',
+    )
     optimizer: str = flag(
         'caffe',
         'What trains the weights: caffe, SGD as Caffe does it; sgd, as optax does, where momentum '
@@ -321,12 +326,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f'--{name}={value} must be in (0, 1]')
-        for name in ('cut', 'dropout', 'drop'):
+        for name in ('cut', 'dropout', 'drop', 'average'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
         self._check_pruner(wanted)
         self._check_unread()
-        self._check_soft_threshold()
+        if self.soft_threshold:  # by thresholds of single weights, nothing else can be smaller
+            self.refuse(('importance', 'structure', 'quantiser'), '--soft_threshold')
         if self.count_returns and self.on_divergence == 'rollback':
             raise ValueError(
                 '--count_returns and --on_divergence=rollback exclude each other: after a rollback '
@@ -354,14 +360,6 @@ class Config:
                 'go with --refresh_statistics'
             )
 
-    def _check_soft_threshold(self):
-        """Refuses thresholds of anything but single weights: no weight can be smaller by them."""
-        others = {'importance': 'magnitude', 'structure': '', 'quantiser': 'none'}
-        for name, wanted in others.items():
-            value = getattr(self, name)
-            if self.soft_threshold and value != wanted:
-                raise ValueError(f'--soft_threshold does not go with --{name}={value}')
-
     def _check_unread(self):
         """Refuses flags that nothing would read beside the others, as another pruner would."""
         unread = {name for pruner in PRUNERS.values() for name in pruner.reads}
@@ -370,6 +368,7 @@ class Config:
             'refresh_statistics': self.c_rate,
             'pruned_dropout': self.dropout > 0,
             'cut_at': self.cut > 0,
+            'average': self.finetuning_steps,
         }
         unread |= {name for name, other in beside.items() if not other}
         self.refuse(unread, f'--pruner={self.pruner}')

@@ -55,6 +55,7 @@ class Phase:
     quantiser: Quantiser | None  # of the weights that the network computes with
     shift: int  # pixels that images are moved by at most
     mirror: bool  # whether half of them are mirrored
+    average: float  # of the weights: share that a step keeps; 0 is none
     soften: Callable[[TrainState], Any] | None = None  # of the kept weights, in surgery
 
     def make_optimizer(
@@ -76,12 +77,17 @@ class Phase:
         if self.quantiser:
             solver = optax.chain(solver, self.quantiser.constrain)
         # Before they are chained: where what is pruned is zeroed, that is after the rate is halved.
-        return self.chain(*divergence.after_setbacks(pruner, solver, setbacks))
+        optimizer = self.chain(*divergence.after_setbacks(pruner, solver, setbacks))
+        if self.average:
+            optimizer = optax.chain(optimizer, dns_jax.average_weights(self.average))
+        return optimizer
 
     def finish(self, state: TrainState) -> Weights:
-        """Gives what the network computes with: W⊙T, shrunk or quantised if the phase does so."""
+        """Gives what the network computes with: W⊙T, after what the phase does to the weights."""
         apply = self.quantiser.finish if self.quantiser else dns_jax.apply_masks
-        params = self.soften(state) if self.soften else state.params
+        params: Any = self.soften(state) if self.soften else state.params
+        if self.average:
+            params = optax.tree.get(state.opt_state, 'average')
         return Weights(apply(params, state.masks), state.statistics)
 
     def make_rounding(self) -> Rounding | None:
@@ -179,7 +185,7 @@ def _make_phase(
     if name == 'surgery' and 'pruned_rate' in pruner.reads and config.pruned_rate != 1:
         chain = functools.partial(sparse_training.slow_pruned, share=config.pruned_rate)
     quantiser = None if name == 'reference' else QUANTISERS[config.quantiser]
-    changes = config.shift, config.mirror
+    changes = config.shift, config.mirror, config.average if name == 'finetuning' else 0.0
     return Phase(name, steps, solver, make, chain, dropout, scales, quantiser, *changes)
 
 

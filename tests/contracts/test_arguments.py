@@ -18,6 +18,7 @@ import pytest
 import dns_jax
 from dns_jax import (
     Rule,
+    average_weights,
     caffe_inv,
     caffe_multistep,
     caffe_poly,
@@ -194,6 +195,7 @@ OTHERS = [
         )
         for name in ('weight_decay', 'bias_scale')
     ),
+    Row(average_weights, {}, 'decay', (1, -0.5, math.nan), BAND),
     Row(sparse_training.decay_pruned, PARTS, 'rate', (-1e-4, math.nan, 1e39), AT_LEAST(0)),
     Row(
         *(sparse_training.slow_pruned, PARTS, 'share', (-0.1, 1.1, math.nan)),
@@ -260,6 +262,7 @@ ENDS = [
     *((pruners.regrow, {**REGROW, 'density': 1, 'drop': drop}) for drop in (0, 1)),
     *((prune_to, {'steps': 1, name: 1}) for name in ('compression', 'density')),
     (caffe_sgd, {'learning_rate': 0, 'momentum': 0, 'weight_decay': 0, 'bias_scale': 0}),
+    (average_weights, {'decay': 0}),
     (sparse_training.decay_pruned, {**PARTS, 'rate': 0}),
     (sparse_training.slow_pruned, {**PARTS, 'share': 0}),
     (sparse_training.scale_dropout, {'rate': 0, 'masks': jnp.ones(3, bool)}),

@@ -41,6 +41,7 @@ EFFECTIVE = {
     'finetuning_steps': 3,
     'finetuning_learning_rate': 'fixed:0.1',
     'finetuning_weight_decay': 0.1,
+    'average': 0.5,
     'reference_weight_decay': 0.1,
     'optimizer': 'sgd',
     'clip': 0.1,

@@ -1,4 +1,4 @@
-"""Tests of optimizers: Caffe's SGD against the same in NumPy."""
+"""Tests of optimizers: Caffe's SGD, and averages of the weights, against the same in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dns_jax import caffe_inv, caffe_sgd, caffe_step
+from dns_jax import average_weights, caffe_inv, caffe_sgd, caffe_step
 
 SHAPES = {'kernel': (2, 2, 1, 3), 'bias': (3,), 'scale': ()}
 # The rate changes at the fourth and at the eighth of twelve steps.
@@ -97,3 +97,49 @@ def test_params_are_needed():
     optimizer = caffe_sgd(0.1)
     with pytest.raises(ValueError, match='params'):
         optimizer.update(gradients[0], optimizer.init(params))
+
+
+def follow_average(decay, dtype, steps=12):
+    """The average after some steps of SGD, the weights after each, and those before the first."""
+    params, gradients = start(dtype)
+    optimizer = optax.chain(optax.sgd(0.1), average_weights(decay))
+    first = params = jax.tree.map(jnp.asarray, params)
+    state, path = optimizer.init(params), []
+    for gradient in gradients[:steps]:
+        updates, state = jax.jit(optimizer.update)(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return optax.tree.get(state, 'average'), path, first
+
+
+@pytest.mark.parametrize('decay', [0, 0.5, 0.9])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_the_average_is_that_of_the_weights_after_each_step(decay, dtype):
+    average, path, first = follow_average(decay, dtype)
+    for name in SHAPES:
+        want = np.asarray(first[name], np.float64)
+        for params in path:
+            want = decay * want + (1 - decay) * np.asarray(params[name], np.float64)
+        assert average[name].dtype == jnp.float32
+        # XLA need not round the weights that it averages to their dtype.
+        near = 2.0 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(average[name], want, rtol=near, atol=near)
+
+
+def test_an_average_changes_no_step_and_shares_no_memory_with_the_weights():
+    params, gradients = start()
+    plain = descend(optax.sgd(0.1), params, gradients)[-1]
+    _, path, _ = follow_average(0.9, np.float32)
+    for name in SHAPES:
+        np.testing.assert_allclose(path[-1][name], plain[name], rtol=1e-5)
+    params = jax.tree.map(jnp.asarray, params)
+    average = average_weights(0.9).init(params).average
+    kept = jax.tree.map(np.array, params)
+    jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(params)
+    jax.tree.map(np.testing.assert_array_equal, average, kept)
+
+
+def test_an_average_needs_the_weights():
+    optimizer, params = average_weights(0.9), jnp.ones(2)
+    with pytest.raises(ValueError, match=r'^average_weights needs the weights: call update\('):
+        optimizer.update(params, optimizer.init(params))

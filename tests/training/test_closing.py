@@ -1,14 +1,19 @@
 """Tests of training.closing beside those of whole runs in test_run."""
 
+import dataclasses
 import json
 
 import numpy as np
+import opened
 import pytest
+from run_flags import BY_DENSITY
 from situations import slow_but
 
 from dns_jax.files.sparse import load_sparse
+from dns_jax.layers import named_leaves
 from experiments.data import resident
 from experiments.training import run
+from experiments.training.checkpoints import Checkpoints
 from experiments.training.flags import Config
 
 
@@ -51,3 +56,25 @@ def test_a_file_holds_the_quantised_network_that_was_measured(quantiser, data_di
     wrong = 100 * np.mean(hidden.argmax(1) != digits.labels)
     assert summary['test_error'] == pytest.approx(wrong, abs=0.6)
     assert summary['compression'] == pytest.approx(4, rel=0.01)
+
+
+def test_the_network_that_is_kept_is_the_average_of_fine_tuning(make_config):
+    own = {'average': 0.75, 'finetuning_learning_rate': 'fixed:0.3', 'checkpoint_every': 1}
+    config = make_config(**BY_DENSITY, **own)
+    opened.do(config)
+    run = opened.open_run(dataclasses.replace(config, resume=True))
+    phase = run.plan.finetuning
+    like = run.start(phase.make_optimizer(run.task.shapes), run.initial)
+    with Checkpoints(run.folder / 'checkpoints' / 'finetuning') as checkpoints:
+        states = [checkpoints.restore(like, step)[1] for step in (1, 2)]
+    with Checkpoints(run.folder / 'checkpoints' / 'surgery') as checkpoints:
+        operated = run.plan.surgery.make_optimizer(run.task.shapes)
+        _, before = checkpoints.restore(run.start(operated, run.initial))
+    kept = load_sparse(run.folder / 'pruned.safetensors').params
+    masks = dict(named_leaves(states[-1].masks))
+    params = [dict(named_leaves(state.params)) for state in (before, *states)]
+    for path, leaf in named_leaves(kept):
+        want = np.asarray(params[0][path])
+        for later in params[1:]:
+            want = 0.75 * want + 0.25 * np.asarray(later[path])
+        np.testing.assert_allclose(leaf, want * np.asarray(masks[path]), rtol=1e-5, atol=1e-7)
