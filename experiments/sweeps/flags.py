@@ -224,7 +224,10 @@ class SearchConfig:
         'search', 'Name of the study; workers with one name work together.', decides=False
     )
     storage: str | None = flag(
-        None, 'URL of the database of --study; by default study.db in --workdir.', decides=False
+        None,
+        'URL of the database of --study, as postgresql+psycopg://user:password@host/name; by '
+        'default study.db in --workdir.',
+        decides=False,
     )
     # Without what the search chooses by itself or has no use for.
     shared: Mapping[str, Any] = flags_of(
