@@ -203,6 +203,19 @@ def test_pages_say_what_became_of_the_resnet():
     assert f'At 10 % the best has {above:.1f} points more than the dense one' in own
     widths = ((f'dense, width {width}', '') for width in (0.3125, 0.21875, 0.15625))
     assert 'leads it by {:.1f}, {:.1f} and {:.1f} points'.format(*leads(name, *widths)) in own
+    rivals = {
+        'Straight-through masks have': ('networks_resnet8_rivals', 'straight-through'),
+        'AC/DC has': ('networks_resnet8_rivals', 'AC/DC'),
+        'RigL has': ('networks_resnet8_scratch', 'RigL'),
+        'Without splicing surgery has': ('networks_resnet8_rivals', 'without splicing'),
+        'with it surgery has': (name, 'surgery'),
+    }
+    for title, rival in rivals.items():
+        at_5, at_2 = (middle(*rival, density) for density in (0.05, 0.02))
+        assert f'{title} {at_5:.1f} and {at_2:.1f} %' in own
+        if 'surgery' not in title:
+            assert at_5 - middle(name, 'soft surgery', 0.05) > 1
+            assert at_2 - middle(name, 'soft surgery', 0.02) > 9
 
 
 def test_the_page_of_comparisons_holds_the_other_tables():
