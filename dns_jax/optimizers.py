@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dns_jax.layers import map_leaves, role
@@ -75,28 +74,29 @@ def caffe_sgd(
 class AverageState(NamedTuple):
     """The state of `average_weights`."""
 
-    average: Params  # in float32, or wider where the weights are
+    average: Params
 
 
 def average_weights(decay: float) -> optax.GradientTransformation:
-    r"""Keeps a moving average of the weights beside them; chained last, it changes no update.
+    r"""Keeps a moving average of the weights beside them, and changes no update.
 
     .. math::
       A \leftarrow d\,A + (1 - d)\,w
 
-    w are the weights after the update. A begins as the weights that `init` gets. While the masks
-    stay as they are, A⊙T is the average of W⊙T. BatchNorm's statistics are not those of A: they
-    are to be estimated anew.
+    w are the weights after the update, so it stands last in the chain, outside of `slow_pruned` and
+    `train_kept`. A begins as the weights that `init` gets; after n steps they have the share dⁿ.
+    While masks stay as they are, A⊙T is the average of W⊙T. BatchNorm's statistics are not those
+    of A, and are to be estimated anew.
 
     Args:
-      decay: d, in [0, 1); steps further back than some 1 / (1 - d) count for little.
+      decay: d, in [0, 1).
 
     Returns:
-      An optax transformation; its `update` needs `params`. `optax.tree.get(state, 'average')` gives
-      A, wherever it is chained.
+      An optax transformation. `optax.tree.get(state, 'average')` gives A, however deep in the state
+      it is; its leaves are float32 for weights of half precision, else of the weights' dtypes.
 
     Raises:
-      ValueError: if `decay` is outside [0, 1).
+      ValueError: if `decay` is outside [0, 1), or, from `update`, without `params`.
 
     Example:
       >>> optimizer = optax.chain(optax.sgd(1.0), average_weights(0.75))
@@ -113,8 +113,9 @@ def average_weights(decay: float) -> optax.GradientTransformation:
         raise ValueError(f'decay must be in [0, 1), but is {decay!r}')
 
     def widen(leaf):
-        # Half a precision would round (1 - d) w away.
-        return jnp.array(leaf, np.promote_types(jnp.result_type(leaf), np.float32))
+        # Half precision would round (1 - d) w away.
+        dtype = jnp.result_type(leaf)
+        return jnp.array(leaf, jnp.float32 if dtype.itemsize < 4 else dtype)
 
     def init(params):
         return AverageState(jax.tree.map(widen, params))

@@ -225,8 +225,8 @@ class SearchConfig:
     )
     storage: str | None = flag(
         None,
-        'URL of the database of --study, as postgresql+psycopg://user:password@host/name; by '
-        'default study.db in --workdir.',
+        'URL of the database of --study, as postgresql+psycopg://user:password@host/name, which '
+        'needs the package psycopg; by default study.db in --workdir.',
         decides=False,
     )
     # Without what the search chooses by itself or has no use for.

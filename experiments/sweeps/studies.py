@@ -40,7 +40,7 @@ def check_storage(url: str) -> None:
         # Their own messages may quote what stands where a password does.
         raise ValueError(
             f'--storage={_hide_password(url)} must be the URL of a database, such as '
-            'postgresql://user:password@host/name'
+            'postgresql+psycopg://user:password@host/name'
         ) from None
     except ImportError as error:
         raise ValueError(f'--storage={_hide_password(url)} needs a package: {error}') from error

@@ -130,8 +130,8 @@ class Config:
     )
     average: float = flag(
         0.0,
-        'Share of the average of the weights that each step of fine-tuning keeps, as 0.999; the '
-        'network is made of that average. With 0 it is made of the last weights.',
+        'Share d, in [0, 1), of the moving average A ← d·A + (1 − d)·W of the weights W in '
+        'fine-tuning. The network is made of A; with 0 that is the last W.',
     )
     optimizer: str = flag(
         'caffe',
@@ -331,7 +331,9 @@ class Config:
                 raise ValueError(f'--{name}={getattr(self, name)} must be in [0, 1)')
         self._check_pruner(wanted)
         self._check_unread()
-        if self.soft_threshold:  # by thresholds of single weights, nothing else can be smaller
+        if not self.finetuning_steps:
+            self.refuse(('average',), '--finetuning_steps=0')
+        if self.soft_threshold:  # Only single weights have thresholds of their own size.
             self.refuse(('importance', 'structure', 'quantiser'), '--soft_threshold')
         if self.count_returns and self.on_divergence == 'rollback':
             raise ValueError(
@@ -368,7 +370,6 @@ class Config:
             'refresh_statistics': self.c_rate,
             'pruned_dropout': self.dropout > 0,
             'cut_at': self.cut > 0,
-            'average': self.finetuning_steps,
         }
         unread |= {name for name, other in beside.items() if not other}
         self.refuse(unread, f'--pruner={self.pruner}')

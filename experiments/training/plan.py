@@ -83,9 +83,11 @@ class Phase:
         return optimizer
 
     def finish(self, state: TrainState) -> Weights:
-        """Gives what the network computes with: W⊙T, after what the phase does to the weights."""
+        """Gives the network that the phase makes: W⊙T, after what it does to the weights."""
         apply = self.quantiser.finish if self.quantiser else dns_jax.apply_masks
-        params: Any = self.soften(state) if self.soften else state.params
+        params: Any = state.params
+        if self.soften:
+            params = self.soften(state)
         if self.average:
             params = optax.tree.get(state.opt_state, 'average')
         return Weights(apply(params, state.masks), state.statistics)
@@ -185,7 +187,8 @@ def _make_phase(
     if name == 'surgery' and 'pruned_rate' in pruner.reads and config.pruned_rate != 1:
         chain = functools.partial(sparse_training.slow_pruned, share=config.pruned_rate)
     quantiser = None if name == 'reference' else QUANTISERS[config.quantiser]
-    changes = config.shift, config.mirror, config.average if name == 'finetuning' else 0.0
+    average = config.average if name == 'finetuning' else 0.0
+    changes = config.shift, config.mirror, average
     return Phase(name, steps, solver, make, chain, dropout, scales, quantiser, *changes)
 
 

@@ -13,7 +13,8 @@ _OWN = {
     'resnet': ('depth', 'width'),
     'gpt': ('depth', 'width', 'heads', 'context', 'tied'),
 }
-_OF_TRAINING = {'resnet': ('shift', 'mirror', 'fresh_statistics'), 'gpt': ()}
+# The statistics of BatchNorm would not be those of an average.
+_OF_TRAINING = {'resnet': ('shift', 'mirror', 'fresh_statistics'), 'gpt': ('average',)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +60,6 @@ class SizedConfig(Config):
         reads = *_OWN[self.network], *_OF_TRAINING[self.network]
         others = {name for names in (*_OWN.values(), *_OF_TRAINING.values()) for name in names}
         self.refuse(others - {*reads}, f'--network={self.network}')
-        if self.average and 'fresh_statistics' in reads and not self.fresh_statistics:
-            raise ValueError(
-                f'--average={self.average} must go with --fresh_statistics: those of training are '
-                'of the last weights'
-            )
         if self.dropout:
             raise ValueError(f'--dropout={self.dropout} is not for --network={self.network}')
         if self.quantiser != 'none' and self.network == 'gpt':

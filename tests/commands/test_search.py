@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,33 +39,39 @@ def test_without_optuna_the_extra_is_named(tmp_path):
 
 @pytest.fixture(scope='module')
 def postgres():
-    """The URL of a PostgreSQL server that has nothing yet and listens on the loopback alone."""
+    """The URL of a PostgreSQL server that has nothing yet."""
     initdb, server = shutil.which('initdb'), shutil.which('postgres')
     if not (initdb and server):
         pytest.skip('PostgreSQL is not installed')
     # It refuses to run as root, and nobody else may look into a folder of pytest.
     own: dict = {'user': 'nobody'} if os.geteuid() == 0 else {}
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if own:
             shutil.chown(folder, **own)
-        data, quiet = f'{folder}/data', {'cwd': folder, 'stderr': subprocess.DEVNULL, **own}
-        make = [initdb, f'--pgdata={data}', '--username=search', '--auth=trust', '--no-sync']
-        subprocess.run([*make, '--encoding=UTF8'], check=True, stdout=subprocess.DEVNULL, **quiet)
-        command = [server, '-D', data, '-h', '127.0.0.1', '-p', f'{port}', '-k', folder]
-        with subprocess.Popen(command, **quiet) as process:
-            try:
-                url = f'postgresql+psycopg://search@127.0.0.1:{port}/postgres'
-                wait_for_database(url)
-                yield url
-            finally:
-                process.send_signal(signal.SIGINT)  # its fast shutdown
+        own |= {'cwd': folder, 'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+        make = [initdb, f'--pgdata={folder}/data', '--username=search', '--auth=trust', '--no-sync']
+        subprocess.run([*make, '--encoding=UTF8'], check=True, **own)
+        # Nobody reaches it but by a socket in that folder.
+        command = [server, '-D', f'{folder}/data', '-h', '', '-k', folder]
+        command += ['-c', 'log_min_messages=fatal']  # nobody reads them until it ends
+        process = start(stack, command, **own)
+        url = f'postgresql+psycopg://search@/postgres?host={folder}'
+        wait_for_database(url, process)
+        yield url
+        process.send_signal(signal.SIGINT)  # its fast shutdown
+        process.communicate(timeout=60)
 
 
-def wait_for_database(url):
+def start(stack, command, **options):
+    """Starts a process that does not outlive a stack."""
+    process = stack.enter_context(subprocess.Popen(command, **options))
+    stack.callback(process.kill)
+    return process
+
+
+def wait_for_database(url, process):
     for _ in range(600):
+        assert process.poll() is None, process.stdout.read()
         with contextlib.suppress(OSError):
             return studies.check_storage(url)
         time.sleep(0.1)
@@ -85,27 +90,25 @@ def workers(request, tmp_path_factory):
     fields |= {'refresh_every': 10}
     flags = [f'--{name}={value}' for name, value in fields.items()]
     flags += [f'--storage={storage}'] if storage else []
-    command, pipe = [sys.executable, '-m', 'experiments.search', *flags], subprocess.PIPE
-
-    def start():
-        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-    killed = start()
-    wait_for_record(folder / 'trials' / 'search-0', lambda: killed.poll() is None, 'surgery')
-    killed.kill()
-    said = killed.communicate(timeout=60)
-    config = parse(*flags)
-    (trial,) = trials_of(config)
-    assert (trial.state, killed.returncode) == (TrialState.RUNNING, -signal.SIGKILL), said
-    engine = sqlalchemy.create_engine(storage or f'sqlite:///{folder}/study.db')
-    with contextlib.closing(engine.raw_connection()) as base:
-        long_ago = "now() - interval '1 hour'" if storage else "datetime('now', '-1 hour')"
-        base.cursor().execute(f'UPDATE trial_heartbeats SET heartbeat = {long_ago}')
-        base.commit()
-    engine.dispose()
-    both = [start(), start()]
-    answers = [(*process.communicate(timeout=240), process.returncode) for process in both]
-    return config, answers
+    options = {'cwd': ROOT, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    command = [sys.executable, '-m', 'experiments.search', *flags]
+    with contextlib.ExitStack() as stack:
+        killed = start(stack, command, **options)
+        wait_for_record(folder / 'trials' / 'search-0', lambda: killed.poll() is None, 'surgery')
+        killed.kill()
+        said = killed.communicate(timeout=60)
+        config = parse(*flags)
+        (trial,) = trials_of(config)
+        assert (trial.state, killed.returncode) == (TrialState.RUNNING, -signal.SIGKILL), said
+        engine = sqlalchemy.create_engine(storage or f'sqlite:///{folder}/study.db')
+        with contextlib.closing(engine.raw_connection()) as base:
+            long_ago = "now() - interval '1 hour'" if storage else "datetime('now', '-1 hour')"
+            base.cursor().execute(f'UPDATE trial_heartbeats SET heartbeat = {long_ago}')
+            base.commit()
+        engine.dispose()
+        both = [start(stack, command, **options) for _ in range(2)]
+        answers = [(*process.communicate(timeout=240), process.returncode) for process in both]
+        return config, answers
 
 
 @pytest.mark.slow
@@ -115,7 +118,8 @@ def test_two_workers_share_a_study(workers):
     for stdout, stderr, code in answers:
         # No progress bar where nobody watches, but lines if it takes long. Optuna says nothing.
         assert code == 0
-        assert all(line.startswith('search: ') for line in stderr.splitlines()), stderr
+        lines = stderr.splitlines()
+        assert all(re.match(r'(search|reference|surgery): [\d,]+ of ', line) for line in lines)
         assert json.loads(stdout.splitlines()[-1])['completed'] >= 3
         shares.append({int(number) for number in re.findall(r'^trial (\d+): kept', stdout, re.M)})
     trials = trials_of(config)

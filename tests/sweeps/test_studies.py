@@ -15,7 +15,7 @@ from experiments.sweeps import studies
 @pytest.mark.parametrize(
     ('url', 'error', 'message'),
     [
-        ('oracles', ValueError, 'oracles must be the URL of a database, such as postgresql://'),
+        ('oracles', ValueError, 'oracles must be the URL of a database, such as postgresql'),
         ('oracles://me:secret@host/name', ValueError, r'oracles://\*\*\*@host/name must be the'),
         ('postgresql://me:secret@host:1x/name', ValueError, r'//\*\*\*@host:\*\*\*/name must be'),
         ('postgresql://me:secret/name', ValueError, r'postgresql://me:\*\*\*/name must be'),

@@ -61,7 +61,7 @@ def test_a_file_holds_the_quantised_network_that_was_measured(quantiser, data_di
 def test_the_network_that_is_kept_is_the_average_of_fine_tuning(make_config):
     own = {'average': 0.75, 'finetuning_learning_rate': 'fixed:0.3', 'checkpoint_every': 1}
     config = make_config(**BY_DENSITY, **own)
-    opened.do(config)
+    (summary,) = opened.do(config)
     run = opened.open_run(dataclasses.replace(config, resume=True))
     phase = run.plan.finetuning
     like = run.start(phase.make_optimizer(run.task.shapes), run.initial)
@@ -70,6 +70,8 @@ def test_the_network_that_is_kept_is_the_average_of_fine_tuning(make_config):
     with Checkpoints(run.folder / 'checkpoints' / 'surgery') as checkpoints:
         operated = run.plan.surgery.make_optimizer(run.task.shapes)
         _, before = checkpoints.restore(run.start(operated, run.initial))
+    *_, record = (run.folder / 'metrics.jsonl').read_text().splitlines()
+    assert json.loads(record)['validation_error'] == summary['validation_error']
     kept = load_sparse(run.folder / 'pruned.safetensors').params
     masks = dict(named_leaves(states[-1].masks))
     params = [dict(named_leaves(state.params)) for state in (before, *states)]

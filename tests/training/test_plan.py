@@ -297,6 +297,12 @@ def test_phases_are_those_of_the_flags():
     assert {phase.chain for phase in phases} == {PRUNERS['rigl'].chain}
 
 
+def test_an_average_is_of_fine_tuning_alone():
+    plan = make_plan(Config('lenet5', compression=9.0, average=0.5))
+    assert [phase.average for phase in (plan.reference, plan.surgery)] == [0, 0]
+    assert plan.finetuning.average == 0.5
+
+
 ROOMS = 8  # at most, between the entry script and the first step
 
 

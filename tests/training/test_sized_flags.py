@@ -49,7 +49,7 @@ def test_a_network_is_made_with_what_is_given(fields, options):
         ({**GPT, 'shift': 4}, '--shift=4 has no meaning .*--network=gpt'),
         ({**GPT, 'mirror': True}, '--mirror=True has no meaning .*--network=gpt'),
         ({**GPT, 'fresh_statistics': True}, '--fresh_statistics=True has no meaning .*=gpt'),
-        ({**RESNET, 'average': 0.5}, '--average=0.5 must go with --fresh_statistics'),
+        ({**RESNET, 'average': 0.5, 'finetuning_steps': 1}, '--average=0.5 .*--network=resnet'),
         ({**RESNET, 'dropout': 0.5}, '--dropout=0.5 is not for --network=resnet'),
         ({**GPT, 'dropout': 0.5}, '--dropout=0.5 is not for --network=gpt'),
         ({**GPT, 'quantiser': 'signs'}, '--quantiser=signs rounds layer by layer'),
