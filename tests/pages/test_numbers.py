@@ -155,6 +155,24 @@ def test_pages_say_what_became_of_the_gpt():
     assert f'{at_2[1]:.2f} without them, and {at_2[2]:.2f} by gradual pruning' in said
 
 
+def test_pages_say_what_embeddings_that_take_part_are_worth():
+    own, dense = page('results/networks.md'), 'networks_gpt'
+    errors = [
+        middle('networks_gpt_embeddings', 'soft surgery', times) for times in (6.413, 9.17, 12.36)
+    ]
+    assert 'Soft surgery has {:.2f}, {:.2f} and {:.2f} bits.'.format(*errors) in own
+    pairs = list(zip(DENSITIES, (36, 30, 26), errors, strict=True))
+    less = [middle(dense, 'soft surgery', density) - error for density, _, error in pairs]
+    assert 'it has {:.2f}, {:.2f} and {:.2f} more'.format(*less) in own
+    lead = [middle(dense, f'dense, width {width}', '') - error for _, width, error in pairs]
+    assert 'grows to {:.2f}, {:.2f} and {:.2f} bits'.format(*lead) in own
+    above = errors[0] - middle(dense, 'dense as long', '')
+    assert f'{above:.2f} bits more than the dense network that is trained as long' in own
+    assert f'it has {errors[-1]:.2f} with as many parameters' in page('docs/results.md')
+    assert f'it then has {errors[-1]:.2f} bits with as many' in page('docs/questions.md')
+    assert f'a GPT that keeps a twelfth then has [{less[-1]:.2f} bits' in page('docs/rules.md')
+
+
 def test_the_page_answers_what_changes_are_worth():
     own, name = page('results/networks.md'), 'networks_questions'
     best = middle(name, 'soft surgery', 0.05)
