@@ -199,6 +199,28 @@ def test_the_page_answers_what_changes_are_worth():
         assert abs(middle(name, name_of_same, 0.05) - best) < 0.01
 
 
+def test_the_page_says_what_comes_of_random_weights():
+    own = page('results/networks.md')
+    for title, variant in {'Soft surgery': 'soft surgery', 'Gradual pruning': 'gradual'}.items():
+        first, dense = (
+            results.read_comparison(ROOT / 'results' / f'networks_{name}.csv')
+            for name in ('scratch', 'questions')
+        )
+        pairs = [
+            [
+                row['test_error']
+                for row in rows
+                if (row['variant'], row['target']) == (variant, 0.05)
+            ]
+            for rows in (first, dense)
+        ]
+        assert all(one < other for one, other in zip(*pairs, strict=True))
+        assert f'{title} has {statistics.median(pairs[0]):.2f}' in own
+        assert f'and {statistics.median(pairs[1]):.2f}' in own
+    rigl, set_ = (middle('networks_scratch', variant, 0.05) for variant in ('RigL', 'SET'))
+    assert f'RigL has {rigl:.2f} bits, and SET {set_:.2f}' in own
+
+
 def test_the_page_says_what_patterns_cost_and_gain():
     own, name = page('results/networks.md'), 'networks_patterns'
     variants = ('2 of 4', 'single weights', '4 of 16', 'heads and units')
@@ -208,6 +230,11 @@ def test_the_page_says_what_patterns_cost_and_gain():
     batches = read('runtime/units/gpt_heads.json')['batches']
     one, many = (batches[size]['ways']['JAX, shrunken']['ratio'] for size in ('1', '64'))
     assert f'it runs {one:.1f} times as fast for one text, and {many:.1f} times for 64' in own
+    channels = middle('networks_resnet8_patterns', 'channels', 0.1)
+    single = middle('networks_resnet8', 'surgery', 0.1)
+    narrow = middle('networks_resnet8', 'dense, width 0.3125', '')
+    said = f'With channels the error is {channels:.1f} %, where single weights have {single:.1f} %'
+    assert f'{said}, and a dense network with a third of the channels {narrow:.1f} %' in own
 
 
 def test_pages_say_what_became_of_the_resnet():
