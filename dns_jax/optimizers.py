@@ -99,6 +99,8 @@ def average_weights(decay: float) -> optax.GradientTransformation:
       ValueError: if `decay` is outside [0, 1), or, from `update`, without `params`.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
       >>> optimizer = optax.chain(optax.sgd(1.0), average_weights(0.75))
       >>> weights = jnp.array([4.0])
       >>> state = optimizer.init(weights)
