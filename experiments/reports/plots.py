@@ -313,6 +313,10 @@ def _scale_logarithmically(axes: Any, form: str) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter(form))
     axes.xaxis.set_minor_formatter('')
+    # Wide enough that points which are drawn a little apart are seen to be of one size.
+    low, high = axes.get_xlim()
+    middle = np.sqrt(low * high)
+    axes.set_xlim(min(low, middle / 2), max(high, middle * 2))
 
 
 def sizes_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:

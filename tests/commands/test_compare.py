@@ -179,6 +179,8 @@ def test_networks_of_a_density_stand_by_their_parameters():
     assert axes.get_xlabel() == 'parameters kept'
     sizes = [container.lines[0].get_xdata().item() for container in axes.containers]
     assert sizes == pytest.approx([1500, 1600], rel=0.04)  # a little apart
+    low, high = axes.get_xlim()
+    assert high / low > 3.9  # or sizes that are alike would seem far apart
     (million,) = plots.compare_figure([{**row, **pruned, 'kept': 10**6}]).axes
     assert million.xaxis.get_major_formatter()(10**6) == '1,000,000'
     page = sweep_report.page('Some', rows, [], plots.compare_figure(rows), {}, {})

@@ -134,6 +134,10 @@ def test_pages_say_what_became_of_the_gpt():
     own, name = page('results/networks.md'), 'networks_gpt'
     text = 'by {:.2f} bits per character at 10 %, by {:.2f} at 5 % and by {:.2f} at 2 %'
     assert text.format(*leads(name, *(('gradual', density) for density in DENSITIES))) in own
+    alike = [middle(name, variant, 0.2) for variant in ('surgery', 'soft surgery', 'gradual')]
+    text = 'At 20 % surgery has {0:.2f} bits, and soft surgery and gradual pruning have {1:.2f}.'
+    assert text.format(*alike) in own
+    assert f'{alike[1]:.2f}' == f'{alike[2]:.2f}'
     narrow = leads(name, *((f'dense, width {width}', '') for width in (36, 30, 26)))
     assert 'leads it by {:.2f}, {:.2f} and {:.2f} bits'.format(*narrow) in own
     above = middle(name, 'soft surgery', 0.1) - middle(name, 'dense as long', '')
@@ -247,6 +251,9 @@ def test_pages_say_what_became_of_the_resnet():
     assert 'without soft thresholds by {:.1f} and {:.1f}'.format(*hard) in own
     above = middle(name, 'gradual', 0.1) - middle(name, 'dense as long', '')
     assert f'At 10 % the best has {above:.1f} points more than the dense one' in own
+    at_20 = [middle(name, variant, 0.2) for variant in ('gradual', 'soft surgery', 'surgery')]
+    text = 'gradual pruning has {:.1f} %, soft surgery {:.1f} % and surgery {:.1f} %'
+    assert text.format(*at_20) in own
     widths = ((f'dense, width {width}', '') for width in (0.3125, 0.21875, 0.15625))
     assert 'leads it by {:.1f}, {:.1f} and {:.1f} points'.format(*leads(name, *widths)) in own
     rivals = {
