@@ -9,13 +9,14 @@ of each, by the path of its leaf.
 import functools
 import numbers
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dns_jax._core.checks import abridge, as_table, check_step
+from dns_jax._core.loops import once_if
 from dns_jax._following import DensityRule
 from dns_jax._sharing import Layer, Layers
 from dns_jax.importance import magnitude
@@ -216,29 +217,6 @@ def having_mask(masks: Masks, stacked: Mapping[str, int]) -> TakesPart:
         for name in slice_paths(stacked, path, mask)
     }
     return lambda path, leaf: path in paths
-
-
-def once_if(
-    due: jax.Array, step: Callable[[jax.Array, Any], Any], carry: Any
-) -> tuple[jax.Array, Any]:
-    """Takes a step or none, as a loop of one turn or none.
-
-    Not by a cond, for which XLA copies what is carried even where nothing is due.
-
-    Args:
-      due: whether the step is taken.
-      step: of the number of the turn, always 0, and the carry. XLA does not know the turn: what
-        depends on it is not computed before the loop, where nothing may be due.
-      carry: what the step changes.
-
-    Returns:
-      How many turns there were, and the carry.
-    """
-    return jax.lax.while_loop(
-        lambda state: state[0] < due.astype(jnp.int32),
-        lambda state: (state[0] + 1, step(*state)),
-        (jnp.int32(0), carry),
-    )
 
 
 def complete_rule(pattern: str, rule: Any, importance: Importance, splicing: bool) -> Rule:

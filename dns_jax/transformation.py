@@ -14,7 +14,8 @@ import optax
 from jax.core import Tracer
 
 from dns_jax._core.checks import as_table
-from dns_jax._rules import LayersByRule, complete_rule, having_mask, once_if
+from dns_jax._core.loops import once_if
+from dns_jax._rules import LayersByRule, complete_rule, having_mask
 from dns_jax._trees import check_parallel, find_holes, nest_leaves, unpack_masks
 from dns_jax.importance import magnitude
 from dns_jax.layers import is_kernel, named_leaves, parent_path
